@@ -1,0 +1,266 @@
+"""What a plugin author implements: five kinds of component, and the data each of them sees.
+
+Shapes use these letters everywhere: ``F`` channels of a feed-forward (its intermediate size), ``D`` hidden size,
+``T`` tokens of a calibration window, ``K`` channels that are kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:  # torch is imported by the commands that need it, not by `cfsp --help`
+    import torch
+    from torch import Tensor
+
+    from .planning import PruningPlan
+
+
+class Site(Enum):
+    """Where in a block a collector listens."""
+
+    BLOCK = "block"
+    """The whole block: inputs and outputs are residual streams, ``(T, D)``."""
+    DOWN_PROJECTION = "down_projection"
+    """A feed-forward's down projection: inputs are channel activations ``(T, F)``, outputs ``(T, D)``."""
+
+
+@dataclass(frozen=True, order=True)
+class Statistic:
+    """The name of something measured in every block. Components require it, one collector provides it.
+
+    Two statistics are equal when their names are. ``shape`` and ``summary`` are documentation; a ``heavy`` statistic
+    (more than a vector per block) is dropped when its block is done.
+    """
+
+    name: str
+    shape: str = field(default="(F,)", compare=False)
+    summary: str = field(default="", compare=False)
+    heavy: bool = field(default=False, compare=False)
+
+
+class BlockStatistics(Mapping[Statistic, "Tensor"]):
+    """The statistics of one feed-forward, float32, and the number of ``tokens`` they were measured on."""
+
+    def __init__(self, values: Mapping[Statistic, Tensor], tokens: int) -> None:
+        self._values = dict(values)
+        self.tokens = tokens
+
+    def __getitem__(self, statistic: Statistic) -> Tensor:
+        try:
+            return self._values[statistic]
+        except KeyError:
+            known = ", ".join(sorted(s.name for s in self._values)) or "none"
+            raise KeyError(f"statistic {statistic.name!r} is read but not in `requires` (there: {known})") from None
+
+    def __iter__(self) -> Iterator[Statistic]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def only(self, statistics: frozenset[Statistic]) -> BlockStatistics:
+        """The same measurements, restricted to what a component declared."""
+        return BlockStatistics({s: v for s, v in self._values.items() if s in statistics}, self.tokens)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """One feed-forward's weights in a single convention, whatever its family calls, transposes or fuses.
+
+    The tensors are views of the model's own parameters, in the model's dtype: read them, never write to them.
+    """
+
+    block: int
+    path: str
+    up: Tensor  # (F, D)
+    down: Tensor  # (D, F)
+    activation: str
+    gate: Tensor | None = None  # (F, D)
+    up_bias: Tensor | None = None  # (F,)
+    gate_bias: Tensor | None = None  # (F,)
+    down_bias: Tensor | None = None  # (D,)
+    seed: int = 0
+
+    @property
+    def width(self) -> int:
+        """``F``, the number of channels."""
+        return self.down.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """``D``, the width of the residual stream."""
+        return self.down.shape[0]
+
+    def generator(self) -> torch.Generator:
+        """A CPU generator seeded by the run's seed and this block, for components that draw."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.block)
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """What survives a block once its heavy statistics are gone. Allocators see these and the budget, nothing else."""
+
+    block: int
+    path: str
+    width: int
+    tokens: int
+    statistics: Mapping[Statistic, float]
+    """The block's scalar statistics, among them the distances between its input and output."""
+    scores: Tensor  # (F,) float32, CPU: the chosen criterion's
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is kept of all feed-forward channels together.
+
+    ``ratio`` is the share of channels removed, in [0, 1), also when the user asked for a share of all parameters.
+    """
+
+    ratio: float
+    round_to: int = 1
+
+
+class Component(BaseModel, ABC):
+    """Anything selected by name. Its fields are its options; an option it does not have is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def required(self) -> frozenset[Statistic]:
+        """The statistics this component reads. Override it where options decide; else set ``requires``."""
+        return self.requires
+
+
+class Accumulator(Protocol):
+    """Running state of one statistic at one site.
+
+    ``sums`` holds every tensor that adds up over windows, in float64 where it is small enough: the host adds the sums
+    of several processes together before it asks for the value.
+    """
+
+    sums: dict[str, Tensor]
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add one calibration window: ``inputs (T, F or D)`` and ``outputs (T, D)`` of the site, without padding."""
+        ...
+
+    def value(self, tokens: int) -> Tensor:
+        """The statistic after ``tokens`` tokens."""
+        ...
+
+
+class Collector(Component):
+    """Measures one statistic at one site. ``ordered`` says that the order of the windows matters to it."""
+
+    kind: ClassVar[str] = "collector"
+    provides: ClassVar[Statistic]
+    site: ClassVar[Site]
+    ordered: ClassVar[bool] = False
+
+    @abstractmethod
+    def start(self) -> Accumulator:
+        """A fresh accumulator; called once per block and feed-forward."""
+
+
+class Allocator(Component):
+    """Coarse importance: how the budget is spread over the blocks."""
+
+    kind: ClassVar[str] = "allocator"
+
+    @abstractmethod
+    def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> Sequence[float]:
+        """The share of its channels each block keeps, in (0, 1]. Rounding and the exact total are the host's."""
+
+    def importance(self, summaries: Sequence[BlockSummary]) -> Sequence[float] | None:
+        """The coarse importance of each block, for reports and recovery; None where the allocator has none."""
+        return None
+
+
+class Criterion(Component):
+    """Fine importance: which channels of a block stay."""
+
+    kind: ClassVar[str] = "criterion"
+
+    @abstractmethod
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
+        """One finite score per channel, ``(F,)``; the highest stay. Scores are compared inside a block only."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a compensator changes in one feed-forward once its channels are chosen; None leaves a tensor as it is."""
+
+    down: Tensor | None = None  # (D, K)
+    down_bias: Tensor | None = None  # (D,)
+
+
+class Compensator(Component):
+    """How the kept weights change once the channels are chosen."""
+
+    kind: ClassVar[str] = "compensator"
+
+    @abstractmethod
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
+        """The change for the dense ``feed_forward`` of which the channels ``kept (K,)`` stay, ascending int64."""
+
+
+class RecoveryPlan(BaseModel):
+    """What is trained after the cut."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ranks: tuple[int, ...]
+    """Rank of the adapters of each block; 0 leaves a block out."""
+
+
+class RecoveryScheduler(Component):
+    """What is trained after the cut, where, and with how much capacity."""
+
+    kind: ClassVar[str] = "recovery"
+
+    @abstractmethod
+    def schedule(self, summaries: Sequence[BlockSummary], plan: PruningPlan) -> RecoveryPlan | None:
+        """The training to do, or None for none."""
+
+
+@dataclass(frozen=True)
+class FeedForwardLayout:
+    """Where one feed-forward keeps its projections inside a block, as attribute names.
+
+    ``gate`` is None for a feed-forward without a gate, and equal to ``up`` where one projection holds both, its rows
+    in the order [gate; up].
+    """
+
+    path: str
+    up: str
+    down: str
+    gate: str | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether gate and up are one projection."""
+        return self.gate == self.up
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a model family keeps its blocks and feed-forwards, and which config key holds their width."""
+
+    family: str
+    base: str
+    """Dotted path from the causal LM to the model without its head."""
+    blocks: str
+    """Dotted path from the causal LM to the list of decoder blocks."""
+    feed_forward: FeedForwardLayout
+    width_key: str = "intermediate_size"

@@ -1,0 +1,151 @@
+"""Every option of a run, in one frozen model: presets, a YAML file and the command line end up here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError
+from .plugins import did_you_mean
+
+
+class Choice(BaseModel):
+    """A component chosen by name, with the options it was given: ``NAME`` or ``NAME:option=value,option=value``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: object) -> object:
+        return parse_choice(value) if isinstance(value, str) else value
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
+
+
+class RunConfig(BaseModel):
+    """What to prune, how much, with which components, on which data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="A folder, a Hub id, or `demo`.")
+    ratio: float = Field(0.5, ge=0, lt=1, allow_inf_nan=False, description="Share to remove, in [0, 1).")
+    budget: Literal["channels", "parameters"] = Field(
+        "channels", description="What --ratio counts: feed-forward channels, or all parameters of the model."
+    )
+    round_to: int = Field(128, ge=1, description="Widths are multiples of this.")
+    rebalance: bool = Field(True, description="Restore the exact budget after rounding.")
+    criterion: Choice = Choice(name="cfsp")
+    allocator: Choice = Choice(name="cfsp")
+    compensator: Choice = Choice(name="none")
+    recovery: Choice = Choice(name="none")
+    calibration: str = Field("demo", description="Data SPEC the activations are measured on.")
+    samples: int = Field(128, ge=1, description="Calibration windows.")
+    seqlen: int | None = Field(None, ge=2, description="Tokens per window; default: 1024, or the model's context.")
+    batch_size: int | None = Field(None, ge=1, description="Windows per batch; default: what keeps a batch small.")
+    seed: int = Field(0, ge=0, description="Seed of everything that draws.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own.")
+    evaluate: tuple[str, ...] = Field((), description="Data SPECs to report perplexity on.")
+    evaluate_windows: int | None = Field(None, ge=1, description="Evaluate on the first N windows only.")
+    trust_remote_code: bool = Field(False, description="Run the Python code a checkpoint brings along.")
+    plugins: tuple[str, ...] = Field((), description="-p: a module, a file.py, or no:NAME.")
+
+    @field_validator("evaluate", "plugins", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @classmethod
+    def build(cls, **options: object) -> Self:
+        """Validate options; whatever is wrong becomes one ConfigError that names it."""
+        unknown = sorted(options.keys() - cls.model_fields.keys())
+        if unknown:
+            raise ConfigError(f"Unknown option {unknown[0]!r}.{did_you_mean(unknown[0], cls.model_fields)}")
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})" for e in error.errors())
+            raise ConfigError("; ".join(problems)) from error
+
+
+CHOICES = ("criterion", "allocator", "compensator", "recovery")
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "cfsp": {"criterion": "cfsp", "allocator": "cfsp"},
+    "cfsp-released": {"criterion": "cfsp:variant=act", "allocator": "cfsp:released=true", "rebalance": False},
+    "wanda-sp-released": {"criterion": "wanda-sp", "allocator": "global-zscore", "rebalance": False},
+    "flap-released": {
+        "criterion": "flap:released=true",
+        "allocator": "global-zscore",
+        "compensator": "bias",
+        "rebalance": False,
+    },
+    "magnitude-released": {"criterion": "magnitude", "allocator": "uniform:released=true", "rebalance": False},
+}
+"""Named starting points. ``*-released`` reproduce the CFSP authors' code channel for channel (docs/method.md)."""
+
+
+def parse_choice(text: str) -> dict[str, object]:
+    """``NAME:option=value,option=value`` as a name and options; values are YAML scalars."""
+    name, _, rest = text.partition(":")
+    options: dict[str, object] = {}
+    for part in filter(None, rest.split(",")):
+        key, separator, value = part.partition("=")
+        if not separator:
+            raise ConfigError(f"{text!r}: expected NAME:option=value,option=value, found {part!r}.")
+        options[key.strip()] = yaml.safe_load(value)
+    return {"name": name.strip(), "options": options}
+
+
+def layered(preset: str | None, config_file: Path | None, given: Mapping[str, object]) -> RunConfig:
+    """Defaults, then the preset, then the YAML file, then what was given on the command line.
+
+    A component named again under the same name keeps the options it had: ``--preset cfsp-released --allocator
+    cfsp:distance=mse`` changes the distance only.
+    """
+    from_file = read_yaml(config_file) if config_file else {}
+    preset = preset or cast("str | None", from_file.pop("preset", None))
+    merged: dict[str, object] = {}
+    for layer in (_preset(preset) if preset else {}, from_file, given):
+        for key, value in layer.items():
+            merged[key] = _merged_choice(merged.get(key), value) if key in CHOICES else value
+    return RunConfig.build(**merged)
+
+
+def read_yaml(path: Path) -> dict[str, object]:
+    """A YAML file of options."""
+    try:
+        loaded: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold options as `name: value` lines.")
+    return {str(key).replace("-", "_"): value for key, value in cast("dict[object, object]", loaded).items()}
+
+
+def _preset(name: str) -> Mapping[str, object]:
+    if name not in PRESETS:
+        raise ConfigError(f"Unknown preset {name!r}.{did_you_mean(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def _merged_choice(before: object, now: object) -> object:
+    old, new = _as_mapping(before), _as_mapping(now)
+    if old.get("name") != new.get("name"):
+        return new
+    return {**new, "options": {**_as_mapping(old.get("options")), **_as_mapping(new.get("options"))}}
+
+
+def _as_mapping(value: object) -> dict[str, object]:
+    if isinstance(value, str):
+        return parse_choice(value)
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}

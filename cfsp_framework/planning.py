@@ -1,0 +1,236 @@
+"""From summaries and a budget to widths, kept channels and a plan. Pure: no model, no files.
+
+The rounding, the exact total and the stable selection serve every allocator and criterion alike (docs/method.md).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .api import Allocator, BlockSummary, Budget
+from .errors import ConfigError, PlanError, PluginError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .plugins import Chosen
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelIdentity(_Frozen):
+    """Which model a plan is for; ``fingerprint`` is a hash of its configuration and weights."""
+
+    source: str
+    family: str
+    fingerprint: str
+    parameters: int = Field(ge=0)
+
+
+class CalibrationIdentity(_Frozen):
+    """Which tokens were measured; ``fingerprint`` is a hash of the windows."""
+
+    spec: str
+    samples: int = Field(ge=0)
+    seqlen: int = Field(ge=0)
+    seed: int
+    fingerprint: str
+
+
+class BlockPlan(_Frozen):
+    """Which channels of one feed-forward stay."""
+
+    block: int = Field(ge=0)
+    path: str
+    width: int = Field(gt=0)
+    """Channels before the cut."""
+    importance: float | None = None
+    """The allocator's coarse importance, where it has one."""
+    kept: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        where = f"block {self.block}, {self.path}"
+        if not self.kept:
+            raise ValueError(f"{where}: keeps no channel")
+        if any(b <= a for a, b in zip(self.kept, self.kept[1:], strict=False)):
+            raise ValueError(f"{where}: kept channels are not ascending and distinct")
+        if self.kept[0] < 0 or self.kept[-1] >= self.width:
+            outside = self.kept[0] if self.kept[0] < 0 else self.kept[-1]
+            raise ValueError(f"{where}: keeps channel {outside}, outside 0..{self.width - 1}")
+        return self
+
+
+class PruningPlan(_Frozen):
+    """Everything a cut needs and everything that led to it, as plain JSON without tensors."""
+
+    format: Literal["cfsp-pruning-plan"] = "cfsp-pruning-plan"
+    version: Literal[1] = 1
+    model: ModelIdentity
+    calibration: CalibrationIdentity | None
+    """None where nothing had to be measured."""
+    ratio: float = Field(ge=0, lt=1)
+    budget: Literal["channels", "parameters"]
+    round_to: int = Field(ge=1)
+    seed: int
+    components: dict[str, str]
+    """The chosen component of each kind, with every option it ran with."""
+    versions: dict[str, str]
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each block after the cut."""
+        return tuple(len(block.kept) for block in self.blocks)
+
+    @property
+    def achieved_ratio(self) -> float:
+        """The share of feed-forward channels that is really removed."""
+        return 1 - sum(self.widths) / sum(block.width for block in self.blocks)
+
+    def to_json(self) -> str:
+        """JSON with one line per block, so that two plans can be compared with ``diff``."""
+        head = self.model_dump(mode="json", exclude={"blocks"})
+        blocks = ",\n    ".join(json.dumps(block.model_dump(mode="json")) for block in self.blocks)
+        return json.dumps(head, indent=2)[:-2] + f',\n  "blocks": [\n    {blocks}\n  ]\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read a plan; one that is no plan, or impossible, is a PlanError that says where."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            more = f" ({error.error_count()} problems in all)" if error.error_count() > 1 else ""
+            raise PlanError(f"the plan cannot be used: {where}: {first['msg'].removeprefix('Value error, ')}{more}") from error
+
+
+def channel_ratio(ratio: float, parameters: int, prunable: int) -> float:
+    """The share of channels to remove for a share of all ``parameters`` of which ``prunable`` sit in channels."""
+    converted = ratio * parameters / prunable
+    if converted >= 1:
+        raise ConfigError(
+            f"--ratio {ratio} of all parameters cannot be met: the feed-forward channels hold "
+            f"{prunable / parameters:.1%} of them. Choose less, or --budget channels."
+        )
+    return converted
+
+
+def allocate(allocator: Chosen[Allocator], summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
+    """The allocator's shares, checked: one per block, finite, in (0, 1]."""
+    with allocator.blamed("allocate()") as component:
+        shares = [float(share) for share in component.allocate(summaries, budget)]
+    if len(shares) != len(summaries):
+        raise PluginError(f"{allocator} returned {len(shares)} shares for {len(summaries)} blocks.")
+    for summary, share in zip(summaries, shares, strict=True):
+        if not 0 < share <= 1 + 1e-9:  # also refuses NaN
+            raise PluginError(f"{allocator} returned the share {share} for block {summary.block}, outside (0, 1].")
+    return shares
+
+
+def total_to_keep(widths: Sequence[int], budget: Budget) -> int:
+    """The number of channels all blocks keep together: the multiple of ``round_to`` nearest to what was asked for."""
+    if budget.ratio == 0:
+        return sum(widths)
+    step = budget.round_to
+    total = min(step * math.floor((1 - budget.ratio) * sum(widths) / step + 0.5), sum(widths))
+    least = sum(min(step, width) for width in widths)
+    if total < least:
+        raise ConfigError(
+            f"a ratio of {budget.ratio:.4g} of the feed-forward channels cannot be met with --round-to {step}: one multiple "
+            f"a block already keeps {least} of {sum(widths)}, so at most {1 - least / sum(widths):.4g} can go. "
+            "Choose a smaller ratio or a smaller --round-to."
+        )
+    if total == sum(widths):
+        raise ConfigError(
+            f"a ratio of {budget.ratio:.4g} of the feed-forward channels removes nothing with --round-to {step}: "
+            f"{sum(widths)} channels would all stay. Choose a larger ratio or a smaller --round-to."
+        )
+    return total
+
+
+def round_widths(shares: Sequence[float], widths: Sequence[int], budget: Budget, *, rebalance: bool = True) -> list[int]:
+    """Whole widths for real shares: the nearest allowed one per block, then single steps until the total is exact.
+
+    Allowed are the multiples of ``round_to`` below a block's width, and the width itself; the larger one on a tie. A
+    step is taken by the block furthest beyond its share, the first one on a tie. Where widths are no multiples and the
+    exact total cannot be reached, the steps end as near to it as they get.
+    """
+    if budget.ratio == 0:
+        return list(widths)
+    targets = [width * min(share, 1.0) for width, share in zip(widths, shares, strict=True)]
+    chosen = [_nearest(width, target, budget.round_to) for width, target in zip(widths, targets, strict=True)]
+    if not rebalance:
+        return chosen
+    total = total_to_keep(widths, budget)
+    while (excess := sum(chosen) - total) != 0:
+        step = _best_step(chosen, targets, widths, budget.round_to, excess)
+        if step is None:
+            break
+        block, width = step
+        chosen[block] = width
+    return chosen
+
+
+def keep_highest(scores: Tensor, count: int) -> tuple[int, ...]:
+    """Indices of the ``count`` highest of ``scores (F,)``, ascending; among equals the lower index stays."""
+    order = scores.neg().argsort(stable=True)  # (F,)
+    return tuple(sorted(order[:count].tolist()))
+
+
+def plan_blocks(
+    summaries: Sequence[BlockSummary], allocator: Chosen[Allocator], budget: Budget, *, rebalance: bool = True
+) -> tuple[BlockPlan, ...]:
+    """Widths by the allocator, channels by the scores."""
+    shares = allocate(allocator, summaries, budget)
+    widths = round_widths(shares, [summary.width for summary in summaries], budget, rebalance=rebalance)
+    with allocator.blamed("importance()") as component:
+        importance = component.importance(summaries) or [None] * len(summaries)
+    return tuple(
+        BlockPlan(
+            block=summary.block,
+            path=summary.path,
+            width=summary.width,
+            importance=value,
+            kept=keep_highest(summary.scores, width),
+        )
+        for summary, width, value in zip(summaries, widths, importance, strict=True)
+    )
+
+
+def _nearest(full: int, target: float, step: int) -> int:
+    below = min(max(step, step * math.floor(target / step)), full)
+    above = min(below + step, full)
+    return below if target - below < above - target else above
+
+
+def _neighbour(width: int, full: int, step: int, direction: Literal[-1, 1]) -> int | None:
+    """The next allowed width up or down."""
+    if direction == 1:
+        return min(width + step, full) if width < full else None
+    below = step * ((width - 1) // step)
+    return below if below > 0 else None
+
+
+def _best_step(
+    chosen: Sequence[int], targets: Sequence[float], full: Sequence[int], step: int, excess: int
+) -> tuple[int, int] | None:
+    """The block to move by one step toward the total, and its new width; None where no step brings it nearer."""
+    direction: Literal[-1, 1] = -1 if excess > 0 else 1
+    steps: list[tuple[float, int, int]] = []
+    for block, width in enumerate(chosen):
+        after = _neighbour(width, full[block], step, direction)
+        if after is not None and abs(excess + after - width) < abs(excess):
+            steps.append(((width - targets[block]) * direction, block, after))
+    if not steps:
+        return None
+    _, block, after = min(steps)
+    return block, after

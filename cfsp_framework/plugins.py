@@ -1,0 +1,302 @@
+"""Finding plugins, and turning what they offer into typed registries that remember who offered what.
+
+Order: ``-p no:NAME`` blocks first, then entry points by name, then ``-p module`` and ``-p file.py``. Every hook is
+called once, here; afterwards the host makes plain typed method calls on the classes it was given.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
+
+import pluggy
+from pydantic import ValidationError
+
+from . import hookspecs
+from .api import (
+    Allocator,
+    Architecture,
+    Collector,
+    Compensator,
+    Component,
+    Criterion,
+    RecoveryScheduler,
+    Statistic,
+)
+from .errors import CfspError, ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .pipeline import RunResult
+
+C = TypeVar("C", bound=Component)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which plugin a component comes from: the name ``-p no:`` takes, its distribution and version."""
+
+    plugin: str
+    distribution: str | None = None
+    version: str | None = None
+
+    def __str__(self) -> str:
+        if self.distribution is None:
+            return f"plugin {self.plugin!r}"
+        return f"plugin {self.plugin!r} of {self.distribution} {self.version}"
+
+
+@dataclass(frozen=True)
+class Chosen(Generic[C]):
+    """A configured component and its origin, so that what goes wrong in it can be named."""
+
+    component: C
+    origin: Origin
+
+    def __str__(self) -> str:
+        return f"{self.component.kind} {self.component.name!r} ({self.origin})"
+
+    @contextmanager
+    def blamed(self, action: str) -> Iterator[C]:
+        """Run the component's code; whatever it raises becomes a PluginError that names it."""
+        try:
+            yield self.component
+        except (CfspError, MemoryError):
+            raise
+        except Exception as error:
+            raise PluginError(f"{self} failed in {action}: {_cause(error)}") from error
+
+
+class Registry(Mapping[str, type[C]]):
+    """A read-only mapping from a component's name to its class and origin."""
+
+    def __init__(self, kind: str, offers: Mapping[str, tuple[type[C], Origin]]) -> None:
+        self.kind = kind
+        self._offers = dict(sorted(offers.items()))
+
+    def __getitem__(self, name: str) -> type[C]:
+        return self._offer(name)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._offers)
+
+    def __len__(self) -> int:
+        return len(self._offers)
+
+    def origin(self, name: str) -> Origin:
+        """Who offers ``name``."""
+        return self._offer(name)[1]
+
+    def create(self, name: str, options: Mapping[str, object]) -> Chosen[C]:
+        """The component called ``name`` with its options validated."""
+        cls, origin = self._offer(name)
+        try:
+            return Chosen(cls.model_validate(dict(options)), origin)
+        except ValidationError as error:
+            known = ", ".join(cls.model_fields) or "none"
+            raise ConfigError(
+                f"Bad options for {self.kind} {name!r} ({origin}): {_validation_message(error)}. Its options: {known}."
+            ) from error
+        except Exception as error:
+            raise PluginError(f"{self.kind} {name!r} ({origin}) failed to take its options: {_cause(error)}") from error
+
+    def _offer(self, name: str) -> tuple[type[C], Origin]:
+        try:
+            return self._offers[name]
+        except KeyError:
+            raise ConfigError(f"Unknown {self.kind} {name!r}.{did_you_mean(name, self._offers)}") from None
+
+
+class Plugins:
+    """The typed face of the plugin manager: one registry per kind, one method per remaining hook."""
+
+    def __init__(self, manager: pluggy.PluginManager, origins: Mapping[str, Origin]) -> None:
+        self._manager = manager
+        self.origins = dict(origins)
+        self.collectors = self._registry("collector", "cfsp_collectors", Collector)
+        self.allocators = self._registry("allocator", "cfsp_allocators", Allocator)
+        self.criteria = self._registry("criterion", "cfsp_criteria", Criterion)
+        self.compensators = self._registry("compensator", "cfsp_compensators", Compensator)
+        self.recovery_schedulers = self._registry("recovery", "cfsp_recovery_schedulers", RecoveryScheduler)
+
+    @property
+    def registries(self) -> tuple[Registry[Component], ...]:
+        """All registries, in the order of a run."""
+        found = (self.collectors, self.allocators, self.criteria, self.compensators, self.recovery_schedulers)
+        return cast("tuple[Registry[Component], ...]", found)
+
+    def architecture(self, config: PreTrainedConfig) -> Architecture | None:
+        """The first plugin's answer to where this family keeps its feed-forwards; None where nobody knows it."""
+        for implementation in reversed(self._manager.hook.cfsp_architecture.get_hookimpls()):
+            answer = self._call(implementation, "cfsp_architecture", config=config)
+            if isinstance(answer, Architecture):
+                return answer
+            if answer is not None:
+                raise PluginError(
+                    f"{self.origins[implementation.plugin_name]}: cfsp_architecture() returned {answer!r}, "
+                    "not an Architecture or None."
+                )
+        return None
+
+    def run_finished(self, result: RunResult) -> None:
+        """Tell the observers."""
+        for implementation in self._manager.hook.cfsp_run_finished.get_hookimpls():
+            self._call(implementation, "cfsp_run_finished", result=result)
+
+    def collectors_for(self, required: Iterable[Statistic]) -> tuple[Chosen[Collector], ...]:
+        """Exactly one collector for every required statistic, in a stable order."""
+        chosen: list[Chosen[Collector]] = []
+        for statistic in sorted(set(required)):
+            names = [name for name, cls in self.collectors.items() if cls.provides == statistic]
+            if not names:
+                known = sorted(cls.provides.name for cls in self.collectors.values())
+                raise PluginError(
+                    f"No collector provides the statistic {statistic.name!r}.{did_you_mean(statistic.name, known)}"
+                )
+            if len(names) > 1:
+                claims = " and ".join(f"{name!r} ({self.collectors.origin(name)})" for name in names)
+                raise PluginError(
+                    f"Two collectors provide the statistic {statistic.name!r}: {claims}. Disable one with -p no:NAME."
+                )
+            chosen.append(self.collectors.create(names[0], {}))
+        return tuple(chosen)
+
+    def _registry(self, kind: str, hook: str, base: type[C]) -> Registry[C]:
+        """Ask every plugin what it offers for one hook; names are unique."""
+        offers: dict[str, tuple[type[C], Origin]] = {}
+        implementations: Sequence[pluggy.HookImpl] = getattr(self._manager.hook, hook).get_hookimpls()
+        for implementation in sorted(implementations, key=lambda found: found.plugin_name):
+            origin = self.origins[implementation.plugin_name]
+            for offered in self._offered(implementation, hook):
+                cls = _checked(offered, base, hook, origin)
+                if cls.name in offers:
+                    raise PluginError(
+                        f"{kind.capitalize()} {cls.name!r} is offered by both {offers[cls.name][1]} and {origin}. "
+                        "Disable one with -p no:NAME."
+                    )
+                offers[cls.name] = cls, origin
+        return Registry(kind, offers)
+
+    def _offered(self, implementation: pluggy.HookImpl, hook: str) -> list[object]:
+        answer = self._call(implementation, hook)
+        if not isinstance(answer, Iterable):
+            origin = self.origins[implementation.plugin_name]
+            raise PluginError(f"{origin}: {hook}() returned {answer!r}; it must return a list of classes.")
+        return list(cast("Iterable[object]", answer))
+
+    def _call(self, implementation: pluggy.HookImpl, hook: str, **arguments: object) -> object:
+        wanted = {name: arguments[name] for name in implementation.argnames}
+        try:
+            return cast("Callable[..., object]", implementation.function)(**wanted)
+        except CfspError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{self.origins[implementation.plugin_name]} failed in {hook}(): {_cause(error)}") from error
+
+
+def load_plugins(specs: Sequence[str] = ()) -> Plugins:
+    """Load the installed plugins and those asked for with ``-p``: a module, a ``file.py``, or ``no:NAME``.
+
+    Raises:
+        PluginError: a plugin cannot be imported, offers something unusable, or offers nothing.
+        ConfigError: ``no:NAME`` names no plugin.
+    """
+    manager = pluggy.PluginManager(hookspecs.NAMESPACE)
+    manager.add_hookspecs(hookspecs)
+    origins: dict[str, Origin] = {}
+    blocked = {spec.removeprefix("no:") for spec in specs if spec.startswith("no:")}
+    points = sorted(entry_points(group=hookspecs.NAMESPACE), key=lambda point: point.name)
+    for name in sorted(blocked - {point.name for point in points}):
+        raise ConfigError(f"-p no:{name} names no plugin.{did_you_mean(name, [point.name for point in points])}")
+    for point in points:
+        if point.name not in blocked:
+            _register(manager, origins, _origin(point), point.load, f"Disable it with -p no:{point.name}.")
+    for spec in specs:
+        if not spec.startswith("no:"):
+            _register(manager, origins, Origin(spec), lambda spec=spec: _import(spec), f"It was asked for with -p {spec}.")
+    _check_hooks(manager, origins)
+    return Plugins(manager, origins)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the closest known one, and all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" Available: {', '.join(sorted(known)) or 'none'}."
+
+
+def _register(
+    manager: pluggy.PluginManager, origins: dict[str, Origin], origin: Origin, load: Callable[[], object], remedy: str
+) -> None:
+    if origin.plugin in origins:
+        raise PluginError(f"Two plugins are called {origin.plugin!r}: {origins[origin.plugin]} and {origin}.")
+    try:
+        manager.register(load(), name=origin.plugin)
+    except CfspError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{origin} could not be loaded: {_cause(error)} {remedy}") from error
+    origins[origin.plugin] = origin
+
+
+def _origin(point: EntryPoint) -> Origin:
+    return Origin(point.name, point.dist.name, point.dist.version) if point.dist else Origin(point.name)
+
+
+def _import(spec: str) -> ModuleType:
+    if not spec.endswith(".py"):
+        return importlib.import_module(spec)
+    path = Path(spec)
+    if not path.is_file():
+        raise ConfigError(f"-p {spec}: there is no such file.")
+    found = importlib.util.spec_from_file_location(f"_cfsp_plugin_{path.stem}", path)
+    if found is None or found.loader is None:
+        raise ConfigError(f"-p {spec}: this is not a Python file.")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # pydantic and pickle look a class's module up here
+    found.loader.exec_module(module)
+    return module
+
+
+def _check_hooks(manager: pluggy.PluginManager, origins: Mapping[str, Origin]) -> None:
+    """pluggy accepts a misspelt hook, and a plugin without any, in silence; here both are errors."""
+    known = [name for name in vars(hookspecs) if name.startswith("cfsp_")]
+    for name, plugin in manager.list_name_plugin():
+        callers = manager.get_hookcallers(plugin) or []
+        for caller in callers:
+            if not caller.has_spec():
+                raise PluginError(f"{origins[name]} implements an unknown hook, {caller.name}().{did_you_mean(caller.name, known)}")
+        if not callers:
+            raise PluginError(f"{origins[name]} implements no hook; was @hookimpl forgotten? Hooks: {', '.join(known)}.")
+    manager.check_pending()
+
+
+def _checked(offered: object, base: type[C], hook: str, origin: Origin) -> type[C]:
+    """``offered`` as a class that can be selected by name."""
+    if not (isinstance(offered, type) and issubclass(offered, base)):
+        raise PluginError(f"{origin}: {hook}() offered {offered!r}, which is not a subclass of {base.__name__}.")
+    for attribute in ("name", "provides", "site") if issubclass(offered, Collector) else ("name",):
+        if not hasattr(offered, attribute):
+            raise PluginError(f"{origin}: {hook}() offered {offered.__name__}, which does not set `{attribute}`.")
+    abstract = ", ".join(sorted(offered.__abstractmethods__))
+    if abstract:
+        raise PluginError(f"{origin}: {hook}() offered {offered.__name__}, which does not define {abstract}().")
+    return offered
+
+
+def _validation_message(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": .") + "."

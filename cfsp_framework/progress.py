@@ -1,0 +1,51 @@
+"""How long a run takes, told while it runs (a terminal) and afterwards (seconds per phase)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+
+class Progress:
+    """Times the phases of a run and, where ``visible``, draws a bar for whatever takes more than a second."""
+
+    def __init__(self, visible: bool = False) -> None:
+        self.seconds: dict[str, float] = {}
+        self._console = Console(file=sys.stderr)
+        self._visible = visible and self._console.is_terminal
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what runs inside as the phase ``name``; the same name again adds up."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        """Yield a function to call after each of ``total`` steps; the bar appears once a second has passed."""
+        if not self._visible:
+            yield lambda: None
+            return
+        started = time.perf_counter()
+        with Bars(*_columns(), console=self._console, transient=True) as bars:
+            task = bars.add_task(what, total=total, visible=False)
+            yield lambda: bars.update(task, advance=1, visible=time.perf_counter() - started > 1)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()

@@ -1,0 +1,19 @@
+"""The statistics the built-in collectors provide. ``h (T, F)`` is the input of the down projection, over all tokens."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .api import Statistic
+
+DOWN_INPUT_SQUARES: Final = Statistic("down_input_squares", summary="sum of h² over tokens")
+DOWN_INPUT_MEAN: Final = Statistic("down_input_mean", summary="mean of h over tokens")
+DOWN_INPUT_VARIANCE: Final = Statistic("down_input_variance", summary="variance of h over tokens, divisor n")
+DOWN_INPUT_FLUCTUATION: Final = Statistic(
+    "down_input_fluctuation", summary="FLAP's released running fluctuation of h, window by window"
+)
+
+ANGULAR_DISTANCE: Final = Statistic("angular_distance", "()", "mean angle between block input and output, over π")
+COSINE_DISTANCE: Final = Statistic("cosine_distance", "()", "mean of 1 - cosine of block input and output")
+MSE_DISTANCE: Final = Statistic("mse_distance", "()", "mean squared difference of block input and output")
+MAE_DISTANCE: Final = Statistic("mae_distance", "()", "mean absolute difference of block input and output")

@@ -1,0 +1,37 @@
+"""CFSP's collectors, compensators, recovery schedulers and architectures."""
+
+from __future__ import annotations
+
+from cfsp_framework import Collector, Compensator, RecoveryScheduler, hookimpl
+
+from .activations import DownInputFluctuation, DownInputMean, DownInputSquares, DownInputVariance
+from .architectures import cfsp_architecture
+from .compensators import Bias, NoCompensation
+from .distances import AngularDistance, CosineDistance, MaeDistance, MseDistance
+from .recovery import NoRecovery
+
+__all__ = ["cfsp_architecture", "cfsp_collectors", "cfsp_compensators", "cfsp_recovery_schedulers"]
+
+
+@hookimpl
+def cfsp_collectors() -> list[type[Collector]]:
+    return [
+        DownInputSquares,
+        DownInputMean,
+        DownInputVariance,
+        DownInputFluctuation,
+        AngularDistance,
+        CosineDistance,
+        MseDistance,
+        MaeDistance,
+    ]
+
+
+@hookimpl
+def cfsp_compensators() -> list[type[Compensator]]:
+    return [NoCompensation, Bias]
+
+
+@hookimpl
+def cfsp_recovery_schedulers() -> list[type[RecoveryScheduler]]:
+    return [NoRecovery]
