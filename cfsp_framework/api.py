@@ -68,6 +68,10 @@ class BlockStatistics(Mapping[Statistic, "Tensor"]):
         """The same measurements, restricted to what a component declared."""
         return BlockStatistics({s: v for s, v in self._values.items() if s in statistics}, self.tokens)
 
+    def to(self, device: torch.device | str) -> BlockStatistics:
+        """The same measurements on ``device``."""
+        return BlockStatistics({s: v.to(device) for s, v in self._values.items()}, self.tokens)
+
 
 @dataclass(frozen=True)
 class FeedForward:

@@ -20,6 +20,10 @@ from .errors import ModelError
 # Blocks whose caller unpacks a tuple; all others return the hidden states alone.
 _RETURN_TUPLES = frozenset({"BloomBlock", "FalconDecoderLayer", "GPTJBlock", "GPTNeoBlock", "MptBlock"})
 
+# What keeps a processor busy without its intermediate activations leaving the cache, or a GPU without filling it.
+_TOKENS_PER_BATCH = 1024
+_TOKENS_PER_BATCH_GPU = 16384
+
 
 @dataclass(frozen=True)
 class Call:
@@ -38,9 +42,12 @@ class Batch:
 
 
 @torch.no_grad()
-def embed(decoder: Decoder, windows: Tensor, batch_size: int) -> list[Batch]:
+def embed(decoder: Decoder, windows: Tensor, batch_size: int | None = None) -> list[Batch]:
     """The windows ``(N, T)`` as they enter the first block, in batches, with every block's call."""
     batches: list[Batch] = []
+    if batch_size is None:
+        tokens = _TOKENS_PER_BATCH_GPU if decoder.model.device.type == "cuda" else _TOKENS_PER_BATCH
+        batch_size = max(1, tokens // windows.shape[1])
     with _recording(decoder.blocks) as record:
         for ids in windows.split(batch_size):
             record.clear()

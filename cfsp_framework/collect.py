@@ -29,26 +29,25 @@ class BlockMeasurement:
     def summary(self, block: int, label: str) -> BlockSummary:
         """What an allocator sees of this block under the criterion called ``label``."""
         scalars = {s: value.item() for s, value in self.statistics.items() if value.ndim == 0}
-        return BlockSummary(
-            block, self.feed_forward, self.width, self.statistics.tokens, scalars, self.scores[label]
-        )
+        return BlockSummary(block, self.feed_forward, self.width, self.statistics.tokens, scalars, self.scores[label])
 
 
 def collect(
     decoder: Decoder,
-    windows: Tensor,
+    windows: Tensor | None,
     criteria: Mapping[str, Chosen[Criterion]],
     collectors: Sequence[Chosen[Collector]],
     *,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     progress: Progress,
 ) -> tuple[BlockMeasurement, ...]:
     """Measure every block on ``windows (N, T)`` and score its channels with every criterion.
 
-    Each block runs exactly once per batch and the head never. Where no collector is needed nothing runs at all.
+    Each block runs exactly once per batch and the head never. Where no collector is needed nothing runs at all, and
+    the windows may be None.
     """
-    batches = embed(decoder, windows, batch_size) if collectors else []
+    batches = embed(decoder, windows, batch_size) if collectors and windows is not None else []
     measurements: list[BlockMeasurement] = []
     with progress.bar("collect", total=len(decoder.blocks) * len(batches)) as step:
         for index in range(len(decoder.blocks)):

@@ -27,7 +27,7 @@ class Choice(BaseModel):
         return parse_choice(value) if isinstance(value, str) else value
 
     def __str__(self) -> str:
-        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        options = ",".join(f"{key}={'null' if value is None else value}" for key, value in self.options.items())
         return f"{self.name}:{options}" if options else self.name
 
 
@@ -100,9 +100,12 @@ def parse_choice(text: str) -> dict[str, object]:
     options: dict[str, object] = {}
     for part in filter(None, rest.split(",")):
         key, separator, value = part.partition("=")
-        if not separator:
+        if not separator or not key.strip():
             raise ConfigError(f"{text!r}: expected NAME:option=value,option=value, found {part!r}.")
-        options[key.strip()] = yaml.safe_load(value)
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{text!r}: the value of {key.strip()!r} cannot be read: {value!r}.") from error
     return {"name": name.strip(), "options": options}
 
 
@@ -113,9 +116,10 @@ def layered(preset: str | None, config_file: Path | None, given: Mapping[str, ob
     cfsp:distance=mse`` changes the distance only.
     """
     from_file = read_yaml(config_file) if config_file else {}
-    preset = preset or cast("str | None", from_file.pop("preset", None))
+    own_preset = from_file.pop("preset", None)
+    chosen = preset if preset is not None else own_preset
     merged: dict[str, object] = {}
-    for layer in (_preset(preset) if preset else {}, from_file, given):
+    for layer in (_preset(chosen) if chosen is not None else {}, from_file, given):
         for key, value in layer.items():
             merged[key] = _merged_choice(merged.get(key), value) if key in CHOICES else value
     return RunConfig.build(**merged)
@@ -132,17 +136,19 @@ def read_yaml(path: Path) -> dict[str, object]:
     return {str(key).replace("-", "_"): value for key, value in cast("dict[object, object]", loaded).items()}
 
 
-def _preset(name: str) -> Mapping[str, object]:
-    if name not in PRESETS:
-        raise ConfigError(f"Unknown preset {name!r}.{did_you_mean(name, PRESETS)}")
+def _preset(name: object) -> Mapping[str, object]:
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"Unknown preset {name!r}.{did_you_mean(str(name), PRESETS)}")
     return PRESETS[name]
 
 
 def _merged_choice(before: object, now: object) -> object:
+    """The options of both under one name; what is no choice is left for RunConfig to refuse."""
     old, new = _as_mapping(before), _as_mapping(now)
-    if old.get("name") != new.get("name"):
-        return new
-    return {**new, "options": {**_as_mapping(old.get("options")), **_as_mapping(new.get("options"))}}
+    old_options, new_options = old.get("options", {}), new.get("options", {})
+    if old.get("name") != new.get("name") or not isinstance(old_options, dict) or not isinstance(new_options, dict):
+        return now
+    return {**new, "options": {**cast("dict[str, object]", old_options), **cast("dict[str, object]", new_options)}}
 
 
 def _as_mapping(value: object) -> dict[str, object]:

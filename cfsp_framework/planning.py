@@ -83,7 +83,16 @@ class PruningPlan(_Frozen):
     components: dict[str, str]
     """The chosen component of each kind, with every option it ran with."""
     versions: dict[str, str]
-    blocks: tuple[BlockPlan, ...]
+    blocks: tuple[BlockPlan, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _each_block_once(self) -> Self:
+        seen: set[tuple[int, str]] = set()
+        for block in self.blocks:
+            if (block.block, block.path) in seen:
+                raise ValueError(f"block {block.block}, {block.path}: is there twice")
+            seen.add((block.block, block.path))
+        return self
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -108,9 +117,11 @@ class PruningPlan(_Frozen):
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+            where = ".".join(map(str, first["loc"])) or "as a whole"
             more = f" ({error.error_count()} problems in all)" if error.error_count() > 1 else ""
-            raise PlanError(f"the plan cannot be used: {where}: {first['msg'].removeprefix('Value error, ')}{more}") from error
+            raise PlanError(
+                f"the plan cannot be used: {where}: {first['msg'].removeprefix('Value error, ')}{more}"
+            ) from error
 
 
 def channel_ratio(ratio: float, parameters: int, prunable: int) -> float:
@@ -157,7 +168,9 @@ def total_to_keep(widths: Sequence[int], budget: Budget) -> int:
     return total
 
 
-def round_widths(shares: Sequence[float], widths: Sequence[int], budget: Budget, *, rebalance: bool = True) -> list[int]:
+def round_widths(
+    shares: Sequence[float], widths: Sequence[int], budget: Budget, *, rebalance: bool = True
+) -> list[int]:
     """Whole widths for real shares: the nearest allowed one per block, then single steps until the total is exact.
 
     Allowed are the multiples of ``round_to`` below a block's width, and the width itself; the larger one on a tie. A
@@ -193,7 +206,10 @@ def plan_blocks(
     shares = allocate(allocator, summaries, budget)
     widths = round_widths(shares, [summary.width for summary in summaries], budget, rebalance=rebalance)
     with allocator.blamed("importance()") as component:
-        importance = component.importance(summaries) or [None] * len(summaries)
+        found = component.importance(summaries)
+        importance = [None] * len(summaries) if found is None else [float(value) for value in found]
+    if len(importance) != len(summaries):
+        raise PluginError(f"{allocator} returned {len(importance)} importances for {len(summaries)} blocks.")
     return tuple(
         BlockPlan(
             block=summary.block,

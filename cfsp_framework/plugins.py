@@ -10,7 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -30,6 +30,7 @@ from .api import (
     Component,
     Criterion,
     RecoveryScheduler,
+    Site,
     Statistic,
 )
 from .errors import CfspError, ConfigError, PluginError
@@ -92,6 +93,9 @@ class Registry(Mapping[str, type[C]]):
 
     def __len__(self) -> int:
         return len(self._offers)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own expects a KeyError of __getitem__
+        return name in self._offers
 
     def origin(self, name: str) -> Origin:
         """Who offers ``name``."""
@@ -180,8 +184,13 @@ class Plugins:
             for offered in self._offered(implementation, hook):
                 cls = _checked(offered, base, hook, origin)
                 if cls.name in offers:
+                    other, where = offers[cls.name]
+                    if where == origin:
+                        raise PluginError(
+                            f"{origin}: {hook}() offered two classes called {cls.name!r}, {other.__name__} and {cls.__name__}."
+                        )
                     raise PluginError(
-                        f"{kind.capitalize()} {cls.name!r} is offered by both {offers[cls.name][1]} and {origin}. "
+                        f"{kind.capitalize()} {cls.name!r} is offered by both {where} and {origin}. "
                         "Disable one with -p no:NAME."
                     )
                 offers[cls.name] = cls, origin
@@ -189,19 +198,16 @@ class Plugins:
 
     def _offered(self, implementation: pluggy.HookImpl, hook: str) -> list[object]:
         answer = self._call(implementation, hook)
+        origin = self.origins[implementation.plugin_name]
         if not isinstance(answer, Iterable):
-            origin = self.origins[implementation.plugin_name]
             raise PluginError(f"{origin}: {hook}() returned {answer!r}; it must return a list of classes.")
-        return list(cast("Iterable[object]", answer))
+        with _blamed(origin, hook):  # a hook written as a generator runs here
+            return list(cast("Iterable[object]", answer))
 
     def _call(self, implementation: pluggy.HookImpl, hook: str, **arguments: object) -> object:
-        wanted = {name: arguments[name] for name in implementation.argnames}
-        try:
+        wanted = {name: arguments[name] for name in (*implementation.argnames, *implementation.kwargnames)}
+        with _blamed(self.origins[implementation.plugin_name], hook):
             return cast("Callable[..., object]", implementation.function)(**wanted)
-        except CfspError:
-            raise
-        except Exception as error:
-            raise PluginError(f"{self.origins[implementation.plugin_name]} failed in {hook}(): {_cause(error)}") from error
 
 
 def load_plugins(specs: Sequence[str] = ()) -> Plugins:
@@ -221,9 +227,11 @@ def load_plugins(specs: Sequence[str] = ()) -> Plugins:
     for point in points:
         if point.name not in blocked:
             _register(manager, origins, _origin(point), point.load, f"Disable it with -p no:{point.name}.")
-    for spec in specs:
+    for spec in dict.fromkeys(specs):
         if not spec.startswith("no:"):
-            _register(manager, origins, Origin(spec), lambda spec=spec: _import(spec), f"It was asked for with -p {spec}.")
+            _register(
+                manager, origins, Origin(spec), lambda spec=spec: _import(spec), f"It was asked for with -p {spec}."
+            )
     _check_hooks(manager, origins)
     return Plugins(manager, origins)
 
@@ -241,7 +249,10 @@ def _register(
     if origin.plugin in origins:
         raise PluginError(f"Two plugins are called {origin.plugin!r}: {origins[origin.plugin]} and {origin}.")
     try:
-        manager.register(load(), name=origin.plugin)
+        plugin = load()
+        if (loaded := manager.get_name(plugin)) is not None:
+            raise PluginError(f"{origin} is loaded already, as {origins[loaded]}. {remedy}")
+        manager.register(plugin, name=origin.plugin)
     except CfspError:
         raise
     except Exception as error:
@@ -268,16 +279,35 @@ def _import(spec: str) -> ModuleType:
     return module
 
 
+@contextmanager
+def _blamed(origin: Origin, hook: str) -> Iterator[None]:
+    """Run a plugin's hook; whatever it raises becomes a PluginError that names both."""
+    try:
+        yield
+    except CfspError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{origin} failed in {hook}(): {_cause(error)}") from error
+
+
 def _check_hooks(manager: pluggy.PluginManager, origins: Mapping[str, Origin]) -> None:
-    """pluggy accepts a misspelt hook, and a plugin without any, in silence; here both are errors."""
+    """pluggy accepts a misspelt hook, and a plugin without any, in silence; here both are errors, and so are wrappers."""
     known = [name for name in vars(hookspecs) if name.startswith("cfsp_")]
     for name, plugin in manager.list_name_plugin():
         callers = manager.get_hookcallers(plugin) or []
         for caller in callers:
             if not caller.has_spec():
-                raise PluginError(f"{origins[name]} implements an unknown hook, {caller.name}().{did_you_mean(caller.name, known)}")
+                raise PluginError(
+                    f"{origins[name]} implements an unknown hook, {caller.name}().{did_you_mean(caller.name, known)}"
+                )
+            if any(found.plugin is plugin and (found.wrapper or found.hookwrapper) for found in caller.get_hookimpls()):
+                raise PluginError(
+                    f"{origins[name]} wraps {caller.name}(), which cannot be wrapped; use a plain @hookimpl."
+                )
         if not callers:
-            raise PluginError(f"{origins[name]} implements no hook; was @hookimpl forgotten? Hooks: {', '.join(known)}.")
+            raise PluginError(
+                f"{origins[name]} implements no hook; was @hookimpl forgotten? Hooks: {', '.join(known)}."
+            )
     manager.check_pending()
 
 
@@ -285,12 +315,26 @@ def _checked(offered: object, base: type[C], hook: str, origin: Origin) -> type[
     """``offered`` as a class that can be selected by name."""
     if not (isinstance(offered, type) and issubclass(offered, base)):
         raise PluginError(f"{origin}: {hook}() offered {offered!r}, which is not a subclass of {base.__name__}.")
-    for attribute in ("name", "provides", "site") if issubclass(offered, Collector) else ("name",):
+    where = f"{origin}: {hook}() offered {offered.__name__}, which"
+    attributes: dict[str, type] = {"name": str, "requires": Set}
+    if issubclass(offered, Collector):
+        attributes |= {"provides": Statistic, "site": Site}
+    for attribute, expected in attributes.items():
+        if attribute in offered.model_fields:
+            raise PluginError(
+                f"{where} declares `{attribute}` as an option; leave out its annotation or make it a ClassVar."
+            )
         if not hasattr(offered, attribute):
-            raise PluginError(f"{origin}: {hook}() offered {offered.__name__}, which does not set `{attribute}`.")
+            raise PluginError(f"{where} does not set `{attribute}`.")
+        value: object = getattr(offered, attribute)
+        if not isinstance(value, expected):
+            raise PluginError(f"{where} sets `{attribute}` to {value!r}, not to a {expected.__name__}.")
+    for statistic in cast("Set[object]", offered.requires):
+        if not isinstance(statistic, Statistic):
+            raise PluginError(f"{where} requires {statistic!r}, which is not a Statistic.")
     abstract = ", ".join(sorted(offered.__abstractmethods__))
     if abstract:
-        raise PluginError(f"{origin}: {hook}() offered {offered.__name__}, which does not define {abstract}().")
+        raise PluginError(f"{where} does not define {abstract}().")
     return offered
 
 
@@ -299,4 +343,5 @@ def _validation_message(error: ValidationError) -> str:
 
 
 def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": .") + "."
+    message = " ".join(str(error).split())  # one line, also for the longer messages of pluggy, pydantic and torch
+    return f"{type(error).__name__}: {message}".rstrip(": .") + "."

@@ -72,7 +72,7 @@ def spread(importance: Sequence[float], temperature: float, ratio: float) -> lis
     centre = fmean(importance)
     z = [_sigmoid(temperature * (value - centre)) for value in importance]
     mean, largest = fmean(z), max(z)
-    if largest / mean * (1 - ratio) >= 1:
+    if largest > mean and largest / mean * (1 - ratio) >= 1:
         shrink = mean * (1 / (1 - ratio) - 1) / (1.05 * (largest - mean))
         z = [mean + (value - mean) * shrink for value in z]
         mean = fmean(z)

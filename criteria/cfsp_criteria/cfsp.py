@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -67,5 +68,6 @@ def _printed(feed_forward: FeedForward, activation: Tensor) -> Tensor:
 
 
 def _inverse(total: Tensor) -> Tensor:
-    """One over each total, and 0 where it is 0: what has no weight has no share."""
-    return (total != 0) / total.where(total != 0, 1)
+    """One over each total, and 0 where it is 0 or too small to invert: what has no weight has no share."""
+    there = total > torch.finfo(total.dtype).tiny
+    return there / total.where(there, 1)

@@ -14,7 +14,8 @@ FUSED = FeedForwardLayout(path="mlp", gate="gate_up_proj", up="gate_up_proj", do
 
 LAYOUTS = {
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite", "smollm3"), SEPARATE
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite", "smollm3"),
+        SEPARATE,
     ),
     "phi3": FUSED,
 }

@@ -1,0 +1,5 @@
+"""``python -m cfsp_framework`` is ``cfsp``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,56 @@
+"""Calibration windows: tokens cut from a text at seeded random places."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import mixture, read_text, shares
+from .errors import DataError
+from .planning import CalibrationIdentity
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """All of ``text`` in one call with the tokenizer's default special tokens: ``(n,)`` int64."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def draw_windows(ids: Tensor, samples: int, seqlen: int, seed: int) -> Tensor:
+    """``samples`` windows of ``seqlen`` from ``ids (n,)``, ``(samples, seqlen)``.
+
+    Starts are drawn as the field does (GPTQ, Wanda, CFSP): Python's ``randint(0, n - seqlen - 1)`` from one seed.
+    """
+    draw = random.Random(seed)
+    starts = [draw.randint(0, len(ids) - seqlen - 1) for _ in range(samples)]
+    return torch.stack([ids[start : start + seqlen] for start in starts])
+
+
+def calibration_windows(spec: str, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
+    """The calibration windows of a data SPEC, ``(samples, seqlen)``; a mixture's parts come one after another.
+
+    Raises:
+        DataError: a part cannot be read, or is shorter than one window.
+    """
+    parts = mixture(spec)
+    windows: list[Tensor] = []
+    for (name, _), count in zip(parts, shares([weight for _, weight in parts], samples), strict=True):
+        ids = tokenize(read_text(name, "calibration"), tokenizer)
+        if len(ids) <= seqlen:
+            raise DataError(
+                f"data {name!r} has {len(ids)} tokens, too few for one calibration window of {seqlen}; "
+                "give more text or a smaller --seqlen."
+            )
+        if count:
+            windows.append(draw_windows(ids, count, seqlen, seed))
+    return torch.cat(windows)
+
+
+def identify(spec: str, windows: Tensor, seed: int) -> CalibrationIdentity:
+    """Which tokens these are."""
+    samples, seqlen = windows.shape
+    fingerprint = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    return CalibrationIdentity(spec=spec, samples=samples, seqlen=seqlen, seed=seed, fingerprint=fingerprint)

@@ -1,0 +1,193 @@
+"""Data SPECs: where text comes from.
+
+A SPEC is ``demo``, a well-known name, a local file or folder (``PATH`` or ``PATH:COLUMN``),
+``hf:REPO[:CONFIG][:SPLIT][:COLUMN]``, or a mixture ``A=0.7,B=0.3``. Calibration and evaluation take different splits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import DataError
+from .plugins import did_you_mean
+
+Role = Literal["calibration", "evaluation"]
+
+STREAM_CHARACTERS = 8_000_000
+"""How much is read of a corpus too large to be read whole: about two million tokens."""
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """A data set on the Hugging Face Hub and how the field joins its rows into one text."""
+
+    repository: str
+    config: str | None = None
+    calibration_split: str = "train"
+    evaluation_split: str = "test"
+    column: str = "text"
+    calibration_joint: str = "\n\n"
+    evaluation_joint: str = "\n\n"
+    streamed: bool = False
+    revision: str | None = None
+    evaluation_skip: int = 0
+    """Rows the evaluation skips where both roles read one split."""
+
+
+WELL_KNOWN: dict[str, HubCorpus] = {
+    "wikitext2": HubCorpus("Salesforce/wikitext", "wikitext-2-raw-v1", calibration_joint=" "),
+    "ptb": HubCorpus(
+        "ptb-text-only/ptb_text_only", column="sentence", calibration_joint=" ", evaluation_joint=" ",
+        revision="refs/convert/parquet",
+    ),
+    "c4": HubCorpus("allenai/c4", "en", evaluation_split="validation", streamed=True),
+    "fineweb-edu": HubCorpus(
+        "HuggingFaceFW/fineweb-edu", "sample-10BT", evaluation_split="train", streamed=True, evaluation_skip=100_000
+    ),
+}  # fmt: skip
+
+_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def mixture(spec: str) -> list[tuple[str, float]]:
+    """The parts of a SPEC with their weights; a plain SPEC is one part of weight 1.
+
+    Raises:
+        DataError: a weight is missing or not positive.
+    """
+    if "=" not in spec or Path(spec).exists():
+        return [(spec, 1.0)]
+    parts: list[tuple[str, float]] = []
+    for part in spec.split(","):
+        name, _, weight = part.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not (name and 0 < value < math.inf):
+            raise DataError(
+                f"data {spec!r}: a mixture is NAME=WEIGHT,NAME=WEIGHT with positive weights; found {part!r}."
+            )
+        parts.append((name.strip(), value))
+    return parts
+
+
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """``total`` split in proportion to ``weights``, by largest remainder; the first on a tie."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [math.floor(value) for value in exact]
+    order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def read_text(spec: str, role: Role) -> str:
+    """The text of one part of a SPEC.
+
+    Raises:
+        DataError: it cannot be found or read, or holds no text.
+    """
+    if spec == "demo":
+        from .demo import corpus
+
+        text = corpus.text("calibration" if role == "calibration" else "test")
+    elif spec in WELL_KNOWN:
+        text = _read_hub(spec, WELL_KNOWN[spec], role)
+    elif spec.startswith("hf:"):
+        text = _read_hub(spec, _hub_corpus(spec), role)
+    else:
+        text = _read_local(spec, role)
+    if not text.strip():
+        raise DataError(f"data {spec!r} holds no text.")
+    return text
+
+
+def _hub_corpus(spec: str) -> HubCorpus:
+    repository, *rest = spec.removeprefix("hf:").split(":")
+    if not repository or len(rest) > 3:
+        raise DataError(f"data {spec!r}: expected hf:REPO[:CONFIG][:SPLIT][:COLUMN].")
+    config, split, column = [*rest, "", "", ""][:3]
+    calibration, evaluation = (split, split) if split else ("train", "test")
+    return HubCorpus(repository, config or None, calibration, evaluation, column or "text")
+
+
+def _read_hub(spec: str, corpus: HubCorpus, role: Role) -> str:
+    from datasets import load_dataset
+
+    split = corpus.calibration_split if role == "calibration" else corpus.evaluation_split
+    joint = corpus.calibration_joint if role == "calibration" else corpus.evaluation_joint
+    try:
+        rows = load_dataset(
+            corpus.repository, corpus.config, split=split, streaming=corpus.streamed, revision=corpus.revision
+        )
+        if role == "evaluation" and corpus.evaluation_skip:
+            rows = rows.skip(corpus.evaluation_skip)
+        return _join(spec, rows, corpus.column, joint, STREAM_CHARACTERS if corpus.streamed else None)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises whatever its file systems and parsers do
+        raise DataError(f"data {spec!r} cannot be read from the Hub: {_first_line(error)}") from error
+
+
+def _read_local(spec: str, role: Role) -> str:
+    path, column = Path(spec), "text"
+    if not path.exists() and ":" in spec:
+        path, column = Path(spec.rpartition(":")[0]), spec.rpartition(":")[2]
+    if not path.exists():
+        raise DataError(f"data {spec!r}: there is no such file or name.{did_you_mean(spec, ['demo', *WELL_KNOWN])}")
+    try:
+        if path.suffix == ".txt":
+            return path.read_text(encoding="utf-8")
+        return _join(spec, _load_local(path, role), column, "\n\n")
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"data {spec!r} cannot be read: {_first_line(error)}") from error
+
+
+def _load_local(path: Path, role: Role) -> Any:
+    """The rows of a local file or folder; of a data set with splits, the one for the role."""
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    if path.is_dir():
+        saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+        loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
+    elif path.suffix in _LOADERS:
+        loaded = load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
+    else:
+        raise DataError(f"data {str(path)!r}: expected .txt, {', '.join(_LOADERS)} or a folder with a data set.")
+    if isinstance(loaded, Dataset):
+        return loaded
+    wanted = ("train",) if role == "calibration" else ("test", "validation")
+    name = next((name for name in wanted if name in loaded), next(iter(loaded)))
+    return loaded[name]
+
+
+def _join(spec: str, rows: Any, column: str, joint: str, characters: int | None = None) -> str:
+    """The rows' texts in order, up to about ``characters``."""
+    names = rows.column_names
+    if names is not None and column not in names:
+        raise DataError(f"data {spec!r} has no column {column!r}.{did_you_mean(column, names)}")
+    if characters is None:
+        return joint.join(str(text) for text in rows[column][:])
+    return joint.join(_take((str(row[column]) for row in rows), characters))
+
+
+def _take(texts: Iterable[str], characters: int) -> list[str]:
+    taken, length = [], 0
+    for text in islice(texts, characters):
+        taken.append(text)
+        length += len(text)
+        if length >= characters:
+            break
+    return taken
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,0 +1,91 @@
+"""Writing files and folders so that they are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import OutputError
+
+_USERS_PROBLEM = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
+)
+
+
+@contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside ``folder`` to write into; renamed to it at the end, removed if anything fails.
+
+    Raises:
+        OutputError: the place is not writable or full.
+    """
+    with _writing(folder):
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.absolute().parent))
+        try:
+            yield aside
+            _make_readable(aside)
+            _put_in_place(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        OutputError: the place is not writable or full.
+    """
+    with _writing(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an OutputError; safetensors hides it in an exception of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _USERS_PROBLEM:
+            raise
+        raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+    except Exception as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OutputError(f"{path} cannot be written: {os.strerror(errno.ENOSPC)}.") from error
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    if not folder.exists():
+        aside.rename(folder)
+        return
+    old = aside.with_suffix(".old")
+    folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old)
+
+
+def _make_readable(folder: Path) -> None:
+    """Give files the mode others expect: safetensors and mkdtemp keep theirs to the owner."""
+    umask = _umask()
+    folder.chmod(0o777 & ~umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

@@ -1,0 +1,79 @@
+"""Lets Transformers build a model whose feed-forward widths differ between blocks, when this package is imported.
+
+Transformers' configurations understand ``per_layer_config`` since 5.14; its modelling code does not build from it yet.
+A decoder layer class is wrapped the first time such a configuration asks for it; for every other configuration, and
+for architectures that read ``per_layer_config`` themselves, nothing changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+_INDEX_ARGUMENTS = ("layer_idx", "layer_id", "layer_number")
+
+
+def finish_block(block: nn.Module, layer_config: Any, config: Any) -> None:
+    """Complete a block built from its own layer's configuration."""
+    for module in block.modules():
+        if getattr(module, "config", None) is layer_config:  # a copy: set_attn_implementation would miss this module
+            module.config = config
+    for path in config.to_dict().get("added_biases") or ():
+        linear = block.get_submodule(path)
+        linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
+
+
+def install() -> None:
+    """Make every model class honour ``per_layer_config``; doing it twice changes nothing."""
+    original = PreTrainedModel.__init__
+    if getattr(original, "_per_layer", False):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(config, "is_heterogeneous", False):
+            _patch_layers(type(self))
+        original(self, config, *args, **kwargs)
+
+    __init__._per_layer = True  # type: ignore[attr-defined]
+    PreTrainedModel.__init__ = __init__  # type: ignore[method-assign]
+
+
+def _patch_layers(model_class: type[PreTrainedModel]) -> None:
+    native = next((c for c in model_class.__mro__ if c.__module__.startswith("transformers.models.")), None)
+    if native is None:
+        return
+    module = importlib.import_module(native.__module__)
+    if "per_layer_config" in inspect.getsource(module):
+        return  # this architecture builds from it itself
+    for name in model_class._no_split_modules or ():
+        if hasattr(module, name):
+            _patch_layer(getattr(module, name))
+
+
+def _patch_layer(layer_class: type[nn.Module]) -> None:
+    original = layer_class.__init__
+    if getattr(original, "_per_layer", False):
+        return
+    signature = inspect.signature(original)
+
+    # Wrapped in place: a class swapped for another breaks hidden_states and pickling elsewhere.
+    @functools.wraps(original)
+    def __init__(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
+        if not getattr(config, "is_heterogeneous", False):
+            original(self, config, *args, **kwargs)
+            return
+        bound = signature.bind(self, config, *args, **kwargs).arguments
+        index = next(bound[name] for name in _INDEX_ARGUMENTS if bound.get(name) is not None)
+        layer_config = config.per_layer_config[index]
+        original(self, layer_config, *args, **kwargs)
+        finish_block(self, layer_config, config)
+
+    __init__._per_layer = True  # type: ignore[attr-defined]
+    layer_class.__init__ = __init__  # type: ignore[method-assign]
