@@ -65,13 +65,16 @@ class Decoder:
         """Block ``index``'s feed-forward in the common convention; ``seed`` is for components that draw."""
         layout, projections = self.architecture.feed_forward, self.projections(index)
         up, down = projections[layout.up], projections[layout.down]
-        gate = projections[layout.gate] if layout.gate is not None else None
+        gate_weight: Tensor | None = None
+        gate_bias: Tensor | None = None
+        up_weight: Tensor = up.weight
+        up_bias: Tensor | None = up.bias
         if layout.fused:  # one projection of 2F rows: [gate; up]
             gate_weight, up_weight = up.weight.chunk(2)  # each (F, D)
-            gate_bias, up_bias = up.bias.chunk(2) if up.bias is not None else (None, None)  # each (F,)
-        else:
-            gate_weight, up_weight = gate.weight if gate is not None else None, up.weight  # each (F, D)
-            gate_bias, up_bias = gate.bias if gate is not None else None, up.bias  # each (F,)
+            if up.bias is not None:
+                gate_bias, up_bias = up.bias.chunk(2)  # each (F,)
+        elif layout.gate is not None:
+            gate_weight, gate_bias = projections[layout.gate].weight, projections[layout.gate].bias  # (F, D), (F,)
         return FeedForward(
             block=index,
             path=layout.path,

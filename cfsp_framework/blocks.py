@@ -6,7 +6,7 @@ blocks on models with sliding windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from .errors import ModelError
 _RETURN_TUPLES = frozenset({"BloomBlock", "FalconDecoderLayer", "GPTJBlock", "GPTNeoBlock", "MptBlock"})
 
 # What keeps a processor busy without its intermediate activations leaving the cache, or a GPU without filling it.
-_TOKENS_PER_BATCH = 1024
+_TOKENS_PER_BATCH = 512
 _TOKENS_PER_BATCH_GPU = 16384
 
 
@@ -33,21 +33,22 @@ class Call:
     keyword: Mapping[str, Any]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
     """Some calibration windows on their way through the blocks."""
 
-    hidden: Tensor  # (B, T, D)
+    hidden: Tensor  # (B, T, D), a view of one buffer that holds all windows
     calls: tuple[Call, ...]  # one per block
 
 
 @torch.no_grad()
 def embed(decoder: Decoder, windows: Tensor, batch_size: int | None = None) -> list[Batch]:
     """The windows ``(N, T)`` as they enter the first block, in batches, with every block's call."""
-    batches: list[Batch] = []
     if batch_size is None:
         tokens = _TOKENS_PER_BATCH_GPU if decoder.model.device.type == "cuda" else _TOKENS_PER_BATCH
         batch_size = max(1, tokens // windows.shape[1])
+    batches: list[Batch] = []
+    buffer: Tensor | None = None  # (N, T, D): one allocation, rewritten by every block, so that memory does not fragment
     with _recording(decoder.blocks) as record:
         for ids in windows.split(batch_size):
             record.clear()
@@ -55,23 +56,29 @@ def embed(decoder: Decoder, windows: Tensor, batch_size: int | None = None) -> l
             decoder.base(ids.to(decoder.model.device), use_cache=False)
             if len(record) != len(decoder.blocks):
                 raise ModelError(f"the model called {len(record)} of its {len(decoder.blocks)} blocks once each.")
+            entering: Tensor = record[0][0][0]  # (B, T, D)
+            if buffer is None:
+                buffer = entering.new_empty(len(windows), *entering.shape[1:])
+            start = sum(len(batch.hidden) for batch in batches)
+            hidden = buffer[start : start + len(ids)].copy_(entering)
             calls = tuple(Call(arguments[1:], keywords) for arguments, keywords in record)
             if batches and _equal(calls, batches[-1].calls):
                 calls = batches[-1].calls  # windows of one length share masks and rotary tables: keep one copy
-            batches.append(Batch(record[0][0][0], calls))
+            batches.append(Batch(hidden, calls))
     return batches
 
 
 @torch.no_grad()
-def advance(block: nn.Module, index: int, batch: Batch) -> None:
-    """Run block ``index`` on the batch's hidden states, which its output replaces."""
+def run_block(block: nn.Module, index: int, batch: Batch) -> Tensor:
+    """What block ``index`` makes of the batch, ``(B, T, D)``; copy it into ``batch.hidden`` to go on to the next."""
     call = batch.calls[index]
-    output = block(batch.hidden, *call.positional, **call.keyword)
-    batch.hidden = output if isinstance(output, Tensor) else output[0]  # (B, T, D)
+    output: Any = block(batch.hidden, *call.positional, **call.keyword)
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
 
 
 @contextmanager
-def listening(module: nn.Module, hear: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+def listening(module: nn.Module, hear: Callable[[Tensor, Tensor], None]) -> Generator[None]:
     """Call ``hear(input, output)`` on every forward of ``module``; the hook never outlives the context."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -85,7 +92,7 @@ def listening(module: nn.Module, hear: Callable[[Tensor, Tensor], None]) -> Iter
 
 
 @contextmanager
-def _recording(blocks: Sequence[nn.Module]) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+def _recording(blocks: Sequence[nn.Module]) -> Generator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """While open, a block returns its input unchanged and its call is appended to the yielded list."""
     record: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 

@@ -60,11 +60,11 @@ def verify(folder: Path, decoder: Decoder, ids: Tensor) -> float:
         CfspError: the checkpoint does not compute what the model in memory computes.
     """
     model = decoder.model
-    written = open_model(folder).to(model.device)
+    written = open_model(folder, device=model.device)
     ids = ids.to(model.device)
     expected = model(ids, use_cache=False).logits  # (1, T, V)
     found = written(ids, use_cache=False).logits
-    difference = (found.float() - expected.float()).abs().max().item()
+    difference: float = (found.float() - expected.float()).abs().max().item()
     if written.dtype != model.dtype or not difference <= 1e-3 * expected.float().abs().max().item():
         raise CfspError(
             f"the checkpoint written does not compute what the model in memory does: dtype {written.dtype} against "

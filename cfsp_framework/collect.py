@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .api import Accumulator, BlockStatistics, BlockSummary, Collector, Criterion, FeedForward, Site, Statistic
 from .architectures import Decoder
-from .blocks import Batch, advance, embed, listening
+from .blocks import Batch, embed, listening, run_block
 from .errors import PluginError
 from .plugins import Chosen
 from .progress import Progress
@@ -88,10 +88,10 @@ def _measure(
     tokens = 0
     with _listening(decoder, index, running):
         for batch in batches:
-            before = batch.hidden  # (B, T, D)
-            advance(decoder.blocks[index], index, batch)
-            _feed(running, Site.BLOCK, before, batch.hidden)
-            tokens += before.shape[0] * before.shape[1]
+            output = run_block(decoder.blocks[index], index, batch)  # (B, T, D)
+            _feed(running, Site.BLOCK, batch.hidden, output)
+            batch.hidden.copy_(output)
+            tokens += output.shape[0] * output.shape[1]
             step()
     values: dict[Statistic, Tensor] = {}
     for chosen, accumulator in running:
@@ -108,7 +108,7 @@ def _start(chosen: Chosen[Collector]) -> Accumulator:
 @contextmanager
 def _listening(
     decoder: Decoder, index: int, running: Sequence[tuple[Chosen[Collector], Accumulator]]
-) -> Iterator[None]:
+) -> Generator[None]:
     """Hooks only where somebody listens."""
     with ExitStack() as stack:
         if any(chosen.component.site is Site.DOWN_PROJECTION for chosen, _ in running):

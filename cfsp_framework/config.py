@@ -37,27 +37,33 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="A folder, a Hub id, or `demo`.")
-    ratio: float = Field(0.5, ge=0, lt=1, allow_inf_nan=False, description="Share to remove, in [0, 1).")
+    ratio: float = Field(default=0.5, ge=0, lt=1, allow_inf_nan=False, description="Share to remove, in [0, 1).")
     budget: Literal["channels", "parameters"] = Field(
-        "channels", description="What --ratio counts: feed-forward channels, or all parameters of the model."
+        default="channels", description="What --ratio counts: feed-forward channels, or all parameters of the model."
     )
-    round_to: int = Field(128, ge=1, description="Widths are multiples of this.")
-    rebalance: bool = Field(True, description="Restore the exact budget after rounding.")
+    round_to: int = Field(default=128, ge=1, description="Widths are multiples of this.")
+    rebalance: bool = Field(default=True, description="Restore the exact budget after rounding.")
     criterion: Choice = Choice(name="cfsp")
     allocator: Choice = Choice(name="cfsp")
     compensator: Choice = Choice(name="none")
     recovery: Choice = Choice(name="none")
-    calibration: str = Field("demo", description="Data SPEC the activations are measured on.")
-    samples: int = Field(128, ge=1, description="Calibration windows.")
-    seqlen: int | None = Field(None, ge=2, description="Tokens per window; default: 1024, or the model's context.")
-    batch_size: int | None = Field(None, ge=1, description="Windows per batch; default: what keeps a batch small.")
-    seed: int = Field(0, ge=0, description="Seed of everything that draws.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own.")
-    evaluate: tuple[str, ...] = Field((), description="Data SPECs to report perplexity on.")
-    evaluate_windows: int | None = Field(None, ge=1, description="Evaluate on the first N windows only.")
-    trust_remote_code: bool = Field(False, description="Run the Python code a checkpoint brings along.")
-    plugins: tuple[str, ...] = Field((), description="-p: a module, a file.py, or no:NAME.")
+    calibration: str = Field(default="demo", description="Data SPEC the activations are measured on.")
+    samples: int = Field(default=128, ge=1, description="Calibration windows.")
+    seqlen: int | None = Field(
+        default=None, ge=2, description="Tokens per window; default: 1024, or the model's context."
+    )
+    batch_size: int | None = Field(
+        default=None, ge=1, description="Windows per batch; default: what keeps a batch small."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of everything that draws.")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: the checkpoint's own."
+    )
+    evaluate: tuple[str, ...] = Field(default=(), description="Data SPECs to report perplexity on.")
+    evaluate_windows: int | None = Field(default=None, ge=1, description="Evaluate on the first N windows only.")
+    trust_remote_code: bool = Field(default=False, description="Run the Python code a checkpoint brings along.")
+    plugins: tuple[str, ...] = Field(default=(), description="-p: a module, a file.py, or no:NAME.")
 
     @field_validator("evaluate", "plugins", mode="before")
     @classmethod
@@ -146,7 +152,8 @@ def _merged_choice(before: object, now: object) -> object:
     """The options of both under one name; what is no choice is left for RunConfig to refuse."""
     old, new = _as_mapping(before), _as_mapping(now)
     old_options, new_options = old.get("options", {}), new.get("options", {})
-    if old.get("name") != new.get("name") or not isinstance(old_options, dict) or not isinstance(new_options, dict):
+    same = "name" in new and new["name"] == old.get("name")
+    if not (same and isinstance(old_options, dict) and isinstance(new_options, dict)):
         return now
     return {**new, "options": {**cast("dict[str, object]", old_options), **cast("dict[str, object]", new_options)}}
 

@@ -68,7 +68,8 @@ def continuations(folder: Path, prompts: Sequence[str] = ("Return the ", "The cl
 
     from .models import open_model
 
-    model, tokenizer = open_model(folder), AutoTokenizer.from_pretrained(folder)
+    model: Any = open_model(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     written = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -115,7 +116,7 @@ def component_details(plugins: Plugins, name: str) -> list[dict[str, Any]]:
     found = [
         {**_row(registry.kind, name, registry[name], plugins), **_details(registry[name])}
         for registry in plugins.registries
-        if name in registry.keys()
+        if name in registry
     ]
     if not found:
         known = [known for registry in plugins.registries for known in registry]
@@ -151,7 +152,7 @@ def _row(kind: str, name: str, cls: type[Component], plugins: Plugins) -> dict[s
         "plugin": origin.plugin,
         "distribution": f"{origin.distribution} {origin.version}" if origin.distribution else None,
         "requires": sorted(statistic.name for statistic in _required(cls)),
-        "summary": inspect.getdoc(cls).splitlines()[0] if cls.__doc__ else "",
+        "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
     }
     if issubclass(cls, Collector):
         row["provides"] = cls.provides.name
@@ -162,7 +163,7 @@ def _required(cls: type[Component]) -> frozenset[Any]:
     """What the component requires with its default options."""
     try:
         return cls().required()
-    except Exception:  # an option without a default
+    except Exception:  # noqa: BLE001  (an option without a default, or a third party's mistake)
         return cls.requires
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _USERS_PROBLEM = frozenset(
 
 
 @contextmanager
-def staged_folder(folder: Path) -> Iterator[Path]:
+def staged_folder(folder: Path) -> Generator[Path]:
     """A folder beside ``folder`` to write into; renamed to it at the end, removed if anything fails.
 
     Raises:
@@ -53,7 +53,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Generator[None]:
     """Turn what the file system refuses into an OutputError; safetensors hides it in an exception of its own."""
     try:
         yield

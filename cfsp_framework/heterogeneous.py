@@ -25,7 +25,7 @@ def finish_block(block: nn.Module, layer_config: Any, config: Any) -> None:
         if getattr(module, "config", None) is layer_config:  # a copy: set_attn_implementation would miss this module
             module.config = config
     for path in config.to_dict().get("added_biases") or ():
-        linear = block.get_submodule(path)
+        linear: Any = block.get_submodule(path)
         linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
 
 

@@ -41,26 +41,29 @@ def load_model(config: RunConfig) -> LoadedModel:
     device = pick_device(config.device)
     check_checkpoint(folder)
     try:
-        model = open_model(folder, config.dtype, trust_remote_code=config.trust_remote_code).to(device)
+        model = open_model(folder, config.dtype, device=device, trust_remote_code=config.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {config.model!r} cannot be opened: {_one_line(error)}") from error
     return LoadedModel(model, tokenizer, config.model, folder, fingerprint(folder))
 
 
-def open_model(folder: Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
+def open_model(
+    folder: Path, dtype: str = "auto", *, device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The checkpoint in ``folder``, in evaluation mode; every parameter comes from it or it is refused.
 
     Transformers re-initialises what a checkpoint lacks and only logs it; here that is an error.
     """
-    model, told = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
     )
+    model, told = loaded
     wrong = [*told["missing_keys"], *told["mismatched_keys"], *told["unexpected_keys"]]
     if wrong:
         raise ModelError(f"the weights in {folder} do not fit the model, first of {len(wrong)}: {wrong[0]}.")
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    opened: PreTrainedModel = model.to(device).eval()
+    return opened
 
 
 def resolve(source: str) -> Path:

@@ -196,7 +196,8 @@ def round_widths(
 def keep_highest(scores: Tensor, count: int) -> tuple[int, ...]:
     """Indices of the ``count`` highest of ``scores (F,)``, ascending; among equals the lower index stays."""
     order = scores.neg().argsort(stable=True)  # (F,)
-    return tuple(sorted(order[:count].tolist()))
+    kept: list[int] = order[:count].sort().values.tolist()  # pyright: ignore[reportUnknownMemberType]
+    return tuple(kept)
 
 
 def plan_blocks(

@@ -10,9 +10,11 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from .pipeline import RunResult
 
 C = TypeVar("C", bound=Component)
+C_co = TypeVar("C_co", bound=Component, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,17 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Chosen(Generic[C]):
+class Chosen(Generic[C_co]):
     """A configured component and its origin, so that what goes wrong in it can be named."""
 
-    component: C
+    component: C_co
     origin: Origin
 
     def __str__(self) -> str:
         return f"{self.component.kind} {self.component.name!r} ({self.origin})"
 
     @contextmanager
-    def blamed(self, action: str) -> Iterator[C]:
+    def blamed(self, action: str) -> Generator[C_co]:
         """Run the component's code; whatever it raises becomes a PluginError that names it."""
         try:
             yield self.component
@@ -207,7 +210,7 @@ class Plugins:
     def _call(self, implementation: pluggy.HookImpl, hook: str, **arguments: object) -> object:
         wanted = {name: arguments[name] for name in (*implementation.argnames, *implementation.kwargnames)}
         with _blamed(self.origins[implementation.plugin_name], hook):
-            return cast("Callable[..., object]", implementation.function)(**wanted)
+            return implementation.function(**wanted)
 
 
 def load_plugins(specs: Sequence[str] = ()) -> Plugins:
@@ -229,9 +232,7 @@ def load_plugins(specs: Sequence[str] = ()) -> Plugins:
             _register(manager, origins, _origin(point), point.load, f"Disable it with -p no:{point.name}.")
     for spec in dict.fromkeys(specs):
         if not spec.startswith("no:"):
-            _register(
-                manager, origins, Origin(spec), lambda spec=spec: _import(spec), f"It was asked for with -p {spec}."
-            )
+            _register(manager, origins, Origin(spec), partial(_import, spec), f"It was asked for with -p {spec}.")
     _check_hooks(manager, origins)
     return Plugins(manager, origins)
 
@@ -280,7 +281,7 @@ def _import(spec: str) -> ModuleType:
 
 
 @contextmanager
-def _blamed(origin: Origin, hook: str) -> Iterator[None]:
+def _blamed(origin: Origin, hook: str) -> Generator[None]:
     """Run a plugin's hook; whatever it raises becomes a PluginError that names both."""
     try:
         yield
@@ -316,7 +317,7 @@ def _checked(offered: object, base: type[C], hook: str, origin: Origin) -> type[
     if not (isinstance(offered, type) and issubclass(offered, base)):
         raise PluginError(f"{origin}: {hook}() offered {offered!r}, which is not a subclass of {base.__name__}.")
     where = f"{origin}: {hook}() offered {offered.__name__}, which"
-    attributes: dict[str, type] = {"name": str, "requires": Set}
+    attributes: dict[str, type] = {"name": str, "requires": AbstractSet}
     if issubclass(offered, Collector):
         attributes |= {"provides": Statistic, "site": Site}
     for attribute, expected in attributes.items():
@@ -329,7 +330,7 @@ def _checked(offered: object, base: type[C], hook: str, origin: Origin) -> type[
         value: object = getattr(offered, attribute)
         if not isinstance(value, expected):
             raise PluginError(f"{where} sets `{attribute}` to {value!r}, not to a {expected.__name__}.")
-    for statistic in cast("Set[object]", offered.requires):
+    for statistic in cast("AbstractSet[object]", offered.requires):
         if not isinstance(statistic, Statistic):
             raise PluginError(f"{where} requires {statistic!r}, which is not a Statistic.")
     abstract = ", ".join(sorted(offered.__abstractmethods__))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -22,7 +22,7 @@ class Progress:
         self._visible = visible and self._console.is_terminal
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         """Time what runs inside as the phase ``name``; the same name again adds up."""
         start = time.perf_counter()
         try:
@@ -31,7 +31,7 @@ class Progress:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+    def bar(self, what: str, total: int) -> Generator[Callable[[], None]]:
         """Yield a function to call after each of ``total`` steps; the bar appears once a second has passed."""
         if not self._visible:
             yield lambda: None

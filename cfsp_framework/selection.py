@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .api import Allocator, Collector, Compensator, Component, Criterion, RecoveryScheduler, Statistic
@@ -28,7 +29,13 @@ class Selection:
 
     def distributions(self) -> dict[str, str]:
         """The distributions the components come from, with their versions."""
-        chosen = (self.criterion, self.allocator, self.compensator, self.recovery, *self.collectors)
+        chosen: Sequence[Chosen[Component]] = (
+            self.criterion,
+            self.allocator,
+            self.compensator,
+            self.recovery,
+            *self.collectors,
+        )
         return {c.origin.distribution: c.origin.version or "?" for c in chosen if c.origin.distribution is not None}
 
 
@@ -38,7 +45,7 @@ def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Sel
     allocator = plugins.allocators.create(config.allocator.name, config.allocator.options)
     compensator = plugins.compensators.create(config.compensator.name, config.compensator.options)
     recovery = plugins.recovery_schedulers.create(config.recovery.name, config.recovery.options)
-    readers: list[Chosen[Component]] = [compensator] if planned else [criterion, allocator, compensator, recovery]
+    readers: Sequence[Chosen[Component]] = [compensator] if planned else [criterion, allocator, compensator, recovery]
     required: set[Statistic] = set()
     for chosen in readers:
         with chosen.blamed("required()") as component:

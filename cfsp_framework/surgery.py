@@ -116,5 +116,5 @@ def _describe_widths(decoder: Decoder) -> None:
         config.per_layer_config = {index: {key: width} for index, width in enumerate(widths)}
 
 
-def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.contiguous(), requires_grad=like.requires_grad)

@@ -33,13 +33,16 @@ class Cfsp(Allocator):
 
     name: ClassVar[str] = "cfsp"
 
-    distance: Distance = Field("angular", description="between a block's input and output; uniform: the same for all")
-    a: float = Field(1.0, description="intensity: how far shares spread around their mean")
+    distance: Distance = Field(
+        default="angular", description="between a block's input and output; uniform: the same for all"
+    )
+    a: float = Field(default=1.0, description="intensity: how far shares spread around their mean")
     temperature: float | None = Field(
-        None, description=f"default: {RELEASED_TOKENS / 1e4}; with released: calibration tokens / 1e4"
+        default=None, description=f"default: {RELEASED_TOKENS / 1e4}; with released: calibration tokens / 1e4"
     )
     released: bool = Field(
-        False, description="temperature and channel count as in the authors' code (docs/method.md), for comparison"
+        default=False,
+        description="temperature and channel count as in the authors' code (docs/method.md), for comparison",
     )
 
     def required(self) -> frozenset[Statistic]:

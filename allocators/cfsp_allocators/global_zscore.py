@@ -28,5 +28,6 @@ class GlobalZscore(Allocator):
 
 
 def _standardised(scores: Tensor) -> Tensor:
-    deviation = scores.std()
-    return (scores - scores.mean()) / deviation if deviation > 0 else torch.zeros_like(scores)  # (F,)
+    if scores.amin() == scores.amax():  # tested exactly: the mean of equal scores may round, and leave a deviation
+        return torch.zeros_like(scores)
+    return (scores - scores.mean()) / scores.std()  # (F,)

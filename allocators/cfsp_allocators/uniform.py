@@ -15,7 +15,9 @@ class Uniform(Allocator):
 
     name: ClassVar[str] = "uniform"
 
-    released: bool = Field(False, description="keep F - int(F * ratio) channels, as the released magnitude baseline")
+    released: bool = Field(
+        default=False, description="keep F - int(F * ratio) channels, as the released magnitude baseline"
+    )
 
     def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
         if self.released:

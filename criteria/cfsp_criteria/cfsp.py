@@ -33,9 +33,11 @@ class Cfsp(Criterion):
     name: ClassVar[str] = "cfsp"
     requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_SQUARES})
 
-    variant: Variant = Field("rel", description="rel, act (what the released code computes) or eq8 (as printed)")
-    b: float = Field(1.0, description="exponent of the activation norm beside the down projection")
-    c: float | None = Field(None, description="exponent of the outer activation norm; default: 1, or 0 for eq8")
+    variant: Variant = Field(
+        default="rel", description="rel, act (what the released code computes) or eq8 (as printed)"
+    )
+    b: float = Field(default=1.0, description="exponent of the activation norm beside the down projection")
+    c: float | None = Field(default=None, description="exponent of the outer activation norm; default: 1, or 0 for eq8")
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
         norm = (statistics[DOWN_INPUT_SQUARES] / statistics.tokens).sqrt()  # (F,)

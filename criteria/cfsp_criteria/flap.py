@@ -21,7 +21,7 @@ class Flap(Criterion):
 
     name: ClassVar[str] = "flap"
 
-    released: bool = Field(False, description="use the released code's fluctuation in place of the variance")
+    released: bool = Field(default=False, description="use the released code's fluctuation in place of the variance")
 
     def required(self) -> frozenset[Statistic]:
         return frozenset({self._spread})

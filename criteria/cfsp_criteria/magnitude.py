@@ -16,4 +16,5 @@ class Magnitude(Criterion):
     name: ClassVar[str] = "magnitude"
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
-        return torch.linalg.vector_norm(feed_forward.down, dim=0, dtype=torch.float32)  # (F,)
+        norm: Tensor = torch.linalg.vector_norm(feed_forward.down.float(), dim=0)  # (F,)
+        return norm

@@ -22,5 +22,6 @@ class WandaL2(Criterion):
     requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_SQUARES})
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
-        norm = (statistics[DOWN_INPUT_SQUARES] / statistics.tokens).sqrt()  # (F,)
-        return torch.linalg.vector_norm(feed_forward.down, dim=0, dtype=torch.float32) * norm  # (F,)
+        activation = (statistics[DOWN_INPUT_SQUARES] / statistics.tokens).sqrt()  # (F,)
+        weight: Tensor = torch.linalg.vector_norm(feed_forward.down.float(), dim=0)  # (F,)
+        return weight * activation

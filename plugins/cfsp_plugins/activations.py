@@ -78,8 +78,7 @@ class _Sums:
 
 class _Squares(_Sums):
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        norm = torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32)  # (F,)
-        self._add("squares", norm.double().square())
+        self._add("squares", inputs.float().square().sum(0))  # (F,); vector_norm over rows takes six times as long
 
     def value(self, tokens: int) -> Tensor:
         return self.sums["squares"]

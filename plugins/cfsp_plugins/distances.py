@@ -19,8 +19,8 @@ from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, MAE_DIS
 
 def cosine(before: Tensor, after: Tensor) -> Tensor:
     """Cosine of each token's input and output ``(T, D)`` -> ``(T,)`` in [-1, 1]; 0.5 where one of them is zero."""
-    norms = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)  # (T,)
-    product = torch.linalg.vecdot(before, after)  # (T,)
+    norms: Tensor = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)  # (T,)
+    product: Tensor = torch.linalg.vecdot(before, after)  # (T,)
     return (product / norms.where(norms > 0, 1)).where(norms > 0, 0.5).clamp(-1, 1)
 
 

@@ -1,0 +1,117 @@
+"""What a run costs beside a plain forward: seconds and memory of collect + plan + cut, and the ratio to it.
+
+    python tests/benchmarks/collection.py MODEL DATA [--samples 64] [--seqlen 512] [--rounds 5] [--dtype float32]
+
+The forward of the base model (no head) and the run alternate in one process, so that a drifting machine drifts for
+both; the ratio is the median of the rounds' ratios. Memory is measured in a fresh child process: its peak over what it
+held when everything but the model and the windows was imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cfsp_framework import pipeline, surgery
+from cfsp_framework.api import Update
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.config import RunConfig
+from cfsp_framework.pipeline import Bench
+from cfsp_framework.progress import Progress
+
+
+@torch.no_grad()
+def plain_forward(bench: Bench, batch_size: int) -> float:
+    """Seconds of the base model over the calibration windows."""
+    assert bench.windows is not None
+    start = time.perf_counter()
+    for ids in bench.windows.split(batch_size):  # (B, T)
+        bench.decoder.base(ids.to(bench.decoder.model.device), use_cache=False)
+    return time.perf_counter() - start
+
+
+def run(bench: Bench, decoder: Decoder) -> float:
+    """Seconds of collect + plan + cut; the cut is made in ``decoder``, a copy, so that the next round finds the model whole."""
+    start = time.perf_counter()
+    plan = pipeline.make_plan(bench, pipeline.measure(bench))
+    surgery.apply_plan(decoder, plan, lambda block, kept: Update())
+    return time.perf_counter() - start
+
+
+def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:
+    bench = pipeline.set_up(config, Progress())
+    batch_size = config.batch_size or max(1, 1024 // pipeline.sequence_length(config, bench.loaded))
+    forwards, runs = [], []
+    for _ in range(rounds + 1):
+        decoder = Decoder(copy.deepcopy(bench.decoder.model), bench.decoder.architecture)
+        forwards.append(plain_forward(bench, batch_size))
+        runs.append(run(bench, decoder))
+    ratios = [after / before for before, after in zip(forwards[1:], runs[1:], strict=True)]  # the first round warms up
+    return {
+        "forward_seconds": statistics.median(forwards[1:]),
+        "run_seconds": statistics.median(runs[1:]),
+        "ratio": statistics.median(ratios),
+        "ratio_least": min(ratios),
+        "ratio_most": max(ratios),
+    }
+
+
+def measure_memory(config: RunConfig) -> dict[str, float]:
+    """Peak of one run over the interpreter's own memory, beside the model and the hidden states."""
+    bench = pipeline.set_up(config.model_copy(update={"samples": 1}), Progress())  # imports, the tokenizer, the text
+    vocabulary = bench.decoder.config.vocab_size
+    seqlen = pipeline.sequence_length(config, bench.loaded)
+    model = sum(p.numel() * p.element_size() for p in bench.decoder.model.parameters())
+    hidden = config.samples * seqlen * bench.decoder.feed_forward(0).hidden * bench.decoder.model.dtype.itemsize
+    windows = torch.randint(vocabulary, (config.samples, seqlen), generator=torch.Generator().manual_seed(0))
+    bench = Bench(**{**vars(bench), "windows": windows})
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of tokenising the text
+    before = _status("VmRSS") - model
+    run(bench, bench.decoder)
+    peak = _status("VmHWM") - before
+    return {"model_bytes": model, "hidden_bytes": hidden, "peak_bytes": peak, "peak_over_both": peak / (model + hidden)}
+
+
+def _status(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{key}:")[1].split()[0]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    config = RunConfig.build(
+        model=options.model,
+        calibration=options.data,
+        samples=options.samples,
+        seqlen=options.seqlen,
+        dtype=options.dtype,
+    )
+    if options.memory:
+        print(json.dumps(measure_memory(config)))
+        return
+    found = measure_time(config, options.rounds)
+    child = subprocess.run([sys.executable, *sys.argv, "--memory"], capture_output=True, text=True, check=True)
+    found |= json.loads(child.stdout)
+    print(json.dumps({"threads": torch.get_num_threads(), "dtype": options.dtype, **found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
