@@ -1,4 +1,5 @@
 from .api import (
+    HELD_OUT_EVERY,
     Accumulator,
     Allocator,
     Architecture,
@@ -15,6 +16,7 @@ from .api import (
     RecoveryScheduler,
     Site,
     Statistic,
+    Stream,
     Update,
 )
 from .config import RunConfig
@@ -24,6 +26,7 @@ from .pipeline import RunResult, prune
 from .planning import PruningPlan
 
 __all__ = [
+    "HELD_OUT_EVERY",
     "Accumulator",
     "Allocator",
     "Architecture",
@@ -44,6 +47,7 @@ __all__ = [
     "RunResult",
     "Site",
     "Statistic",
+    "Stream",
     "Update",
     "hookimpl",
     "prune",

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,12 +22,31 @@ if TYPE_CHECKING:  # torch is imported by the commands that need it, not by `cfs
 
 
 class Site(Enum):
-    """Where in a block a collector listens."""
+    """Where in a block a collector listens.
+
+    In a compensator's second pass on the pruned stream, the outputs of the two feed-forward sites are what the
+    feed-forward should give there (see ``Compensator.target_mix``), not what the dense one gives.
+    """
 
     BLOCK = "block"
     """The whole block: inputs and outputs are residual streams, ``(T, D)``."""
+    FEED_FORWARD = "feed_forward"
+    """A feed-forward: inputs are what its gate and up projections see, ``(T, D)``, outputs ``(T, D)``."""
     DOWN_PROJECTION = "down_projection"
     """A feed-forward's down projection: inputs are channel activations ``(T, F)``, outputs ``(T, D)``."""
+
+
+class Stream(Enum):
+    """Which model's hidden states a compensator's statistics come from."""
+
+    DENSE = "dense"
+    """The dense model's. What was collected for the scores serves again where it was kept."""
+    PRUNED = "pruned"
+    """Those that reach the block once all blocks before it are cut and compensated."""
+
+
+HELD_OUT_EVERY = 10
+"""Every tenth calibration window is held out: compensators are fitted on the others and judged on these."""
 
 
 @dataclass(frozen=True, order=True)
@@ -119,6 +138,7 @@ class BlockSummary:
     statistics: Mapping[Statistic, float]
     """The block's scalar statistics, among them the distances between its input and output."""
     scores: Tensor  # (F,) float32, CPU: the chosen criterion's
+    curve: Tensor | None = None  # (F + 1,) float64, CPU: see Allocator.curve
 
 
 @dataclass(frozen=True)
@@ -186,6 +206,14 @@ class Allocator(Component):
     def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> Sequence[float]:
         """The share of its channels each block keeps, in (0, 1]. Rounding and the exact total are the host's."""
 
+    def curve(self) -> Literal["plain", "compensated"] | None:
+        """Ask for each block's removal-error curve along the criterion's order, in ``BlockSummary.curve``.
+
+        Entry k is the squared error of the block's feed-forward output when its k lowest-scored channels go and
+        nothing else changes (``plain``), or the kept weights are re-fitted by least squares (``compensated``).
+        """
+        return None
+
     def importance(self, summaries: Sequence[BlockSummary]) -> Sequence[float] | None:
         """The coarse importance of each block, for reports and recovery; None where the allocator has none."""
         return None
@@ -203,16 +231,38 @@ class Criterion(Component):
 
 @dataclass(frozen=True)
 class Update:
-    """What a compensator changes in one feed-forward once its channels are chosen; None leaves a tensor as it is."""
+    """What a compensator changes in one feed-forward once its channels are chosen; None leaves a tensor as it is.
+
+    ``error_plain`` and ``error`` are the relative squared errors of the feed-forward's output on held-out tokens
+    without and with the change; a compensator whose change does not help gives both and no tensors.
+    """
 
     down: Tensor | None = None  # (D, K)
     down_bias: Tensor | None = None  # (D,)
+    up: Tensor | None = None  # (K, D)
+    gate: Tensor | None = None  # (K, D)
+    up_bias: Tensor | None = None  # (K,)
+    gate_bias: Tensor | None = None  # (K,)
+    error_plain: float | None = None
+    error: float | None = None
 
 
 class Compensator(Component):
     """How the kept weights change once the channels are chosen."""
 
     kind: ClassVar[str] = "compensator"
+
+    def stream(self) -> Stream:
+        """Where the heavy statistics it requires come from."""
+        return Stream.DENSE
+
+    def target_mix(self) -> float:
+        """On the pruned stream, the target between the feed-forward's own output (0) and what restores the block's.
+
+        With 1 the target is what would make the block's output the dense model's, so that the feed-forward also makes
+        up for the blocks before it; where a family normalises the feed-forward's output, 0 is taken.
+        """
+        return 0.0
 
     @abstractmethod
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
@@ -243,13 +293,15 @@ class FeedForwardLayout:
     """Where one feed-forward keeps its projections inside a block, as attribute names.
 
     ``gate`` is None for a feed-forward without a gate, and equal to ``up`` where one projection holds both, its rows
-    in the order [gate; up].
+    in the order [gate; up]. ``additive`` says that the feed-forward's output joins the residual stream as it is,
+    neither normalised nor scaled.
     """
 
     path: str
     up: str
     down: str
     gate: str | None = None
+    additive: bool = True
 
     @property
     def fused(self) -> bool:

@@ -48,7 +48,9 @@ def embed(decoder: Decoder, windows: Tensor, batch_size: int | None = None) -> l
         tokens = _TOKENS_PER_BATCH_GPU if decoder.model.device.type == "cuda" else _TOKENS_PER_BATCH
         batch_size = max(1, tokens // windows.shape[1])
     batches: list[Batch] = []
-    buffer: Tensor | None = None  # (N, T, D): one allocation, rewritten by every block, so that memory does not fragment
+    buffer: Tensor | None = (
+        None  # (N, T, D): one allocation, rewritten by every block, so that memory does not fragment
+    )
     with _recording(decoder.blocks) as record:
         for ids in windows.split(batch_size):
             record.clear()

@@ -38,14 +38,15 @@ def calibration_windows(spec: str, tokenizer: Any, samples: int, seqlen: int, se
     parts = mixture(spec)
     windows: list[Tensor] = []
     for (name, _), count in zip(parts, shares([weight for _, weight in parts], samples), strict=True):
+        if not count:
+            continue
         ids = tokenize(read_text(name, "calibration"), tokenizer)
         if len(ids) <= seqlen:
             raise DataError(
-                f"data {name!r} has {len(ids)} tokens, too few for one calibration window of {seqlen}; "
-                "give more text or a smaller --seqlen."
+                f"data {name!r} has {len(ids)} tokens; one calibration window of {seqlen} needs more. "
+                "Give more text or a smaller --seqlen."
             )
-        if count:
-            windows.append(draw_windows(ids, count, seqlen, seed))
+        windows.append(draw_windows(ids, count, seqlen, seed))
     return torch.cat(windows)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import signal
+import threading
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -45,15 +50,16 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, _interrupt)
         try:
-            return super().invoke(ctx)
-        except CfspError as error:
-            if ctx.meta.get("traceback"):
+            with _terminable():
+                return super().invoke(ctx)
+        except (CfspError, click.UsageError, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
+            failure = _failure(error)
+            if failure is None:
                 raise
-            raise Failure(str(error), error.exit_code) from error
-        except KeyboardInterrupt as error:
-            raise Failure("interrupted; nothing was written.", 2) from error
+            if ctx.meta.get("traceback"):
+                traceback.print_exception(error)
+            raise failure from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,6 +69,45 @@ def cli() -> None:
 
     `cfsp demo` shows it in under a minute. `cfsp COMMAND --help` explains a command.
     """
+
+
+def _failure(error: BaseException) -> Failure | None:
+    """What the user is told, in one or two lines; None for a bug, which keeps its traceback."""
+    match error:
+        case CfspError():
+            return Failure(str(error), error.exit_code)
+        case click.exceptions.NoArgsIsHelpError():
+            return None
+        case click.UsageError():
+            hint = f"\nTry '{error.ctx.command_path} --help' for help." if error.ctx else ""
+            return Failure(error.format_message() + hint, error.exit_code)
+        case KeyboardInterrupt():
+            return Failure("interrupted; nothing was written.", 2)
+        case OSError() if error.filename and error.errno != errno.EPIPE:
+            return Failure(f"{error.filename}: {error.strerror}.", 2)
+        case MemoryError() | RuntimeError() if _is_out_of_memory(error):
+            return Failure("out of memory; a smaller --batch-size or --seqlen needs less.", 1)
+        case _:
+            return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of this machine or of a GPU; PyTorch has a class of its own for the one and bare words for the other."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def _terminable() -> Generator[None]:
+    """While open, SIGTERM is Ctrl-C: what was begun is cleaned up. Only a main thread can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .api import Accumulator, BlockStatistics, BlockSummary, Collector, Criterion, FeedForward, Site, Statistic
+from .algebra import removal_curve
+from .api import BlockStatistics, BlockSummary, Collector, Criterion, FeedForward
 from .architectures import Decoder
-from .blocks import Batch, embed, listening, run_block
+from .blocks import embed
 from .errors import PluginError
+from .measure import measure_block
 from .plugins import Chosen
 from .progress import Progress
+from .statistics import DOWN_INPUT_GRAM
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,20 @@ class BlockMeasurement:
     width: int
     statistics: BlockStatistics
     scores: Mapping[str, Tensor]  # label -> (F,) float32, CPU
+    curves: Mapping[str, Tensor]  # label -> (F + 1,) float64, CPU; empty where no allocator asked
 
     def summary(self, block: int, label: str) -> BlockSummary:
         """What an allocator sees of this block under the criterion called ``label``."""
         scalars = {s: value.item() for s, value in self.statistics.items() if value.ndim == 0}
-        return BlockSummary(block, self.feed_forward, self.width, self.statistics.tokens, scalars, self.scores[label])
+        return BlockSummary(
+            block,
+            self.feed_forward,
+            self.width,
+            self.statistics.tokens,
+            scalars,
+            self.scores[label],
+            self.curves.get(label),
+        )
 
 
 def collect(
@@ -38,6 +50,7 @@ def collect(
     criteria: Mapping[str, Chosen[Criterion]],
     collectors: Sequence[Chosen[Collector]],
     *,
+    curve: Literal["plain", "compensated"] | None = None,
     batch_size: int | None,
     seed: int,
     progress: Progress,
@@ -51,10 +64,15 @@ def collect(
     measurements: list[BlockMeasurement] = []
     with progress.bar("collect", total=len(decoder.blocks) * len(batches)) as step:
         for index in range(len(decoder.blocks)):
-            statistics = _measure(decoder, index, batches, collectors, step)
+            statistics = measure_block(decoder, index, batches, collectors, step)
             feed_forward = decoder.feed_forward(index, seed)
             scores = {label: score(criterion, feed_forward, statistics) for label, criterion in criteria.items()}
-            measurements.append(BlockMeasurement(feed_forward.path, feed_forward.width, _light(statistics), scores))
+            curves = {
+                label: error_curve(feed_forward, statistics, found, curve) for label, found in scores.items() if curve
+            }
+            measurements.append(
+                BlockMeasurement(feed_forward.path, feed_forward.width, _light(statistics), scores, curves)
+            )
     return tuple(measurements)
 
 
@@ -76,59 +94,21 @@ def score(criterion: Chosen[Criterion], feed_forward: FeedForward, statistics: B
     return scores.detach().float().cpu()
 
 
-def _measure(
-    decoder: Decoder,
-    index: int,
-    batches: Sequence[Batch],
-    collectors: Sequence[Chosen[Collector]],
-    step: Callable[[], None],
-) -> BlockStatistics:
-    """Advance all batches through block ``index`` while the collectors listen."""
-    running = [(chosen, _start(chosen)) for chosen in collectors]
-    tokens = 0
-    with _listening(decoder, index, running):
-        for batch in batches:
-            output = run_block(decoder.blocks[index], index, batch)  # (B, T, D)
-            _feed(running, Site.BLOCK, batch.hidden, output)
-            batch.hidden.copy_(output)
-            tokens += output.shape[0] * output.shape[1]
-            step()
-    values: dict[Statistic, Tensor] = {}
-    for chosen, accumulator in running:
-        with chosen.blamed(f"value() at block {index}") as component:
-            values[component.provides] = accumulator.value(tokens).float()
-    return BlockStatistics(values, tokens)
+CURVE_DAMPING = 1e-2
 
 
-def _start(chosen: Chosen[Collector]) -> Accumulator:
-    with chosen.blamed("start()") as component:
-        return component.start()
-
-
-@contextmanager
-def _listening(
-    decoder: Decoder, index: int, running: Sequence[tuple[Chosen[Collector], Accumulator]]
-) -> Generator[None]:
-    """Hooks only where somebody listens."""
-    with ExitStack() as stack:
-        if any(chosen.component.site is Site.DOWN_PROJECTION for chosen, _ in running):
-
-            def hear(inputs: Tensor, outputs: Tensor) -> None:
-                _feed(running, Site.DOWN_PROJECTION, inputs, outputs)
-
-            stack.enter_context(listening(decoder.down_projection(index), hear))
-        yield
-
-
-def _feed(
-    running: Sequence[tuple[Chosen[Collector], Accumulator]], site: Site, inputs: Tensor, outputs: Tensor
-) -> None:
-    """Hand one batch to the accumulators of a site, window by window: no batch size changes a statistic."""
-    for chosen, accumulator in running:
-        if chosen.component.site is site:
-            with chosen.blamed("update()"):
-                for window_in, window_out in zip(inputs, outputs, strict=True):  # (T, F or D), (T, D)
-                    accumulator.update(window_in, window_out)
+def error_curve(
+    feed_forward: FeedForward,
+    statistics: BlockStatistics,
+    scores: Tensor,
+    kind: Literal["plain", "compensated"],
+) -> Tensor:
+    """Squared output error after removing the k lowest of ``scores (F,)``, for every k: ``(F + 1,)`` float64, CPU."""
+    order = (
+        scores.to(feed_forward.down.device).neg().argsort(stable=True).flip(0)
+    )  # (F,): of equals the last goes first
+    damping = CURVE_DAMPING if kind == "compensated" else None
+    return removal_curve(feed_forward.down, statistics[DOWN_INPUT_GRAM], order, damping).cpu()
 
 
 def _light(statistics: BlockStatistics) -> BlockStatistics:

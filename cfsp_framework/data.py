@@ -7,7 +7,8 @@ A SPEC is ``demo``, a well-known name, a local file or folder (``PATH`` or ``PAT
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -123,16 +124,17 @@ def _read_hub(spec: str, corpus: HubCorpus, role: Role) -> str:
     split = corpus.calibration_split if role == "calibration" else corpus.evaluation_split
     joint = corpus.calibration_joint if role == "calibration" else corpus.evaluation_joint
     try:
-        rows = load_dataset(
-            corpus.repository, corpus.config, split=split, streaming=corpus.streamed, revision=corpus.revision
-        )
-        if role == "evaluation" and corpus.evaluation_skip:
-            rows = rows.skip(corpus.evaluation_skip)
-        return _join(spec, rows, corpus.column, joint, STREAM_CHARACTERS if corpus.streamed else None)
-    except DataError:
+        with _silent_datasets():
+            rows = load_dataset(
+                corpus.repository, corpus.config, split=split, streaming=corpus.streamed, revision=corpus.revision
+            )
+            if role == "evaluation" and corpus.evaluation_skip:
+                rows = rows.skip(corpus.evaluation_skip)
+            return _join(spec, rows, corpus.column, joint, STREAM_CHARACTERS if corpus.streamed else None)
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # datasets raises whatever its file systems and parsers do
-        raise DataError(f"data {spec!r} cannot be read from the Hub: {_first_line(error)}") from error
+        raise DataError(f"data {spec!r} cannot be read from the Hub: {_one_line(error)}") from error
 
 
 def _read_local(spec: str, role: Role) -> str:
@@ -144,11 +146,14 @@ def _read_local(spec: str, role: Role) -> str:
     try:
         if path.suffix == ".txt":
             return path.read_text(encoding="utf-8")
-        return _join(spec, _load_local(path, role), column, "\n\n")
-    except DataError:
+        with _silent_datasets():
+            return _join(spec, _load_local(path, role), column, "\n\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"data {spec!r} is not UTF-8 text: byte {error.start} cannot be decoded.") from error
+    except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(f"data {spec!r} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"data {spec!r} cannot be read: {_one_line(error)}") from error
 
 
 def _load_local(path: Path, role: Role) -> Any:
@@ -174,9 +179,18 @@ def _join(spec: str, rows: Any, column: str, joint: str, characters: int | None 
     names = rows.column_names
     if names is not None and column not in names:
         raise DataError(f"data {spec!r} has no column {column!r}.{did_you_mean(column, names)}")
-    if characters is None:
-        return joint.join(str(text) for text in rows[column][:])
-    return joint.join(_take((str(row[column]) for row in rows), characters))
+    values = rows[column][:] if characters is None else (row.get(column) for row in rows)
+    texts = _texts(spec, column, values)
+    return joint.join(texts if characters is None else _take(texts, characters))
+
+
+def _texts(spec: str, column: str, values: Iterable[object]) -> Iterator[str]:
+    """The values that are there; anything but text means that the column was a mistake."""
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif value is not None:
+            raise DataError(f"data {spec!r}: column {column!r} holds {type(value).__name__}, not text.")
 
 
 def _take(texts: Iterable[str], characters: int) -> list[str]:
@@ -189,5 +203,25 @@ def _take(texts: Iterable[str], characters: int) -> list[str]:
     return taken
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+@contextmanager
+def _silent_datasets() -> Generator[None]:
+    """Keep the library's bars and messages off the terminal while it reads; errors still come as exceptions."""
+    import datasets
+
+    verbosity, shown = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _one_line(error: BaseException) -> str:
+    """An error's first line; datasets' own "an error occurred" gives way to what occurred."""
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".") + "."

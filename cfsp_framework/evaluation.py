@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .calibration import tokenize
-from .data import read_text
+from .data import mixture, read_text
 from .errors import DataError, ModelError
 from .progress import Progress
 
@@ -47,10 +47,15 @@ def evaluation_set(spec: str, tokenizer: Any, seqlen: int, limit: int | None = N
     Raises:
         DataError: the text cannot be read or is shorter than one window.
     """
+    if len(mixture(spec)) > 1:
+        raise DataError(f"data {spec!r}: a mixture is for calibration; evaluate on each of its parts.")
     text = read_text(spec, "evaluation")
     ids = tokenize(text, tokenizer)
     if len(ids) < seqlen:
-        raise DataError(f"data {spec!r} has {len(ids)} tokens, too few for one evaluation window of {seqlen}.")
+        raise DataError(
+            f"data {spec!r} has {len(ids)} tokens; one evaluation window of {seqlen} needs more. "
+            "Give more text or a smaller --seqlen."
+        )
     windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit]  # (N, T)
     return EvaluationSet(spec, windows, len(text.encode()) / len(ids))
 

@@ -13,7 +13,17 @@ from pathlib import Path
 from .errors import OutputError
 
 _USERS_PROBLEM = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+        errno.EFBIG,
+    }
 )
 
 
@@ -26,6 +36,7 @@ def staged_folder(folder: Path) -> Generator[Path]:
     """
     with _writing(folder):
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.absolute().parent))
+    with _writing(folder, aside):
         try:
             yield aside
             _make_readable(aside)
@@ -52,13 +63,28 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
+def check_parent(path: Path) -> None:
+    """Refuse, before any work is done, a path that cannot be made.
+
+    Raises:
+        OutputError: the folder it is to lie in does not exist or is not writable.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{path} cannot be made: {parent} is no folder one can write to.")
+
+
 @contextmanager
-def _writing(path: Path) -> Generator[None]:
-    """Turn what the file system refuses into an OutputError; safetensors hides it in an exception of its own."""
+def _writing(path: Path, inside: Path | None = None) -> Generator[None]:
+    """Turn what the file system refuses into an OutputError; safetensors hides it in an exception of its own.
+
+    With ``inside``, trouble with a file that is named and lies elsewhere is somebody else's.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _USERS_PROBLEM:
+        elsewhere = inside is not None and error.filename and not Path(error.filename).is_relative_to(inside)
+        if elsewhere or error.errno not in _USERS_PROBLEM:
             raise
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
     except Exception as error:
@@ -73,8 +99,15 @@ def _put_in_place(aside: Path, folder: Path) -> None:
         return
     old = aside.with_suffix(".old")
     folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old)
+    try:
+        aside.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _make_readable(folder: Path) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import transformers
+from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from .config import RunConfig
-from .errors import ConfigError, ModelError
+from .errors import CfspError, ConfigError, ModelError
 
 _CHUNK = 1 << 22
 
@@ -39,13 +44,28 @@ def load_model(config: RunConfig) -> LoadedModel:
     quiet()
     folder = resolve(config.model)
     device = pick_device(config.device)
-    check_checkpoint(folder)
-    try:
+    check_checkpoint(folder, trust_remote_code=config.trust_remote_code)
+    with _opening(f"model {config.model!r}"):
         model = open_model(folder, config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+        identity = fingerprint(folder)
+    with _opening(f"the tokenizer of model {config.model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"model {config.model!r} cannot be opened: {_one_line(error)}") from error
-    return LoadedModel(model, tokenizer, config.model, folder, fingerprint(folder))
+    return LoadedModel(model, tokenizer, config.model, folder, identity)
+
+
+@contextmanager
+def _opening(what: str) -> Generator[None]:
+    """Turn whatever Transformers raises on files that are wrong, which has no common class, into a ModelError."""
+    try:
+        yield
+    except (CfspError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except SafetensorError as error:
+        raise ModelError(
+            f"{what}: its safetensors are damaged; fetch or write them again. {_one_line(error)}"
+        ) from error
+    except Exception as error:
+        raise ModelError(f"{what} cannot be opened: {_one_line(error)}") from error
 
 
 def open_model(
@@ -88,20 +108,46 @@ def resolve(source: str) -> Path:
             snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"])
         )
     except Exception as error:  # whatever the network and the Hub raise
-        raise ModelError(
-            f"model {source!r}: there is no such folder, and the Hub does not give it: {_one_line(error)}"
-        ) from error
+        raise ModelError(f"model {source!r}: there is no such folder, and {_hub_refusal(error)}") from error
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Refuse what is no causal LM in safetensors, before anything is loaded."""
+def _hub_refusal(error: Exception) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    match error:
+        case GatedRepoError():
+            return "the Hub gives it only to those who accepted its terms; do so, then `hf auth login`."
+        case RepositoryNotFoundError():
+            return "the Hub has no model of that name; a private one needs `hf auth login`."
+        case LocalEntryNotFoundError() | OfflineModeIsEnabled() | ConnectionError():
+            return "the Hub cannot be reached."
+        case _:
+            return f"the Hub does not give it: {_one_line(error)}"
+
+
+def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse, before anything is loaded, what is no causal LM in safetensors or needs code that was not allowed."""
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is no model: it has no config.json.")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} is no model: config.json cannot be read ({_one_line(error)}).") from error
-    names = config.get("architectures") or []
-    if not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names):
-        raise ModelError(f"{folder} is no causal language model: config.json names the architectures {names}.")
+        raise ModelError(f"{folder} is no model: its config.json cannot be read: {_one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder} is no model: its config.json holds no settings.")
+    family, names = config.get("model_type"), config.get("architectures") or []
+    heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if not (any(name.endswith(heads) for name in names) if names else family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise ModelError(f"{folder} is no causal language model but {', '.join(names) or f'of the family {family!r}'}.")
+    if family not in CONFIG_MAPPING and not (trust_remote_code and config.get("auto_map")):
+        if config.get("auto_map"):
+            raise ModelError(f"{folder} needs the Python code it brings along; read it, then give --trust-remote-code.")
+        raise ModelError(f"{folder}: Transformers {transformers.__version__} does not know the family {family!r}.")
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder} has no safetensors. Pickled weights can run code when they are opened and are refused; "
@@ -117,8 +163,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: this PyTorch sees no GPU here.")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this PyTorch sees {torch.cuda.device_count() or 'no'} GPU here.")
     return device
 
 
@@ -143,8 +191,10 @@ def quiet() -> None:
     """Keep Transformers' own bars and advice off the terminal; errors still come as exceptions."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    """The first sentence of an error, with its class where it has hardly any words."""
+    sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(str(error).split()))[0].rstrip(".")
+    named = sentence if sentence.count(" ") > 1 else f"{type(error).__name__}: {sentence}".rstrip(": ")
+    return f"{named[:300]}."

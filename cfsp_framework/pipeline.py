@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from .api import Budget, Update
 from .architectures import Decoder, open_decoder
 from .calibration import calibration_windows, identify
 from .collect import BlockMeasurement, collect
+from .compensation import FirstPass, SecondPass
 from .config import RunConfig
 from .errors import ConfigError, PlanError
 from .evaluation import EvaluationSet, Perplexity, evaluation_set, perplexity
@@ -77,7 +78,9 @@ def prune(
         measurements = measure(bench, planned=plan is not None)
         plan = plan or make_plan(bench, measurements)
         dense, before = evaluate(bench), report.measure_size(bench.decoder.model)
-        notes = cut(bench, plan, measurements)
+        native = surgery.added_biases(bench.decoder.config)
+        updates = cut(bench, plan, measurements)
+        notes = (*notes_on_biases(bench, native), *notes_on_updates(bench, updates))
         difference = save(bench, plan, folder)
         pruned = evaluate(bench)
         told = tell(bench, plan, (dense, pruned), before, notes, difference)
@@ -115,7 +118,7 @@ def set_up(config: RunConfig, progress: Progress, *, planned: bool = False) -> B
         loaded = load_model(config)
         decoder = open_decoder(loaded.model, plugins)
     with progress.phase("calibrate"):
-        windows = open_windows(config, loaded) if selection.collectors else None
+        windows = open_windows(config, loaded) if selection.collectors or selection.second_pass else None
         evaluation_sets = open_evaluation_sets(config, loaded)
     return Bench(config, plugins, selection, loaded, decoder, windows, evaluation_sets, progress)
 
@@ -151,6 +154,7 @@ def measure(bench: Bench, *, planned: bool = False) -> tuple[BlockMeasurement, .
             bench.windows,
             {} if planned else {CRITERION: selection.criterion},
             selection.collectors,
+            curve=selection.allocator.component.curve(),
             batch_size=config.batch_size,
             seed=config.seed,
             progress=bench.progress,
@@ -203,25 +207,58 @@ def evaluate(bench: Bench) -> list[Perplexity]:
         return [perplexity(bench.decoder.model, data, bench.progress) for data in bench.evaluation_sets]
 
 
-def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[BlockMeasurement]) -> tuple[str, ...]:
-    """Narrow the model and compensate, block by block; what a user should know about it."""
-    decoder, compensator = bench.decoder, bench.selection.compensator
+def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[BlockMeasurement]) -> dict[int, Update]:
+    """Narrow the model and compensate, block by block; what the compensator answered for each block that lost some."""
+    decoder, selection, config = bench.decoder, bench.selection, bench.config
+    updates: dict[int, Update] = {}
+    phase = "compensate" if selection.second_pass else "cut"
+    with bench.progress.phase(phase), bench.progress.bar(phase, total=len(decoder.blocks)) as step:
+        answer: FirstPass | SecondPass
+        if selection.second_pass and bench.windows is not None:
+            answer = SecondPass(
+                decoder,
+                bench.windows,
+                selection.compensator,
+                selection.second_pass,
+                batch_size=config.batch_size,
+                seed=config.seed,
+            )
+        else:
+            statistics = [measured.statistics for measured in measurements]
+            answer = FirstPass(decoder, statistics, selection.compensator, seed=config.seed)
 
-    def compensate(index: int, kept: Tensor) -> Update:
-        feed_forward = decoder.feed_forward(index, bench.config.seed)
-        device = feed_forward.down.device
-        with torch.no_grad(), compensator.blamed(f"compensate() at block {index}") as component:
-            statistics = measurements[index].statistics.only(component.required()).to(device)
-            return component.compensate(feed_forward, kept.to(device), statistics)
+        def compensate(index: int, kept: Tensor) -> Update:
+            updates[index] = answer(index, kept)
+            step()
+            return updates[index]
 
-    had = surgery.added_biases(decoder.config)
-    with bench.progress.phase("cut"):
         surgery.apply_plan(decoder, plan, compensate)
-    added = [path for path in surgery.added_biases(decoder.config) if path not in had]
-    return tuple(
-        f"{compensator.component.name} gave {path} of every block a bias the family lacks: "
-        f"{len(decoder.blocks) * decoder.feed_forward(0).hidden} parameters in all"
-        for path in added
+    return updates
+
+
+def notes_on_biases(bench: Bench, before: Sequence[str]) -> list[str]:
+    """What a user should know about parameters the family does not have."""
+    decoder, name = bench.decoder, bench.selection.compensator.component.name
+    count = len(decoder.blocks) * decoder.feed_forward(0).hidden
+    return [
+        f"{name} gave {path} of every block a bias the family lacks: {count} parameters in all"
+        for path in surgery.added_biases(decoder.config)
+        if path not in before
+    ]
+
+
+def notes_on_updates(bench: Bench, updates: Mapping[int, Update]) -> list[str]:
+    """Which blocks the compensator's guard left as they were."""
+    refused = [
+        str(index)
+        for index, update in updates.items()
+        if update.error is not None and update.down is None and update.up is None
+    ]
+    name = bench.selection.compensator.component.name
+    return (
+        [f"{name} did not help on held-out tokens in block {', '.join(refused)}: plain pruning there"]
+        if refused
+        else []
     )
 
 

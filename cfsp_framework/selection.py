@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .api import Allocator, Collector, Compensator, Component, Criterion, RecoveryScheduler, Statistic
 from .config import RunConfig
 from .plugins import Chosen, Plugins
+from .statistics import DOWN_INPUT_GRAM
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Selection:
     compensator: Chosen[Compensator]
     recovery: Chosen[RecoveryScheduler]
     collectors: tuple[Chosen[Collector], ...]
+    second_pass: tuple[Chosen[Collector], ...]
+    """What the compensator needs measured block by block while cutting; empty where the first pass suffices."""
 
     def describe(self) -> dict[str, str]:
         """Each kind's component with every option it runs with, defaults included."""
@@ -45,12 +48,19 @@ def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Sel
     allocator = plugins.allocators.create(config.allocator.name, config.allocator.options)
     compensator = plugins.compensators.create(config.compensator.name, config.compensator.options)
     recovery = plugins.recovery_schedulers.create(config.recovery.name, config.recovery.options)
-    readers: Sequence[Chosen[Component]] = [compensator] if planned else [criterion, allocator, compensator, recovery]
-    required: set[Statistic] = set()
-    for chosen in readers:
-        with chosen.blamed("required()") as component:
-            required |= component.required()
-    return Selection(criterion, allocator, compensator, recovery, plugins.collectors_for(required))
+    wanted = _required(compensator)
+    twice = any(statistic.heavy for statistic in wanted)
+    required: set[Statistic] = set() if twice else set(wanted)
+    if not planned:
+        required |= _required(criterion) | _required(allocator) | _required(recovery)
+        required |= {DOWN_INPUT_GRAM} if allocator.component.curve() else set()
+    second_pass = plugins.collectors_for(wanted) if twice else ()
+    return Selection(criterion, allocator, compensator, recovery, plugins.collectors_for(required), second_pass)
+
+
+def _required(chosen: Chosen[Component]) -> frozenset[Statistic]:
+    with chosen.blamed("required()") as component:
+        return frozenset(component.required())
 
 
 def describe(component: Component) -> str:

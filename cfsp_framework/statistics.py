@@ -13,6 +13,20 @@ DOWN_INPUT_FLUCTUATION: Final = Statistic(
     "down_input_fluctuation", summary="FLAP's released running fluctuation of h, window by window"
 )
 
+DOWN_INPUT_GRAM: Final = Statistic("down_input_gram", "(F, F)", "sum of h hᵀ over tokens", heavy=True)
+DOWN_INPUT_GRAM_HELD_OUT: Final = Statistic(
+    "down_input_gram_held_out", "(F, F)", "sum of h hᵀ over the tokens of held-out windows", heavy=True
+)
+DOWN_CROSS: Final = Statistic("down_cross", "(D, F)", "sum of target times hᵀ over tokens", heavy=True)
+DOWN_CROSS_HELD_OUT: Final = Statistic(
+    "down_cross_held_out", "(D, F)", "sum of target times hᵀ over the tokens of held-out windows", heavy=True
+)
+FEED_FORWARD_INPUTS: Final = Statistic("feed_forward_inputs", "(N, T, D)", "inputs of the feed-forward", heavy=True)
+FEED_FORWARD_TARGETS: Final = Statistic(
+    "feed_forward_targets", "(N, T, D)", "what the feed-forward should give for its inputs", heavy=True
+)
+
+BLOCK_OUTPUT_SQUARES: Final = Statistic("block_output_squares", "()", "sum of squares of the block's output")
 ANGULAR_DISTANCE: Final = Statistic("angular_distance", "()", "mean angle between block input and output, over π")
 COSINE_DISTANCE: Final = Statistic("cosine_distance", "()", "mean of 1 - cosine of block input and output")
 MSE_DISTANCE: Final = Statistic("mse_distance", "()", "mean squared difference of block input and output")

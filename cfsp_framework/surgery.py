@@ -75,14 +75,26 @@ def cut_block(decoder: Decoder, index: int, kept: Tensor) -> None:
 
 @torch.no_grad()
 def apply_update(decoder: Decoder, index: int, update: Update) -> None:
-    """Write a compensator's change into block ``index``, in the model's dtype."""
-    linear = decoder.down_projection(index)
-    if update.down is not None:
-        linear.weight.copy_(update.down)  # (D, K)
-    if update.down_bias is not None:
+    """Write a compensator's change into block ``index``, which is cut already, in the model's dtype."""
+    layout, projections = decoder.architecture.feed_forward, decoder.projections(index)
+    _write(projections[layout.down], update.down, update.down_bias)
+    if layout.fused:
+        if update.up is not None and update.gate is not None:
+            biases = None if update.gate_bias is None or update.up_bias is None else [update.gate_bias, update.up_bias]
+            _write(projections[layout.up], torch.cat([update.gate, update.up]), torch.cat(biases) if biases else None)
+        return
+    _write(projections[layout.up], update.up, update.up_bias)
+    if layout.gate is not None:
+        _write(projections[layout.gate], update.gate, update.gate_bias)
+
+
+def _write(linear: nn.Linear, weight: Tensor | None, bias: Tensor | None) -> None:
+    if weight is not None:
+        linear.weight.copy_(weight)
+    if bias is not None:
         if linear.bias is None:
-            linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))  # (D,)
-        linear.bias.copy_(update.down_bias)
+            linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))  # (out,)
+        linear.bias.copy_(bias)
 
 
 def _align_biases(decoder: Decoder) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from cfsp_framework import Allocator, hookimpl
 
 from .cfsp import Cfsp
+from .error_curve import ErrorCurve
 from .global_zscore import GlobalZscore
+from .log_increase import LogIncrease
+from .owl import Owl
+from .softmax_bi import SoftmaxBi
 from .uniform import Uniform
 
-__all__ = ["Cfsp", "GlobalZscore", "Uniform"]
+__all__ = ["Cfsp", "ErrorCurve", "GlobalZscore", "LogIncrease", "Owl", "SoftmaxBi", "Uniform"]
 
 
 @hookimpl
 def cfsp_allocators() -> list[type[Allocator]]:
-    return [Cfsp, GlobalZscore, Uniform]
+    return [Cfsp, ErrorCurve, GlobalZscore, LogIncrease, Owl, SoftmaxBi, Uniform]

@@ -8,7 +8,18 @@ from .activations import DownInputFluctuation, DownInputMean, DownInputSquares, 
 from .architectures import cfsp_architecture
 from .compensators import Bias, NoCompensation
 from .distances import AngularDistance, CosineDistance, MaeDistance, MseDistance
+from .least_squares import LeastSquares, Sequential
+from .local_reconstruction import LocalReconstruction
 from .recovery import NoRecovery
+from .second_order import (
+    BlockOutputSquares,
+    DownCross,
+    DownCrossHeldOut,
+    DownInputGram,
+    DownInputGramHeldOut,
+    FeedForwardInputs,
+    FeedForwardTargets,
+)
 
 __all__ = ["cfsp_architecture", "cfsp_collectors", "cfsp_compensators", "cfsp_recovery_schedulers"]
 
@@ -24,12 +35,19 @@ def cfsp_collectors() -> list[type[Collector]]:
         CosineDistance,
         MseDistance,
         MaeDistance,
+        DownInputGram,
+        DownInputGramHeldOut,
+        DownCross,
+        DownCrossHeldOut,
+        FeedForwardInputs,
+        FeedForwardTargets,
+        BlockOutputSquares,
     ]
 
 
 @hookimpl
 def cfsp_compensators() -> list[type[Compensator]]:
-    return [NoCompensation, Bias]
+    return [NoCompensation, Bias, LeastSquares, Sequential, LocalReconstruction]
 
 
 @hookimpl

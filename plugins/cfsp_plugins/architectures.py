@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cfsp_framework import Architecture, FeedForwardLayout, hookimpl
@@ -10,13 +11,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SEPARATE = FeedForwardLayout(path="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+NORMALISED = replace(
+    SEPARATE, additive=False
+)  # a norm, or a multiplier, between the feed-forward and the residual stream
 FUSED = FeedForwardLayout(path="mlp", gate="gate_up_proj", up="gate_up_proj", down="down_proj")
 
 LAYOUTS = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite", "smollm3"),
-        SEPARATE,
-    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"), SEPARATE),
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "granite"), NORMALISED),
     "phi3": FUSED,
 }
 

@@ -1,0 +1,77 @@
+"""Error curve: take channels where the measured output error grows least."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from cfsp_framework import Allocator, BlockSummary, Budget, Statistic
+from cfsp_framework.statistics import BLOCK_OUTPUT_SQUARES
+
+
+class ErrorCurve(Allocator):
+    """Minimise the weighted sum of all blocks' removal errors at multiples of the rounding.
+
+    A block's error counts relative to the squares of the residual stream that leaves it. Curves are replaced by their
+    lower convex hulls, so that taking the cheapest step again and again is exact on them.
+    """
+
+    name: ClassVar[str] = "error-curve"
+    requires: ClassVar[frozenset[Statistic]] = frozenset({BLOCK_OUTPUT_SQUARES})
+
+    compensated: bool = Field(default=True, description="curves with the kept weights re-fitted, or as they are")
+
+    def curve(self) -> Literal["plain", "compensated"]:
+        return "compensated" if self.compensated else "plain"
+
+    def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
+        widths = [summary.width for summary in summaries]
+        hulls = [_hull(_points(summary, budget.round_to)) for summary in summaries]
+        removed = cheapest(hulls, round(budget.ratio * sum(widths)))
+        return [(width - gone) / width for width, gone in zip(widths, removed, strict=True)]
+
+
+Point = tuple[int, float]
+"""Channels removed from a block, and the error that costs."""
+
+
+def cheapest(hulls: Sequence[Sequence[Point]], total: int) -> list[int]:
+    """Channels to remove from each block, about ``total`` together, along the hulls' cheapest slopes."""
+    removed = [0] * len(hulls)
+    heap = [(_slope(hull[0], hull[1]), block, 1) for block, hull in enumerate(hulls) if len(hull) > 1]
+    heapq.heapify(heap)
+    left = total
+    while heap and left > 0:
+        _, block, position = heapq.heappop(heap)
+        hull = hulls[block]
+        step = min(hull[position][0] - hull[position - 1][0], left)
+        removed[block] += step
+        left -= step
+        if position + 1 < len(hull):
+            heapq.heappush(heap, (_slope(hull[position], hull[position + 1]), block, position + 1))
+    return removed
+
+
+def _points(summary: BlockSummary, step: int) -> list[Point]:
+    """The weighted curve where the rounding allows a width, at least one multiple kept."""
+    assert summary.curve is not None, "the host computes the curve this allocator asks for"
+    weight = 1 / summary.statistics[BLOCK_OUTPUT_SQUARES]
+    kept = [summary.width, *range(summary.width - 1 - (summary.width - 1) % step, 0, -step)]
+    return [(summary.width - width, weight * summary.curve[summary.width - width].item()) for width in kept]
+
+
+def _hull(points: Sequence[Point]) -> list[Point]:
+    """The lower convex hull, from left to right."""
+    hull: list[Point] = []
+    for point in points:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(left: Point, right: Point) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])

@@ -1,0 +1,102 @@
+"""Second-order algebra of removing channels from ``y = W h``: removal order, error curves, least-squares updates.
+
+``W (D, F)`` is a down projection, ``G (F, F)`` the Gram matrix ``sum_t h_t h_t^T`` of its inputs, ``K`` the channels
+kept and ``P`` those removed. A constant factor in G changes nothing. Damping adds ``damping * mean(diag G)`` to the
+diagonal. Everything is computed in float64. Sources: block OBS as in SlimGPT (arXiv 2412.18110) and OSSCAR (arXiv
+2403.12983), least squares as in GRAIL (arXiv 2602.23795), but damped toward the original weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """``G`` with ``damping`` times its mean diagonal added, float64; a dead channel's diagonal becomes 1 at least."""
+    exact = gram.double()
+    diagonal = exact.diagonal()
+    added = damping * diagonal.mean() + (diagonal <= 0)  # (F,): an input that is always 0 must stay invertible
+    return exact + added.diag_embed()
+
+
+def positive_inverse(matrix: Tensor) -> Tensor:
+    """The inverse of a positive definite matrix ``(F, F)`` through its Cholesky factor."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+
+
+def greedy_removal(weight: Tensor, gram: Tensor, damping: float = 1e-2, batch: int = 8) -> tuple[Tensor, Tensor]:
+    """The order ``(F,)`` in which channels go, first removed first, and the squared output error after each, ``(F+1,)``.
+
+    Each step removes the ``batch`` channels whose loss, all others being re-fitted, is least, and updates the weights
+    and the inverse of what is left. The order is nested: the kept channels of any width are its tail. Inside a batch
+    the error is interpolated.
+    """
+    weights = weight.double().clone()  # (D, A), A channels alive
+    inverse = positive_inverse(damped(gram, damping))  # (A, A)
+    alive = torch.arange(weight.shape[1], device=weight.device)  # (A,)
+    order: list[Tensor] = []
+    errors = [weights.new_zeros(1)]
+    while len(alive):
+        losses = weights.square().sum(0) / inverse.diagonal()  # (A,)
+        chosen = losses.argsort(stable=True)[:batch]  # (B,)
+        staying = torch.ones_like(alive, dtype=torch.bool).index_fill(0, chosen, False)  # (A,)
+        rows = inverse[chosen]  # (B, A)
+        coupling = torch.linalg.inv(rows[:, chosen])  # (B, B)
+        lost = ((weights[:, chosen] @ coupling) * weights[:, chosen]).sum()
+        steps = torch.arange(1, len(chosen) + 1, device=weight.device) / len(chosen)
+        errors.append(errors[-1][-1] + lost * steps)
+        order.append(alive[chosen])
+        correction = coupling @ rows[:, staying]  # (B, A - B)
+        weights = weights[:, staying] - weights[:, chosen] @ correction
+        inverse = inverse[staying][:, staying] - rows[:, staying].mT @ correction
+        inverse = (inverse + inverse.mT) / 2
+        alive = alive[staying]
+    return torch.cat(order), torch.cat(errors)
+
+
+def removal_curve(weight: Tensor, gram: Tensor, order: Tensor, damping: float | None = None) -> Tensor:
+    """Squared output error after removing the first k channels of ``order (F,)``, for k = 0..F: ``(F+1,)``.
+
+    Without ``damping`` nothing else changes, ``trace(W_P G_PP W_P^T)``; with it the kept weights are re-fitted,
+    ``trace(W_P ([H^-1]_PP)^-1 W_P^T)`` with ``H`` the damped Gram matrix. One factorisation serves all k.
+    """
+    ordered = weight.double()[:, order]  # (D, F), first removed first
+    if damping is None:
+        products = (ordered.mT @ ordered) * gram.double()[order][:, order]  # (F, F)
+        steps = products.tril(-1).sum(1) * 2 + products.diagonal()  # (F,): what each further removal adds
+    else:
+        inverse = positive_inverse(damped(gram, damping))[order][:, order]  # (F, F)
+        factor = torch.linalg.cholesky(inverse)
+        steps = torch.linalg.solve_triangular(factor, ordered.mT, upper=False).square().sum(1)  # (F,)
+    return torch.cat([steps.new_zeros(1), steps.cumsum(0)])
+
+
+def least_squares(weight: Tensor, gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """The kept weights ``(D, K)`` that map ``h_K`` closest to a target ``t``, damped toward the ones they had.
+
+    ``cross (D, F)`` is ``sum_t t h^T``: ``W G`` where the target is the dense output itself. Minimises
+    ``|t - (W_K + U) h_K|^2 + damping * mean(diag G) |U|^2`` over the update U, so a large damping is plain pruning.
+    """
+    exact = gram.double()
+    own = weight.double()[:, kept]  # (D, K)
+    inner = exact[kept][:, kept]  # (K, K)
+    residual = cross.double()[:, kept] - own @ inner  # (D, K)
+    shift = damping * exact.diagonal().mean() + (inner.diagonal() <= 0)  # (K,)
+    factor = torch.linalg.cholesky(inner + shift.diag_embed())
+    return own + torch.cholesky_solve(residual.mT, factor).mT
+
+
+def output_error(weight: Tensor, kept_weight: Tensor, kept: Tensor, gram: Tensor, cross: Tensor | None = None) -> float:
+    """Squared error of ``W'_K h_K`` against the target, up to the target's own square when ``cross`` is given.
+
+    Without ``cross`` the target is ``W h`` and the value is ``trace(R G R^T)``, R the change of all F weights.
+    """
+    change = weight.double().clone()  # (D, F)
+    change[:, kept] -= kept_weight.double()
+    exact = gram.double()
+    if cross is None:
+        return ((change @ exact) * change).sum().item()
+    new = kept_weight.double()  # (D, K)
+    inner = exact[kept][:, kept]  # (K, K)
+    return ((new @ inner) * new).sum().item() - 2 * (new * cross.double()[:, kept]).sum().item()

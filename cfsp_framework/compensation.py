@@ -1,0 +1,115 @@
+"""Asks the compensator about each block: with what the first pass kept, or measuring the block a second time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .api import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
+from .architectures import Decoder
+from .blocks import Batch, embed, run_block
+from .errors import PluginError
+from .measure import Teacher, measure_block
+from .plugins import Chosen
+
+
+def compensate(
+    compensator: Chosen[Compensator], feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics
+) -> Update:
+    """The compensator's answer for one feed-forward, checked: right shapes, all finite."""
+    with torch.no_grad(), compensator.blamed(f"compensate() at block {feed_forward.block}") as component:
+        found: object = component.compensate(
+            feed_forward,
+            kept.to(feed_forward.down.device),
+            statistics.only(component.required()).to(feed_forward.down.device),
+        )
+    if not isinstance(found, Update):
+        raise PluginError(f"{compensator}: compensate() returned {type(found).__name__}, not an Update.")
+    hidden, count = feed_forward.hidden, len(kept)
+    shapes = {"down": (hidden, count), "down_bias": (hidden,), "up": (count, hidden), "gate": (count, hidden)}
+    for name, shape in {**shapes, "up_bias": (count,), "gate_bias": (count,)}.items():
+        value: Tensor | None = getattr(found, name)
+        if value is not None and (value.shape != shape or not bool(value.isfinite().all())):
+            what = "values that are not finite" if value.shape == shape else f"shape {tuple(value.shape)}, not {shape}"
+            raise PluginError(f"{compensator}: `{name}` at block {feed_forward.block} has {what}.")
+    return found
+
+
+class FirstPass:
+    """Answers ``(block, kept channels)`` from the light statistics of the first pass."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        statistics: Sequence[BlockStatistics],
+        compensator: Chosen[Compensator],
+        *,
+        seed: int,
+    ) -> None:
+        self._decoder = decoder
+        self._statistics = statistics
+        self._compensator = compensator
+        self._seed = seed
+
+    def __call__(self, index: int, kept: Tensor) -> Update:
+        """Compensate block ``index``, which is still dense, for keeping the channels ``kept (K,)``."""
+        feed_forward = self._decoder.feed_forward(index, self._seed)
+        return compensate(self._compensator, feed_forward, kept, self._statistics[index])
+
+
+class SecondPass:
+    """Answers ``(block, kept channels)`` in the blocks' order, with statistics measured when they are asked for.
+
+    On the pruned stream the hidden states have gone through the blocks as they were cut and compensated before. Nothing
+    heavy outlives its block.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: Tensor,
+        compensator: Chosen[Compensator],
+        collectors: Sequence[Chosen[Collector]],
+        *,
+        batch_size: int | None,
+        seed: int,
+    ) -> None:
+        self._decoder = decoder
+        self._compensator = compensator
+        self._collectors = collectors
+        self._seed = seed
+        with compensator.blamed("stream()") as component:
+            self._pruned = component.stream() is Stream.PRUNED
+            mix = component.target_mix() if decoder.architecture.feed_forward.additive else 0.0
+        self._batches = embed(decoder, windows, batch_size)
+        self._teacher = Teacher(embed(decoder, windows, batch_size), mix) if self._pruned and mix else None
+        self._reached = self._teacher_reached = 0
+
+    def __call__(self, index: int, kept: Tensor) -> Update:
+        """Measure block ``index``, which is still dense, and compensate it for keeping the channels ``kept (K,)``."""
+        self._catch_up(index)
+        statistics = measure_block(
+            self._decoder,
+            index,
+            self._batches,
+            self._collectors,
+            advance=not self._pruned,
+            teacher=self._teacher,
+        )
+        self._reached = index if self._pruned else index + 1
+        self._teacher_reached = index + 1
+        return compensate(self._compensator, self._decoder.feed_forward(index, self._seed), kept, statistics)
+
+    def _catch_up(self, index: int) -> None:
+        """Move the streams to block ``index``: through the block just cut, and through those that lose nothing."""
+        for block in range(self._reached, index):
+            self._run(block, self._batches)
+        if self._teacher is not None:  # it passed the block just cut while that was dense
+            for block in range(self._teacher_reached, index):
+                self._run(block, self._teacher.batches)
+
+    def _run(self, block: int, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            batch.hidden.copy_(run_block(self._decoder.blocks[block], block, batch))
