@@ -87,6 +87,12 @@ def least_squares(weight: Tensor, gram: Tensor, cross: Tensor, kept: Tensor, dam
     return own + torch.cholesky_solve(residual.mT, factor).mT
 
 
+def output_square(weight: Tensor, gram: Tensor) -> float:
+    """Squared output ``trace(W G W^T)`` of all F channels."""
+    exact = weight.double()
+    return ((exact @ gram.double()) * exact).sum().item()
+
+
 def output_error(weight: Tensor, kept_weight: Tensor, kept: Tensor, gram: Tensor, cross: Tensor | None = None) -> float:
     """Squared error of ``W'_K h_K`` against the target, up to the target's own square when ``cross`` is given.
 

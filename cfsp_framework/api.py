@@ -33,7 +33,9 @@ class Site(Enum):
     FEED_FORWARD = "feed_forward"
     """A feed-forward: inputs are what its gate and up projections see, ``(T, D)``, outputs ``(T, D)``."""
     DOWN_PROJECTION = "down_projection"
-    """A feed-forward's down projection: inputs are channel activations ``(T, F)``, outputs ``(T, D)``."""
+    """A feed-forward's down projection: inputs are channel activations ``(T, F)``, outputs ``(T, D)`` without its bias."""
+    GRADIENT = "gradient"
+    """The channel activations ``(T, F)`` again, with the loss's gradients with respect to them as outputs, ``(T, F)``."""
 
 
 class Stream(Enum):
@@ -64,11 +66,15 @@ class Statistic:
 
 
 class BlockStatistics(Mapping[Statistic, "Tensor"]):
-    """The statistics of one feed-forward, float32, and the number of ``tokens`` they were measured on."""
+    """The statistics of one feed-forward, float32, and how many tokens they were measured on.
 
-    def __init__(self, values: Mapping[Statistic, Tensor], tokens: int) -> None:
+    ``held_out_tokens`` of the ``tokens`` lie in held-out windows.
+    """
+
+    def __init__(self, values: Mapping[Statistic, Tensor], tokens: int, held_out_tokens: int = 0) -> None:
         self._values = dict(values)
         self.tokens = tokens
+        self.held_out_tokens = held_out_tokens
 
     def __getitem__(self, statistic: Statistic) -> Tensor:
         try:
@@ -83,13 +89,24 @@ class BlockStatistics(Mapping[Statistic, "Tensor"]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __or__(self, more: Mapping[Statistic, Tensor]) -> BlockStatistics:
+        """These measurements and some more."""
+        return self._with({**self._values, **more})
+
     def only(self, statistics: frozenset[Statistic]) -> BlockStatistics:
         """The same measurements, restricted to what a component declared."""
-        return BlockStatistics({s: v for s, v in self._values.items() if s in statistics}, self.tokens)
+        return self._with({s: v for s, v in self._values.items() if s in statistics})
 
     def to(self, device: torch.device | str) -> BlockStatistics:
         """The same measurements on ``device``."""
-        return BlockStatistics({s: v.to(device) for s, v in self._values.items()}, self.tokens)
+        return self._with({s: v.to(device) for s, v in self._values.items()})
+
+    def light(self) -> BlockStatistics:
+        """What may outlive the block, on the CPU."""
+        return self._with({s: v.cpu() for s, v in self._values.items() if not s.heavy})
+
+    def _with(self, values: Mapping[Statistic, Tensor]) -> BlockStatistics:
+        return BlockStatistics(values, self.tokens, self.held_out_tokens)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .algebra import removal_curve
-from .api import BlockStatistics, BlockSummary, Collector, Criterion, FeedForward
+from .api import BlockStatistics, BlockSummary, Collector, Criterion, FeedForward, Site, Statistic
 from .architectures import Decoder
-from .blocks import embed
+from .blocks import Batch, embed
 from .errors import PluginError
+from .gradients import measure_gradients
 from .measure import measure_block
 from .plugins import Chosen
 from .progress import Progress
@@ -60,18 +61,24 @@ def collect(
     Each block runs exactly once per batch and the head never. Where no collector is needed nothing runs at all, and
     the windows may be None.
     """
-    batches = embed(decoder, windows, batch_size) if collectors and windows is not None else []
+    gradients: Sequence[Mapping[Statistic, Tensor]] = [{}] * len(decoder.blocks)
+    batches: Sequence[Batch] = []
+    if windows is not None:
+        backward = [chosen for chosen in collectors if chosen.component.site is Site.GRADIENT]
+        collectors = [chosen for chosen in collectors if chosen.component.site is not Site.GRADIENT]
+        gradients = measure_gradients(decoder, windows, backward, progress) if backward else gradients
+        batches = embed(decoder, windows, batch_size) if collectors else batches
     measurements: list[BlockMeasurement] = []
     with progress.bar("collect", total=len(decoder.blocks) * len(batches)) as step:
         for index in range(len(decoder.blocks)):
-            statistics = measure_block(decoder, index, batches, collectors, step)
+            statistics = measure_block(decoder, index, batches, collectors, step) | gradients[index]
             feed_forward = decoder.feed_forward(index, seed)
             scores = {label: score(criterion, feed_forward, statistics) for label, criterion in criteria.items()}
             curves = {
                 label: error_curve(feed_forward, statistics, found, curve) for label, found in scores.items() if curve
             }
             measurements.append(
-                BlockMeasurement(feed_forward.path, feed_forward.width, _light(statistics), scores, curves)
+                BlockMeasurement(feed_forward.path, feed_forward.width, statistics.light(), scores, curves)
             )
     return tuple(measurements)
 
@@ -109,8 +116,3 @@ def error_curve(
     )  # (F,): of equals the last goes first
     damping = CURVE_DAMPING if kind == "compensated" else None
     return removal_curve(feed_forward.down, statistics[DOWN_INPUT_GRAM], order, damping).cpu()
-
-
-def _light(statistics: BlockStatistics) -> BlockStatistics:
-    """What may outlive the block, on the CPU."""
-    return BlockStatistics({s: v.cpu() for s, v in statistics.items() if not s.heavy}, statistics.tokens)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
+from pydantic import ValidationError
 
 from .config import PRESETS, RunConfig, layered
-from .errors import InputError
+from .errors import InputError, PlanError
 
 MODEL = ("trust_remote_code", "device", "dtype")
 COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
@@ -25,6 +26,10 @@ _COMPONENT_HELP = {
     "compensator": "How the kept weights change.",
     "recovery": "What is trained afterwards.",
 }
+_METAVARS = {"calibration": "SPEC", "evaluate": "SPEC", "device": "NAME"}
+_SPEC_HELP = """A data SPEC is `demo`; a well-known name (`wikitext2`, `c4`, `ptb`, `fineweb-edu`); a .txt, .jsonl,
+.parquet or .csv file or the folder of a data set, with :COLUMN where the column is not `text`;
+hf:REPO[:CONFIG][:SPLIT][:COLUMN]; or, for calibration, a mixture A=0.7,B=0.3."""
 Command = Callable[..., Any]
 
 
@@ -44,12 +49,20 @@ def _option(name: str) -> Callable[[Command], Command]:
     if name in COMPONENTS:
         help_text = f"{_COMPONENT_HELP[name]} [default: {field.default}]"
         return click.option(flag, metavar="NAME[:k=v,...]", help=help_text)
-    default = "" if field.default in (None, (), False) else f" [default: {field.default}]"
     if field.annotation is bool:
         both = f"{flag}/--no-{flag[2:]}" if field.default else flag
+        default = f" [default: {flag[2:]}]" if field.default else ""
         return click.option(both, default=None, is_flag=True, help=f"{field.description}{default}")
     kind, multiple = _click_type(field.annotation)
-    return click.option(flag, type=kind, multiple=multiple, help=f"{field.description}{default}")
+    default = " May be repeated." if multiple else "" if field.default is None else f" [default: {field.default}]"
+    return click.option(
+        flag,
+        type=kind,
+        multiple=multiple,
+        metavar=_METAVARS.get(name, "N" if kind is int else "NUMBER" if kind is float else None),
+        callback=_validated,
+        help=f"{field.description}{default}",
+    )
 
 
 def _click_type(annotation: Any) -> tuple[Any, bool]:
@@ -60,6 +73,18 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
     if get_origin(annotation) in (Union, types.UnionType):
         return get_args(annotation)[0], False
     return annotation, False
+
+
+def _validated(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Refuse what RunConfig would refuse, by the name of the option."""
+    if value is None or value == () or parameter.name is None:
+        return value
+    try:
+        RunConfig.model_validate({"model": "demo", parameter.name: value})
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise click.BadParameter(f"{problem[0].lower()}{problem[1:]}, not {value}.") from error
+    return value
 
 
 def _keep_traceback(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -75,9 +100,14 @@ traceback_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no tables.")
-preset_option = click.option("--preset", metavar="NAME", help=f"A named set of components: {', '.join(PRESETS)}.")
+preset_option = click.option(
+    "--preset", metavar="NAME", help=f"A named set of components, to start from: {', '.join(PRESETS)}."
+)
 config_option = click.option(
-    "--config", "config_file", type=click.Path(path_type=Path, dir_okay=False), help="A YAML file of these options."
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A YAML file of these options; those given here come after it.",
 )
 
 
@@ -86,13 +116,18 @@ def _given(options: dict[str, Any]) -> dict[str, object]:
     return {name: value for name, value in options.items() if value not in (None, ())}
 
 
-@click.command()
+@click.command(epilog=_SPEC_HELP)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *EVALUATION, *MODEL)
 @preset_option
 @config_option
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path, dir_okay=False), help="Cut by this plan.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Cut by this plan, whatever ratio, criterion and allocator say.",
+)
 @click.option("--keep-statistics", is_flag=True, help="Keep the statistics as statistics.safetensors.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 @plugin_option
@@ -132,7 +167,7 @@ def prune(
         console.show_report(result.report, out)
 
 
-@click.command()
+@click.command(epilog=_SPEC_HELP)
 @click.argument("model")
 @click.argument("plan_file", type=click.Path(path_type=Path, dir_okay=False))
 @config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *MODEL)
@@ -154,9 +189,10 @@ def plan(
 ) -> None:
     """Decide what to prune in MODEL and write it to PLAN_FILE; `cfsp prune --plan` cuts by it without data."""
     from . import console, pipeline
-    from .files import write_text
+    from .files import check_parent, write_text
     from .progress import Progress
 
+    check_parent(plan_file)
     if plan_file.exists() and not overwrite:
         raise InputError(f"{plan_file} exists; give another file or --overwrite.")
     config = layered(preset, config_file, _given(options))
@@ -168,12 +204,19 @@ def plan(
         console.show_plan(made, plan_file)
 
 
-@click.command()
+@click.command(epilog=_SPEC_HELP)
 @click.argument("model")
-@click.option("--data", "--evaluate", "evaluate", multiple=True, metavar="SPEC", help="Data SPEC [default: demo].")
+@click.option(
+    "--data",
+    "--evaluate",
+    "evaluate",
+    multiple=True,
+    metavar="SPEC",
+    help="Data SPEC to report perplexity on. May be repeated. [default: demo]",
+)
 @config_options("seqlen", "evaluate_windows", *MODEL)
 @plugin_option
-@quiet_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @json_option
 @traceback_option
 def evaluate(evaluate: tuple[str, ...], quiet: bool, as_json: bool, **options: Any) -> None:
@@ -194,24 +237,26 @@ def evaluate(evaluate: tuple[str, ...], quiet: bool, as_json: bool, **options: A
 
 
 @click.command()
-@click.option(
-    "--ratio", type=float, default=0.5, show_default=True, help="Share of the feed-forward channels to remove."
-)
+@config_options("ratio")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the pruned checkpoint in this folder.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 @quiet_option
 @json_option
 @traceback_option
-def demo(ratio: float, out: Path | None, quiet: bool, as_json: bool) -> None:
+def demo(out: Path | None, overwrite: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Prune the small model inside this package and compare both on text it never saw."""
     import tempfile
 
     from . import console, pipeline
     from .progress import Progress
 
-    config = RunConfig.build(model="demo", ratio=ratio, samples=64, seqlen=256, evaluate=("demo",))
+    config = RunConfig.build(model="demo", samples=64, seqlen=256, evaluate=("demo",), **_given(options))
     with tempfile.TemporaryDirectory(prefix="cfsp-demo-") as scratch:
         result = pipeline.prune(
-            config, out or Path(scratch, "pruned"), progress=Progress(visible=not (quiet or as_json))
+            config,
+            out or Path(scratch, "pruned"),
+            overwrite=overwrite,
+            progress=Progress(visible=not (quiet or as_json)),
         )
         samples = console.continuations(result.folder) if not (quiet or as_json) else []
     if as_json:
@@ -226,7 +271,7 @@ def plugins() -> None:
     """List and explain the components plugins offer."""
 
 
-@plugins.command("list")
+@plugins.command("list", short_help="Every component with its plugin and statistics.")
 @plugin_option
 @json_option
 @traceback_option
@@ -242,7 +287,7 @@ def plugins_list(plugins: tuple[str, ...], as_json: bool) -> None:
         console.show_components(rows)
 
 
-@plugins.command("show")
+@plugins.command("show", short_help="What one component does, and its options.")
 @click.argument("name")
 @plugin_option
 @json_option
@@ -264,6 +309,11 @@ def _read_plan(path: Path) -> Any:
 
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    return PruningPlan.from_json(text)
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{path} is no pruning plan; `cfsp plan` writes one.") from error
+    if "cfsp-pruning-plan" not in text:
+        raise PlanError(f"{path} is no pruning plan; `cfsp plan` writes one.")
+    try:
+        return PruningPlan.from_json(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error

@@ -2,59 +2,89 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import json
+import types
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from rich.console import Console
+from rich.markdown import Markdown
+from rich.padding import Padding
 from rich.table import Table
 
 from .api import Collector, Component
 from .errors import ConfigError
-from .plugins import Plugins, did_you_mean
+from .plugins import Plugins
 
 if TYPE_CHECKING:
     from .evaluation import EvaluationSet, Perplexity
     from .planning import PruningPlan
-    from .report import BlockReport, Report
-
-_BAR = 24
+    from .report import BlockReport, Evaluation, Report
 
 
 def show_report(report: Report, out: Path | None) -> None:
-    """The final table of a run."""
-    console = Console()
-    console.print(_block_table(report.blocks))
+    """The final tables of a run."""
+    console = Console(highlight=False, markup=False)
+    console.print(_block_table(report.blocks, console))
     console.print(_total_table(report))
-    for note in report.notes:
-        console.print(f"Note: {note}.", soft_wrap=True)
-    seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())
-    console.print(f"Seconds: {seconds}   peak memory {_bytes(report.peak_memory_bytes)}", soft_wrap=True)
+    if report.evaluations:
+        console.print(_perplexity_table(report.evaluations))
+    for line in (_calibrated(report), *(f"Note: {note}." for note in report.notes), _spent(report)):
+        console.print(line)
     if out is not None:
         console.print(f"Written to {out}; reopened, logits differ by {report.reload_difference:.2g}.", soft_wrap=True)
+
+
+def _calibrated(report: Report) -> str:
+    """What was used: components and data."""
+    used = ", ".join(f"{kind} {choice.partition(':')[0]}" for kind, choice in report.components.items())
+    if report.calibration is None:
+        return f"Used: {used}; no data."
+    return f"Used: {used}; {report.samples} windows of {report.seqlen} tokens of {short(report.calibration)}."
+
+
+def _spent(report: Report) -> str:
+    seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())
+    return f"Seconds: {seconds}. Peak memory: {_bytes(report.peak_memory_bytes)}."
+
+
+def short(spec: str) -> str:
+    """A data SPEC as a table can hold it: files by their names alone."""
+    if spec.startswith("hf:"):
+        return spec
+    return ",".join(part.rstrip("/").rpartition("/")[2] for part in spec.split(","))
+
+
+def _name(model: str) -> str:
+    """A model's folder by its name alone; a Hub id as it is."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def show_plan(plan: PruningPlan, path: Path) -> None:
     """The widths of a plan."""
     from .report import block_reports
 
-    console = Console()
-    console.print(_block_table(block_reports(plan)))
+    console = Console(highlight=False, markup=False)
+    console.print(_block_table(block_reports(plan), console))
     console.print(f"{plan.achieved_ratio:.2%} of the feed-forward channels go. Written to {path}.", soft_wrap=True)
 
 
 def show_perplexities(model: str, measured: Sequence[tuple[EvaluationSet, Perplexity]]) -> None:
     """One row per data SPEC."""
-    table = Table(title=model)
-    for heading in ("data", "tokens a window", "windows", "perplexity", "nats/token", "bits/byte"):
-        table.add_column(heading, justify="left" if heading == "data" else "right")
+    table = Table(title=f"Perplexity of {_name(model)}", title_justify="left")
+    table.add_column("data", overflow="fold")
+    for heading in ("windows", "perplexity", "nats/token", "bits/byte"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for data, found in measured:
         windows, seqlen = data.windows.shape
         table.add_row(
-            data.spec,
-            str(seqlen),
-            str(windows),
+            short(data.spec),
+            f"{windows} x {seqlen}",
             f"{found.perplexity:.3f}",
             f"{found.nll:.4f}",
             f"{found.bits_per_byte:.4f}",
@@ -93,18 +123,24 @@ def component_rows(plugins: Plugins) -> list[dict[str, Any]]:
 
 
 def show_components(rows: Sequence[dict[str, Any]]) -> None:
-    """The list of components."""
-    console = Console()
+    """The list of components, a table for each kind and plugin."""
+    console = Console(highlight=False, markup=False)
     if not rows:
         console.print("No plugin offers anything. Is the package installed, and not left out with -p no:NAME?")
         return
-    table = Table()
-    for heading in ("kind", "name", "plugin (-p no:)", "distribution", "statistics", "summary"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        statistics = ", ".join(row["requires"]) or row.get("provides", "")
-        table.add_row(row["kind"], row["name"], row["plugin"], row["distribution"] or "", statistics, row["summary"])
-    console.print(table)
+    for (kind, plugin, distribution), group in groupby(rows, itemgetter("kind", "plugin", "distribution")):
+        table = Table(title=f"{kind}: {_offered_by(plugin, distribution)}", title_justify="left")
+        table.add_column("name", no_wrap=True)
+        table.add_column("measures" if kind == "collector" else "reads", overflow="fold", min_width=24)
+        table.add_column("summary", ratio=1)
+        for row in group:
+            statistics = ", ".join(row["requires"]) or row.get("provides", "")
+            table.add_row(row["name"], statistics, row["summary"].replace("``", ""))
+        console.print(table)
+
+
+def _offered_by(plugin: str, distribution: str | None) -> str:
+    return f"plugin {plugin} of {distribution}" if distribution else f"plugin {plugin}"
 
 
 def component_details(plugins: Plugins, name: str) -> list[dict[str, Any]]:
@@ -120,28 +156,37 @@ def component_details(plugins: Plugins, name: str) -> list[dict[str, Any]]:
     ]
     if not found:
         known = [known for registry in plugins.registries for known in registry]
-        raise ConfigError(f"Unknown component {name!r}.{did_you_mean(name, known)}")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"Unknown component {name!r}. {hint}`cfsp plugins list` shows all.")
     return found
 
 
 def show_details(found: Sequence[dict[str, Any]]) -> None:
     """Each component's description and options."""
-    console = Console()
+    console = Console(highlight=False, markup=False)
     for details in found:
-        console.print(f"[bold]{details['kind']} {details['name']}[/bold]  plugin {details['plugin']}", highlight=False)
-        console.print(details["description"], markup=False, highlight=False)
-        console.print(
-            f"statistics: {', '.join(details['requires']) or details.get('provides') or 'none'}", markup=False
-        )
-        console.print(f"defined in: {details['defined_in']}", markup=False, soft_wrap=True)
+        origin = _offered_by(details["plugin"], details["distribution"])
+        console.print(f"{details['kind']} {details['name']}, {origin}", style="bold", soft_wrap=True)
+        console.print(f"Defined in {details['defined_in']}", soft_wrap=True)
+        console.print(f"Reads: {', '.join(details['requires']) or 'no statistics'}")
+        if "provides" in details:
+            console.print(f"Measures: {details['provides']}")
+        console.print(Padding(Markdown(details["description"]), (1, 0)))
         if details["options"]:
-            table = Table(show_edge=False)
-            for heading in ("option", "type", "default", "description"):
-                table.add_column(heading)
+            table = Table()
+            table.add_column("option", no_wrap=True)
+            table.add_column("type", ratio=2)
+            table.add_column("default", no_wrap=True)
+            table.add_column("description", ratio=3)
             for name, option in details["options"].items():
-                table.add_row(name, option["type"], str(option["default"]), option["description"])
+                table.add_row(name, option["type"], _yaml(option["default"]), option["description"])
             console.print(table)
-        console.print()
+
+
+def _yaml(value: object) -> str:
+    """A default as ``NAME:option=value`` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _row(kind: str, name: str, cls: type[Component], plugins: Plugins) -> dict[str, Any]:
@@ -174,9 +219,7 @@ def _details(cls: type[Component]) -> dict[str, Any]:
         "defined_in": f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}",
         "options": {
             name: {
-                "type": str(field.annotation).replace("typing.", "")
-                if not isinstance(field.annotation, type)
-                else field.annotation.__name__,
+                "type": _type_name(field.annotation),
                 "default": schema["properties"][name].get("default"),
                 "description": field.description or "",
             }
@@ -185,25 +228,39 @@ def _details(cls: type[Component]) -> dict[str, Any]:
     }
 
 
-def _block_table(blocks: Sequence[BlockReport]) -> Table:
-    table = Table(title="Blocks")
-    for heading in ("block", "importance", "width", "kept"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+def _type_name(annotation: Any) -> str:
+    """``float or null``, or the values a Literal allows."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, types.UnionType) or get_origin(annotation) is Union:
+        return " or ".join(map(_type_name, get_args(annotation)))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _block_table(blocks: Sequence[BlockReport], console: Console) -> Table:
+    table = Table(title="Blocks", title_justify="left")
+    for heading in ("block", "importance", "width", "kept", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    length = min(24, console.width - 52)
+    drawn = length >= 8 and console.encoding.startswith("utf")
+    if drawn:
+        table.add_column("", no_wrap=True)
     for block in blocks:
         share = block.width_after / block.width_before
-        importance = "" if block.importance is None else f"{block.importance:.4f}"
-        bar = "█" * round(share * _BAR) + "░" * (_BAR - round(share * _BAR))
-        table.add_row(
-            str(block.block), importance, str(block.width_before), str(block.width_after), f"{bar} {share:4.0%}"
-        )
+        importance = "" if block.importance is None else f"{block.importance:#.4g}"
+        bar = "█" * round(share * length) + "░" * (length - round(share * length))
+        row = [str(block.block), importance, str(block.width_before), str(block.width_after), f"{share:.1%}"]
+        table.add_row(*row, *([bar] if drawn else []))
     return table
 
 
 def _total_table(report: Report) -> Table:
-    table = Table(title="Totals")
-    for heading in ("", "dense", "pruned", "change"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = Table(title=f"Totals of {_name(report.model)} ({report.family}, {report.dtype})", title_justify="left")
+    table.add_column("")
+    for heading in ("dense", "pruned", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
     rows: list[tuple[str, int, int, Any]] = [
         ("feed-forward channels", report.channels_before, report.channels_after, _count),
         ("parameters", report.dense.parameters, report.pruned.parameters, _count),
@@ -212,9 +269,18 @@ def _total_table(report: Report) -> Table:
     ]
     for name, before, after, form in rows:
         table.add_row(name, form(before), form(after), f"{after / before - 1:+.1%}")
-    for found in report.evaluations:
+    return table
+
+
+def _perplexity_table(evaluations: Sequence[Evaluation]) -> Table:
+    table = Table(title="Perplexity", title_justify="left")
+    table.add_column("data", overflow="fold")
+    for heading in ("windows", "dense", "pruned", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for found in evaluations:
         table.add_row(
-            f"perplexity on {found.data}, {found.windows} windows of {found.seqlen}",
+            short(found.data),
+            f"{found.windows} x {found.seqlen}",
             f"{found.dense.perplexity:.3f}",
             f"{found.pruned.perplexity:.3f}",
             f"{found.excess_nll:+.4f} nats/token",

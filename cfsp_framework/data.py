@@ -6,6 +6,7 @@ A SPEC is ``demo``, a well-known name, a local file or folder (``PATH`` or ``PAT
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,6 +134,8 @@ def _read_hub(spec: str, corpus: HubCorpus, role: Role) -> str:
             return _join(spec, rows, corpus.column, joint, STREAM_CHARACTERS if corpus.streamed else None)
     except (DataError, MemoryError):
         raise
+    except ConnectionError as error:
+        raise DataError(f"data {spec!r}: the Hub cannot be reached; give a local file, or `demo`.") from error
     except Exception as error:  # datasets raises whatever its file systems and parsers do
         raise DataError(f"data {spec!r} cannot be read from the Hub: {_one_line(error)}") from error
 
@@ -153,7 +156,8 @@ def _read_local(spec: str, role: Role) -> str:
     except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(f"data {spec!r} cannot be read: {_one_line(error)}") from error
+        kind = " as a data set" if path.is_dir() else ""
+        raise DataError(f"data {spec!r} cannot be read{kind}: {_one_line(error)}") from error
 
 
 def _load_local(path: Path, role: Role) -> Any:
@@ -208,13 +212,16 @@ def _silent_datasets() -> Generator[None]:
     """Keep the library's bars and messages off the terminal while it reads; errors still come as exceptions."""
     import datasets
 
-    verbosity, shown = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    loggers = [logging.getLogger("datasets"), logging.getLogger("huggingface_hub")]
+    levels, shown = [logger.level for logger in loggers], not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()
 

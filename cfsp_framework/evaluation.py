@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +46,10 @@ def evaluation_set(spec: str, tokenizer: Any, seqlen: int, limit: int | None = N
     Raises:
         DataError: the text cannot be read or is shorter than one window.
     """
-    if len(mixture(spec)) > 1:
+    (name, _), *others = mixture(spec)
+    if others:
         raise DataError(f"data {spec!r}: a mixture is for calibration; evaluate on each of its parts.")
-    text = read_text(spec, "evaluation")
+    text = read_text(name, "evaluation")
     ids = tokenize(text, tokenizer)
     if len(ids) < seqlen:
         raise DataError(
@@ -80,8 +80,3 @@ def perplexity(model: PreTrainedModel, data: EvaluationSet, progress: Progress) 
     return Perplexity(
         perplexity=math.exp(min(nll, 700)), nll=nll, bits_per_byte=nll / math.log(2) / data.bytes_per_token
     )
-
-
-def perplexities(model: PreTrainedModel, sets: Sequence[EvaluationSet], progress: Progress) -> list[Perplexity]:
-    """One for each evaluation set."""
-    return [perplexity(model, data, progress) for data in sets]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Generator
@@ -88,9 +89,10 @@ def _writing(path: Path, inside: Path | None = None) -> Generator[None]:
             raise
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
     except Exception as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
+        hidden = re.search(r"\(os error (\d+)\)", str(error))
+        if hidden is None or int(hidden[1]) not in _USERS_PROBLEM:
             raise
-        raise OutputError(f"{path} cannot be written: {os.strerror(errno.ENOSPC)}.") from error
+        raise OutputError(f"{path} cannot be written: {os.strerror(int(hidden[1]))}.") from error
 
 
 def _put_in_place(aside: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .api import Accumulator, BlockStatistics, Collector, Site, Statistic
+from .api import HELD_OUT_EVERY, Accumulator, BlockStatistics, Collector, Site, Statistic
 from .architectures import Decoder
 from .blocks import Batch, listening, run_block
 from .plugins import Chosen
@@ -38,8 +38,8 @@ def measure_block(
     the collectors of the feed-forward see targets: ``own output + mix * (dense block output - block output)``.
     """
     block = decoder.blocks[index]
-    running = [(chosen, _start(chosen)) for chosen in collectors]
-    tokens = 0
+    running = [(chosen, start(chosen)) for chosen in collectors]
+    lengths: list[int] = []  # of every window
     for number, batch in enumerate(batches):
         with _watching(decoder, index, {chosen.component.site for chosen in collectors}) as seen:
             output = run_block(block, index, batch)  # (B, T, D)
@@ -48,21 +48,27 @@ def measure_block(
             wanted = run_block(block, index, teacher.batches[number])  # (B, T, D)
             correction = (wanted - output) * teacher.mix
             teacher.batches[number].hidden.copy_(wanted)
-        _feed(running, Site.BLOCK, batch.hidden, output)
+        feed(running, Site.BLOCK, batch.hidden, output)
+        bias = decoder.down_projection(index).bias
+        if bias is not None and Site.DOWN_PROJECTION in seen:
+            inputs, own = seen[Site.DOWN_PROJECTION]
+            seen[Site.DOWN_PROJECTION] = inputs, own - bias  # (B, T, D): the product alone
         for site, (inputs, own) in seen.items():
-            _feed(running, site, inputs, own if correction is None else own + correction)
+            feed(running, site, inputs, own if correction is None else own + correction)
         if advance:
             batch.hidden.copy_(output)
-        tokens += output.shape[0] * output.shape[1]
+        lengths += [output.shape[1]] * len(output)
         step()
+    tokens, held_out_tokens = sum(lengths), sum(lengths[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
     values: dict[Statistic, Tensor] = {}
     for chosen, accumulator in running:
         with chosen.blamed(f"value() at block {index}") as component:
             values[component.provides] = accumulator.value(tokens).float()
-    return BlockStatistics(values, tokens)
+    return BlockStatistics(values, tokens, held_out_tokens)
 
 
-def _start(chosen: Chosen[Collector]) -> Accumulator:
+def start(chosen: Chosen[Collector]) -> Accumulator:
+    """A fresh accumulator."""
     with chosen.blamed("start()") as component:
         return component.start()
 
@@ -88,9 +94,7 @@ def _watching(decoder: Decoder, index: int, sites: set[Site]) -> Generator[dict[
         yield seen
 
 
-def _feed(
-    running: Sequence[tuple[Chosen[Collector], Accumulator]], site: Site, inputs: Tensor, outputs: Tensor
-) -> None:
+def feed(running: Sequence[tuple[Chosen[Collector], Accumulator]], site: Site, inputs: Tensor, outputs: Tensor) -> None:
     """Hand one batch to the accumulators of a site, window by window: no batch size changes a statistic."""
     for chosen, accumulator in running:
         if chosen.component.site is site:

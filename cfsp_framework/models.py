@@ -61,9 +61,8 @@ def _opening(what: str) -> Generator[None]:
     except (CfspError, MemoryError, torch.OutOfMemoryError):
         raise
     except SafetensorError as error:
-        raise ModelError(
-            f"{what}: its safetensors are damaged; fetch or write them again. {_one_line(error)}"
-        ) from error
+        reason = _one_line(error).rstrip(".")
+        raise ModelError(f"{what}: its safetensors are damaged ({reason}); fetch or write them again.") from error
     except Exception as error:
         raise ModelError(f"{what} cannot be opened: {_one_line(error)}") from error
 
@@ -143,7 +142,8 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
     family, names = config.get("model_type"), config.get("architectures") or []
     heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if not (any(name.endswith(heads) for name in names) if names else family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        raise ModelError(f"{folder} is no causal language model but {', '.join(names) or f'of the family {family!r}'}.")
+        found = f"a {', '.join(names)}" if names else f"of the family {family!r}"
+        raise ModelError(f"{folder} is {found}, not a causal language model.")
     if family not in CONFIG_MAPPING and not (trust_remote_code and config.get("auto_map")):
         if config.get("auto_map"):
             raise ModelError(f"{folder} needs the Python code it brings along; read it, then give --trust-remote-code.")

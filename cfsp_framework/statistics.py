@@ -17,6 +17,7 @@ DOWN_INPUT_GRAM: Final = Statistic("down_input_gram", "(F, F)", "sum of h hᵀ o
 DOWN_INPUT_GRAM_HELD_OUT: Final = Statistic(
     "down_input_gram_held_out", "(F, F)", "sum of h hᵀ over the tokens of held-out windows", heavy=True
 )
+DOWN_INPUT_MEAN_HELD_OUT: Final = Statistic("down_input_mean_held_out", summary="mean of h over held-out windows")
 DOWN_CROSS: Final = Statistic("down_cross", "(D, F)", "sum of target times hᵀ over tokens", heavy=True)
 DOWN_CROSS_HELD_OUT: Final = Statistic(
     "down_cross_held_out", "(D, F)", "sum of target times hᵀ over the tokens of held-out windows", heavy=True
@@ -27,6 +28,9 @@ FEED_FORWARD_TARGETS: Final = Statistic(
 )
 
 BLOCK_OUTPUT_SQUARES: Final = Statistic("block_output_squares", "()", "sum of squares of the block's output")
+DOWN_INPUT_TAYLOR: Final = Statistic("down_input_taylor", summary="sum of |h dLoss/dh| over tokens")
+DOWN_INPUT_TAYLOR_SQUARED: Final = Statistic("down_input_taylor_squared", summary="sum of (h dLoss/dh)² over tokens")
+
 ANGULAR_DISTANCE: Final = Statistic("angular_distance", "()", "mean angle between block input and output, over π")
 COSINE_DISTANCE: Final = Statistic("cosine_distance", "()", "mean of 1 - cosine of block input and output")
 MSE_DISTANCE: Final = Statistic("mse_distance", "()", "mean squared difference of block input and output")

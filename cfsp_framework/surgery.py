@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +36,14 @@ def apply_plan(decoder: Decoder, plan: PruningPlan, compensate: Callable[[int, T
         PlanError: the plan is for a model of other shapes; nothing is changed.
     """
     check_fits(decoder, plan)
-    has_biases = all(decoder.down_projection(index).bias is not None for index in range(len(decoder.blocks)))
+    lacking = [name for name, linear in decoder.projections(0).items() if linear.bias is None]
     for index, block in enumerate(plan.blocks):
         if len(block.kept) < block.width:
             kept = torch.tensor(block.kept)  # (K,)
             update = compensate(index, kept)
             cut_block(decoder, index, kept)
             apply_update(decoder, index, update)
-    if not has_biases:
-        _align_biases(decoder)
+    _align_biases(decoder, lacking)
     _describe_widths(decoder)
 
 
@@ -77,39 +76,40 @@ def cut_block(decoder: Decoder, index: int, kept: Tensor) -> None:
 def apply_update(decoder: Decoder, index: int, update: Update) -> None:
     """Write a compensator's change into block ``index``, which is cut already, in the model's dtype."""
     layout, projections = decoder.architecture.feed_forward, decoder.projections(index)
+    up = projections[layout.up]
+    first = len(up.weight) // 2 if layout.fused else 0  # of the rows [gate; up], or of up alone
     _write(projections[layout.down], update.down, update.down_bias)
-    if layout.fused:
-        if update.up is not None and update.gate is not None:
-            biases = None if update.gate_bias is None or update.up_bias is None else [update.gate_bias, update.up_bias]
-            _write(projections[layout.up], torch.cat([update.gate, update.up]), torch.cat(biases) if biases else None)
-        return
-    _write(projections[layout.up], update.up, update.up_bias)
+    _write(up, update.up, update.up_bias, slice(first, None))
     if layout.gate is not None:
-        _write(projections[layout.gate], update.gate, update.gate_bias)
+        rows = slice(first) if layout.fused else slice(None)
+        _write(projections[layout.gate], update.gate, update.gate_bias, rows)
 
 
-def _write(linear: nn.Linear, weight: Tensor | None, bias: Tensor | None) -> None:
+def _write(linear: nn.Linear, weight: Tensor | None, bias: Tensor | None, rows: slice = slice(None)) -> None:
     if weight is not None:
-        linear.weight.copy_(weight)
+        linear.weight[rows].copy_(weight)
     if bias is not None:
         if linear.bias is None:
             linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))  # (out,)
-        linear.bias.copy_(bias)
+        linear.bias[rows].copy_(bias)
 
 
-def _align_biases(decoder: Decoder) -> None:
+def _align_biases(decoder: Decoder, lacking: Sequence[str]) -> None:
     """Where a compensator gave some block a bias the family lacks, give a zero one to the others, and say so.
 
     A configuration describes one setting for all blocks: either all of them have the bias or none.
     """
-    linears = [decoder.down_projection(index) for index in range(len(decoder.blocks))]
-    if all(linear.bias is None for linear in linears):
-        return
-    for linear in linears:
-        if linear.bias is None:
-            linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))  # (D,)
-    layout = decoder.architecture.feed_forward
-    decoder.config.added_biases = [f"{layout.path}.{layout.down}"]
+    added = added_biases(decoder.config)
+    for name in lacking:
+        linears = [decoder.projections(index)[name] for index in range(len(decoder.blocks))]
+        if all(linear.bias is None for linear in linears):
+            continue
+        for linear in linears:
+            if linear.bias is None:
+                linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))  # (out,)
+        added.append(f"{decoder.architecture.feed_forward.path}.{name}")
+    if added:
+        decoder.config.added_biases = added
 
 
 def _describe_widths(decoder: Decoder) -> None:

@@ -6,15 +6,18 @@ from cfsp_framework import Criterion, hookimpl
 
 from .cfsp import Cfsp
 from .flap import Flap
+from .leverage import Leverage
 from .magnitude import Magnitude
 from .obs import Obs
 from .random import Random
+from .taylor import Taylor
+from .variance_weighted import VarianceWeighted
 from .wanda_l2 import WandaL2
 from .wanda_sp import WandaSp
 
-__all__ = ["Cfsp", "Flap", "Magnitude", "Obs", "Random", "WandaL2", "WandaSp"]
+__all__ = ["Cfsp", "Flap", "Leverage", "Magnitude", "Obs", "Random", "Taylor", "VarianceWeighted", "WandaL2", "WandaSp"]
 
 
 @hookimpl
 def cfsp_criteria() -> list[type[Criterion]]:
-    return [Cfsp, Flap, Magnitude, Obs, Random, WandaL2, WandaSp]
+    return [Cfsp, Flap, Leverage, Magnitude, Obs, Random, Taylor, VarianceWeighted, WandaL2, WandaSp]

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from cfsp_framework import Collector, Compensator, RecoveryScheduler, hookimpl
 
-from .activations import DownInputFluctuation, DownInputMean, DownInputSquares, DownInputVariance
+from .activations import (
+    DownInputFluctuation,
+    DownInputMean,
+    DownInputMeanHeldOut,
+    DownInputSquares,
+    DownInputTaylor,
+    DownInputTaylorSquared,
+    DownInputVariance,
+)
 from .architectures import cfsp_architecture
 from .compensators import Bias, NoCompensation
 from .distances import AngularDistance, CosineDistance, MaeDistance, MseDistance
-from .least_squares import LeastSquares, Sequential
+from .least_squares import LeastSquares, LeastSquaresBias, Procrustes, Sequential
 from .local_reconstruction import LocalReconstruction
 from .recovery import NoRecovery
 from .second_order import (
@@ -29,8 +37,11 @@ def cfsp_collectors() -> list[type[Collector]]:
     return [
         DownInputSquares,
         DownInputMean,
+        DownInputMeanHeldOut,
         DownInputVariance,
         DownInputFluctuation,
+        DownInputTaylor,
+        DownInputTaylorSquared,
         AngularDistance,
         CosineDistance,
         MseDistance,
@@ -47,7 +58,7 @@ def cfsp_collectors() -> list[type[Collector]]:
 
 @hookimpl
 def cfsp_compensators() -> list[type[Compensator]]:
-    return [NoCompensation, Bias, LeastSquares, Sequential, LocalReconstruction]
+    return [NoCompensation, Bias, LeastSquares, LeastSquaresBias, Procrustes, Sequential, LocalReconstruction]
 
 
 @hookimpl

@@ -7,11 +7,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cfsp_framework import Accumulator, Collector, Site, Statistic
+from cfsp_framework import HELD_OUT_EVERY, Accumulator, Collector, Site, Statistic
 from cfsp_framework.statistics import (
     DOWN_INPUT_FLUCTUATION,
     DOWN_INPUT_MEAN,
+    DOWN_INPUT_MEAN_HELD_OUT,
     DOWN_INPUT_SQUARES,
+    DOWN_INPUT_TAYLOR,
+    DOWN_INPUT_TAYLOR_SQUARED,
     DOWN_INPUT_VARIANCE,
 )
 
@@ -36,6 +39,18 @@ class DownInputMean(Collector):
 
     def start(self) -> Accumulator:
         return _Mean()
+
+
+class DownInputMeanHeldOut(Collector):
+    """The same over the held-out windows alone."""
+
+    name: ClassVar[str] = "down-input-mean-held-out"
+    provides: ClassVar[Statistic] = DOWN_INPUT_MEAN_HELD_OUT
+    site: ClassVar[Site] = Site.DOWN_PROJECTION
+    ordered: ClassVar[bool] = True
+
+    def start(self) -> Accumulator:
+        return _MeanHeldOut()
 
 
 class DownInputVariance(Collector):
@@ -65,6 +80,28 @@ class DownInputFluctuation(Collector):
         return _Fluctuation()
 
 
+class DownInputTaylor(Collector):
+    """Sum of the absolute first-order effect of every channel's activation on the loss; needs a backward pass."""
+
+    name: ClassVar[str] = "down-input-taylor"
+    provides: ClassVar[Statistic] = DOWN_INPUT_TAYLOR
+    site: ClassVar[Site] = Site.GRADIENT
+
+    def start(self) -> Accumulator:
+        return _Taylor(power=1)
+
+
+class DownInputTaylorSquared(Collector):
+    """Sum of the squared first-order effect of every channel's activation on the loss; needs a backward pass."""
+
+    name: ClassVar[str] = "down-input-taylor-squared"
+    provides: ClassVar[Statistic] = DOWN_INPUT_TAYLOR_SQUARED
+    site: ClassVar[Site] = Site.GRADIENT
+
+    def start(self) -> Accumulator:
+        return _Taylor(power=2)
+
+
 class _Sums:
     """Named float64 sums that take their shape from what is first added."""
 
@@ -84,12 +121,39 @@ class _Squares(_Sums):
         return self.sums["squares"]
 
 
+class _Taylor(_Sums):
+    def __init__(self, power: int) -> None:
+        super().__init__()
+        self._power = power
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        self._add("effect", (inputs.float() * outputs.float()).abs().pow(self._power).sum(0))  # (F,)
+
+    def value(self, tokens: int) -> Tensor:
+        return self.sums["effect"]
+
+
 class _Mean(_Sums):
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         self._add("sum", inputs.sum(0, dtype=torch.float32))  # (F,)
 
     def value(self, tokens: int) -> Tensor:
         return self.sums["sum"] / tokens
+
+
+class _MeanHeldOut(_Sums):
+    def __init__(self) -> None:
+        super().__init__()
+        self._windows = 0
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        self._windows += 1
+        held_out = self._windows % HELD_OUT_EVERY == 0
+        self._add("sum", inputs.sum(0, dtype=torch.float32) * held_out)  # (F,)
+        self._add("tokens", inputs.new_tensor(len(inputs) * held_out))  # ()
+
+    def value(self, tokens: int) -> Tensor:
+        return self.sums["sum"] / self.sums["tokens"].clamp(min=1)
 
 
 class _Variance(_Sums):

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Compensator, FeedForward, Statistic, Stream, Update
-from cfsp_framework.algebra import least_squares, output_error
-from cfsp_framework.statistics import DOWN_CROSS, DOWN_CROSS_HELD_OUT, DOWN_INPUT_GRAM, DOWN_INPUT_GRAM_HELD_OUT
+from cfsp_framework.algebra import least_squares, output_error, output_square
+from cfsp_framework.statistics import (
+    DOWN_CROSS,
+    DOWN_CROSS_HELD_OUT,
+    DOWN_INPUT_GRAM,
+    DOWN_INPUT_GRAM_HELD_OUT,
+    DOWN_INPUT_MEAN,
+    DOWN_INPUT_MEAN_HELD_OUT,
+)
 
 _RAISES = 5
+DAMPING = "share of the mean squared activation added for stability"
 
 
 class LeastSquares(Compensator):
@@ -25,24 +35,89 @@ class LeastSquares(Compensator):
     name: ClassVar[str] = "least-squares"
     requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM, DOWN_INPUT_GRAM_HELD_OUT})
 
-    damping: float = Field(default=1e-3, gt=0, description="share of the mean squared activation added for stability")
+    damping: float = Field(default=1e-3, gt=0, description=DAMPING)
 
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
-        held_out = statistics[DOWN_INPUT_GRAM_HELD_OUT]  # (F, F)
-        fitted = statistics[DOWN_INPUT_GRAM] - held_out  # (F, F)
         weight = feed_forward.down  # (D, F)
-        cross = weight.double() @ fitted.double()  # (D, F): the target is the dense output
-
-        def error(down: Tensor) -> float:
-            return output_error(weight, down, kept, held_out if held_out.any() else fitted)
-
-        whole = output_error(weight, weight[:, :0], kept[:0], held_out if held_out.any() else fitted)
+        fit, judge = _split(statistics, DOWN_INPUT_GRAM, DOWN_INPUT_GRAM_HELD_OUT)  # (F, F) each
+        cross = weight.double() @ fit.double()  # (D, F): the target is the dense output
         return guarded(
-            lambda damping: least_squares(weight, fitted, cross, kept, damping),
-            error,
+            lambda damping: least_squares(weight, fit, cross, kept, damping),
+            lambda down: output_error(weight, down, kept, judge),
             weight[:, kept],
-            whole,
+            output_square(weight, judge),
             self.damping,
+        )
+
+
+class LeastSquaresBias(Compensator):
+    """Least squares of the centred activations, and a bias for what their means leave.
+
+    The Gram matrix is replaced by the covariance, and the down projection's bias takes ``W mu - W'_K mu_K``. A family
+    without that bias gets one: D parameters a block. FLAP's bias on top of plain least squares would count means twice.
+    """
+
+    name: ClassVar[str] = "least-squares-bias"
+    requires: ClassVar[frozenset[Statistic]] = frozenset(
+        {DOWN_INPUT_GRAM, DOWN_INPUT_GRAM_HELD_OUT, DOWN_INPUT_MEAN, DOWN_INPUT_MEAN_HELD_OUT}
+    )
+
+    damping: float = Field(default=1e-3, gt=0, description=DAMPING)
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
+        weight = feed_forward.down.double()  # (D, F)
+        count, held_out = statistics.tokens, statistics.held_out_tokens
+        mean, mean_held_out = (
+            statistics[DOWN_INPUT_MEAN].double(),
+            statistics[DOWN_INPUT_MEAN_HELD_OUT].double(),
+        )  # (F,)
+        gram = statistics[DOWN_INPUT_GRAM].double()  # (F, F)
+        judge, judge_mean, judged = gram, mean, count
+        if held_out:
+            judge, judge_mean, judged = statistics[DOWN_INPUT_GRAM_HELD_OUT].double(), mean_held_out, held_out
+            gram = gram - judge
+            mean = (count * mean - held_out * mean_held_out) / (count - held_out)
+            count -= held_out
+        covariance = gram - count * torch.outer(mean, mean)  # (F, F)
+        about_mean = judge - judged * (
+            torch.outer(mean, judge_mean) + torch.outer(judge_mean, mean) - torch.outer(mean, mean)
+        )  # (F, F): sum of (h - mean)(h - mean)^T over the held-out tokens
+        cross = weight @ covariance  # (D, F)
+        found = guarded(
+            lambda damping: least_squares(weight, covariance, cross, kept, damping),
+            lambda down: output_error(weight, down, kept, about_mean),
+            weight[:, kept],
+            output_square(weight, judge),
+            self.damping,
+        )
+        down = weight[:, kept] if found.down is None else found.down.double()
+        bias = weight @ mean - down @ mean[kept]  # (D,)
+        own = 0 if feed_forward.down_bias is None else feed_forward.down_bias.double()
+        return replace(found, down_bias=own + bias)
+
+
+class Procrustes(Compensator):
+    """Rotate and scale the kept output: ``s Q W_K``, the closest to the dense output among rotations of the hidden space.
+
+    Few degrees of freedom: it cannot overfit, for calibration sets too small for least squares (arXiv 2510.07782 uses
+    rotations so).
+    """
+
+    name: ClassVar[str] = "procrustes"
+    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM, DOWN_INPUT_GRAM_HELD_OUT})
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
+        weight = feed_forward.down.double()  # (D, F)
+        fit, judge = _split(statistics, DOWN_INPUT_GRAM, DOWN_INPUT_GRAM_HELD_OUT)  # (F, F) each
+        own = weight[:, kept]  # (D, K)
+
+        def rotate(damping: float) -> Tensor:
+            left, values, right = torch.linalg.svd(weight @ fit.double()[:, kept] @ own.mT)  # (D, D), (D,), (D, D)
+            scale = values.sum() / output_square(own, fit[kept][:, kept])
+            return scale * (left @ right) @ own  # (D, K)
+
+        return guarded(
+            rotate, lambda down: output_error(weight, down, kept, judge), own, output_square(weight, judge), 0.0
         )
 
 
@@ -50,7 +125,7 @@ class Sequential(Compensator):
     """Least squares block by block on the stream of the model pruned so far, which also makes up for earlier blocks.
 
     The target lies between the feed-forward's own output there (``mix = 0``) and what would restore the dense model's
-    residual stream (``mix = 1``, OSSCAR's and SparseGPT-like asymmetric targets, arXiv 2403.12983).
+    residual stream (``mix = 1``; OSSCAR, arXiv 2403.12983, aims at the dense output).
     """
 
     name: ClassVar[str] = "sequential"
@@ -58,7 +133,7 @@ class Sequential(Compensator):
         {DOWN_INPUT_GRAM, DOWN_INPUT_GRAM_HELD_OUT, DOWN_CROSS, DOWN_CROSS_HELD_OUT}
     )
 
-    damping: float = Field(default=1e-3, gt=0, description="share of the mean squared activation added for stability")
+    damping: float = Field(default=1e-3, gt=0, description=DAMPING)
     mix: float = Field(default=0.7, ge=0, le=1, description="0: the block's own output; 1: the dense residual stream")
 
     def stream(self) -> Stream:
@@ -68,20 +143,14 @@ class Sequential(Compensator):
         return self.mix
 
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
-        held_out, held_out_cross = statistics[DOWN_INPUT_GRAM_HELD_OUT], statistics[DOWN_CROSS_HELD_OUT]
-        fitted = statistics[DOWN_INPUT_GRAM] - held_out  # (F, F)
-        cross = statistics[DOWN_CROSS] - held_out_cross  # (D, F)
         weight = feed_forward.down  # (D, F)
-        judge = (held_out, held_out_cross) if held_out.any() else (fitted, cross)
-        # The target's own square is unknown; about the dense weights' output it is what the error is measured from.
-        whole = output_error(weight, weight[:, :0], kept[:0], judge[0])
-
-        def error(down: Tensor) -> float:
-            return output_error(weight, down, kept, *judge) + whole
-
+        fit, judge = _split(statistics, DOWN_INPUT_GRAM, DOWN_INPUT_GRAM_HELD_OUT)  # (F, F) each
+        cross, judge_cross = _split(statistics, DOWN_CROSS, DOWN_CROSS_HELD_OUT)  # (D, F) each
+        # The target's own square is unknown and the same for all candidates; the dense output's stands in for it.
+        whole = output_square(weight, judge)
         return guarded(
-            lambda damping: least_squares(weight, fitted, cross, kept, damping),
-            error,
+            lambda damping: least_squares(weight, fit, cross, kept, damping),
+            lambda down: output_error(weight, down, kept, judge, judge_cross) + whole,
             weight[:, kept],
             whole,
             self.damping,
@@ -91,9 +160,8 @@ class Sequential(Compensator):
 def guarded(
     fit: Callable[[float], Tensor], error: Callable[[Tensor], float], plain: Tensor, whole: float, damping: float
 ) -> Update:
-    """The first fit whose held-out error is below that of the ``plain`` weights; relative to ``whole``."""
-    before = error(plain)
-    found = before
+    """The first fit whose held-out error is below that of the ``plain`` weights; errors relative to ``whole``."""
+    before = found = error(plain)
     for attempt in range(_RAISES + 1):
         try:
             down = fit(damping * 10**attempt)  # (D, K)
@@ -103,3 +171,10 @@ def guarded(
         if found < before:
             return Update(down=down, error_plain=before / whole, error=found / whole)
     return Update(error_plain=before / whole, error=found / whole)
+
+
+def _split(statistics: BlockStatistics, all_tokens: Statistic, held_out: Statistic) -> tuple[Tensor, Tensor]:
+    """What to fit on and what to judge by: without held-out windows both are everything."""
+    if statistics.held_out_tokens == 0:
+        return statistics[all_tokens], statistics[all_tokens]
+    return statistics[all_tokens] - statistics[held_out], statistics[held_out]

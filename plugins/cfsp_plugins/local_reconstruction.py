@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -128,7 +128,7 @@ def _split(inputs: Tensor, targets: Tensor) -> Tokens:
 class Weights:
     """A feed-forward of K channels, float32."""
 
-    activation: Any
+    activation: Callable[[Tensor], Tensor]
     up: Tensor  # (K, D)
     down: Tensor  # (D, K)
     gate: Tensor | None  # (K, D)
@@ -158,7 +158,7 @@ class Weights:
         up = functional.linear(inputs, self.up, self.up_bias)  # (n, K)
         if self.gate is None:
             return self.activation(up)
-        return self.activation(functional.linear(inputs, self.gate, self.gate_bias)) * up
+        return self.activation(functional.linear(inputs, self.gate, self.gate_bias)) * up  # (n, K)
 
     def output(self, inputs: Tensor) -> Tensor:
         """``(n, D)`` -> ``(n, D)``."""
@@ -168,7 +168,7 @@ class Weights:
         """Mean squared error on some tokens."""
         with torch.no_grad():
             pieces = zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True)
-            total = sum((self.output(i) - t).square().sum(dtype=torch.float64).item() for i, t in pieces)
+            total: float = sum((self.output(i) - t).square().sum(dtype=torch.float64).item() for i, t in pieces)
         return total / targets.numel()
 
     def tensors(self) -> Sequence[Tensor]:
@@ -184,9 +184,9 @@ class Weights:
         """The same values as leaves that take gradients."""
         return self._map(lambda tensor: tensor.detach().clone().requires_grad_())
 
-    def _map(self, change: Any) -> Weights:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Weights:
         names = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
-        changed = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **changed)
 
     def update(self, error_plain: float, error: float) -> Update:

@@ -1,0 +1,25 @@
+"""Ridge leverage: how far a channel's activation is from what the others could stand in for."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from cfsp_framework import BlockStatistics, Criterion, FeedForward, Statistic
+from cfsp_framework.algebra import damped, positive_inverse
+from cfsp_framework.statistics import DOWN_INPUT_GRAM
+
+
+class Leverage(Criterion):
+    """Diagonal of ``G (G + damping)^-1`` (MoDeGPT, arXiv 2408.09632): 1 where no other channel carries the same."""
+
+    name: ClassVar[str] = "leverage"
+    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM})
+
+    damping: float = Field(default=1e-2, gt=0, description="share of the mean squared activation added to the diagonal")
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
+        gram = statistics[DOWN_INPUT_GRAM].double()  # (F, F)
+        return (positive_inverse(damped(gram, self.damping)) * gram).sum(1)  # (F,)

@@ -1,0 +1,194 @@
+"""What every test shares: no network, one thread, the project's assets, tiny random models."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Before Transformers is imported: it reads these once. Code that checkpoints bring along is copied under HF_HOME.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="cfsp-tests-", ignore_cleanup_errors=True)
+atexit.register(_HF_HOME.cleanup)
+os.environ.update(HF_HOME=_HF_HOME.name, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from cfsp_framework.architectures import Decoder
+    from cfsp_framework.models import LoadedModel
+    from cfsp_framework.planning import PruningPlan
+
+torch.set_num_threads(1)
+
+VOCABULARY = 320
+_BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SLIDING = {"head_dim": 8, "sliding_window": 16}
+_GEMMA = {**_SLIDING, "query_pre_attn_scalar": 8}
+
+TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-bias": ("llama", {"mlp_bias": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "gemma": ("gemma", {"head_dim": 8}),
+    "gemma2": ("gemma2", _GEMMA),
+    "gemma3_text": ("gemma3_text", {**_GEMMA, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
+    "phi3": ("phi3", {}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"residual_multiplier": 0.5}),
+    "smollm3": ("smollm3", {}),
+}
+"""Model type and settings by the name tests call them."""
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The models, texts and expected numbers shared by the project; too large for the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("CFSP_TEST_ASSETS", default))
+    if not (folder / "models").is_dir():
+        pytest.skip(f"no test assets in {folder}; set CFSP_TEST_ASSETS to the folder that has them")
+    return folder
+
+
+@pytest.fixture(scope="session", params=TINY_MODELS)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each of the tiny models in turn, by name."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``make_model(name, **settings)``: the folder of a tiny random model with tokenizer; made once, never change it.
+
+    ``name`` is one of TINY_MODELS, ``settings`` go into its configuration, except ``dtype`` (``"float32"``).
+    """
+    made: dict[str, Path] = {}
+
+    def make(name: str, *, dtype: str = "float32", **settings: Any) -> Path:
+        key = f"{name} {dtype} {settings}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("models") / name
+            _random_model(name, settings).to(getattr(torch, dtype)).save_pretrained(made[key])
+            _tokenizer().save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def open_tiny() -> Callable[..., tuple[LoadedModel, Decoder]]:
+    """``open_tiny(folder, **options)``: a fresh model and its decoder, as a run with these options opens them."""
+    from cfsp_framework.architectures import open_decoder
+    from cfsp_framework.config import RunConfig
+    from cfsp_framework.models import load_model
+    from cfsp_framework.plugins import load_plugins
+
+    plugins = load_plugins()
+
+    def open_folder(folder: Path, **options: object) -> tuple[LoadedModel, Decoder]:
+        loaded = load_model(RunConfig.build(model=str(folder), device="cpu", **options))
+        return loaded, open_decoder(loaded.model, plugins)
+
+    return open_folder
+
+
+@pytest.fixture(scope="session")
+def make_plan() -> Callable[..., PruningPlan]:
+    """``make_plan(decoder, widths, fingerprint="")``: a plan that keeps that many random channels of each block."""
+    from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
+
+    def make(decoder: Decoder, widths: Sequence[int], fingerprint: str = "") -> PruningPlan:
+        draw = torch.Generator().manual_seed(sum(widths))
+        layout = decoder.architecture.feed_forward
+        return PruningPlan(
+            model=ModelIdentity(
+                source="tiny", family=decoder.architecture.family, fingerprint=fingerprint, parameters=0
+            ),
+            calibration=None,
+            ratio=0.5,
+            budget="channels",
+            round_to=1,
+            seed=0,
+            components={},
+            versions={},
+            blocks=tuple(
+                BlockPlan(
+                    block=block,
+                    path=layout.path,
+                    width=width,
+                    kept=tuple(torch.randperm(width, generator=draw)[:count].sort().values.tolist()),
+                )
+                for block, (width, count) in enumerate(zip(decoder.widths, widths, strict=True))
+            ),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of some thousand bytes to calibrate on."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("".join(f"{n} squared is {n * n}, and the quick brown fox jumps again.\n" for n in range(200)))
+    return path
+
+
+def _random_model(name: str, settings: dict[str, Any]) -> PreTrainedModel:
+    """Weights large enough for a difference to show in the logits; norms stay as they are initialised."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, own = TINY_MODELS[name]
+    config = AutoConfig.for_model(family, **{**_BASE, **own, **settings})
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.ndim > 1 or path.endswith(".bias"):
+                parameter.normal_(0, 0.15)
+    model.generation_config.update(bos_token_id=1, eos_token_id=[2, 5], pad_token_id=0, max_new_tokens=7)
+    return model
+
+
+@cache
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, with a few merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog", "hello world, this is a test"], trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )

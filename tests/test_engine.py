@@ -1,0 +1,322 @@
+"""The block-by-block engine: it computes what the model computes, once, and leaves no trace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cfsp_framework import Accumulator, BlockStatistics, Collector, Criterion, RunConfig, Site, Statistic
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.blocks import embed, run_block
+from cfsp_framework.collect import BlockMeasurement, collect
+from cfsp_framework.errors import PluginError
+from cfsp_framework.measure import measure_block
+from cfsp_framework.models import LoadedModel
+from cfsp_framework.pipeline import plan_only
+from cfsp_framework.plugins import Chosen, Origin, Plugins, load_plugins
+from cfsp_framework.progress import Progress
+from cfsp_framework.statistics import (
+    ANGULAR_DISTANCE,
+    DOWN_INPUT_GRAM,
+    DOWN_INPUT_MEAN,
+    DOWN_INPUT_SQUARES,
+    FEED_FORWARD_INPUTS,
+    FEED_FORWARD_TARGETS,
+)
+
+Open = Callable[..., tuple[LoadedModel, Decoder]]
+WINDOWS = torch.randint(3, 300, (5, 24), generator=torch.Generator().manual_seed(1))  # longer than the sliding windows
+LIGHT = frozenset({DOWN_INPUT_SQUARES, DOWN_INPUT_MEAN, ANGULAR_DISTANCE})
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return load_plugins()
+
+
+@pytest.fixture(scope="module")
+def llama(make_model: Callable[..., Path], open_tiny: Open) -> Decoder:
+    """A model that no test changes."""
+    return open_tiny(make_model("llama"))[1]
+
+
+def measured(
+    decoder: Decoder, plugins: Plugins, windows: Tensor = WINDOWS, batch_size: int | None = 2
+) -> tuple[BlockMeasurement, ...]:
+    """The light statistics and the CFSP scores of every block."""
+    criterion: Chosen[Criterion] = plugins.criteria.create("cfsp", {})
+    collectors = plugins.collectors_for(LIGHT | criterion.component.required())
+    return collect(
+        decoder, windows, {"cfsp": criterion}, collectors, batch_size=batch_size, seed=0, progress=Progress()
+    )
+
+
+def traces(model: nn.Module) -> list[tuple[str, str]]:
+    """Every hook and every replaced forward in the model."""
+    return [
+        (path, what)
+        for path, module in model.named_modules()
+        for what in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "forward")
+        if module.__dict__.get(what)
+    ]
+
+
+@contextmanager
+def counting(modules: dict[str, nn.Module]) -> Generator[Counter[str]]:
+    """How often each module's forward ran."""
+    counts: Counter[str] = Counter()
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            counts[name] += 1
+
+        return hook
+
+    handles = [module.register_forward_hook(count(name)) for name, module in modules.items()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def test_block_by_block_equals_the_models_own_forward_bit_for_bit(
+    family: str, make_model: Callable[..., Path], open_tiny: Open
+) -> None:
+    _, decoder = open_tiny(make_model(family))
+    expected: list[list[Tensor]] = [[] for _ in decoder.blocks]  # block -> its output for every batch
+    handles = [
+        block.register_forward_hook(lambda _, __, output, into=into: into.append(output))
+        for block, into in zip(decoder.blocks, expected, strict=True)
+    ]
+    final_norm: list[Tensor] = []
+    handles.append(
+        decoder.base.get_submodule("norm").register_forward_pre_hook(lambda _, inputs: final_norm.append(inputs[0]))
+    )
+    for ids in WINDOWS.split(2):
+        decoder.base(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+
+    batches = embed(decoder, WINDOWS, batch_size=2)
+    assert [len(batch.hidden) for batch in batches] == [2, 2, 1]
+    for index, block in enumerate(decoder.blocks):
+        for number, batch in enumerate(batches):
+            batch.hidden.copy_(run_block(block, index, batch))
+            assert torch.equal(batch.hidden, expected[index][number]), f"block {index}, batch {number}"
+    assert all(torch.equal(batch.hidden, own) for batch, own in zip(batches, final_norm, strict=True))
+
+
+def test_masks_of_every_block_are_kept_where_they_differ(make_model: Callable[..., Path], open_tiny: Open) -> None:
+    _, decoder = open_tiny(make_model("gemma3_text"))
+    (batch,) = embed(decoder, WINDOWS[:1])
+    sliding, also_sliding, full = (call.keyword["attention_mask"] for call in batch.calls)
+    assert torch.equal(sliding, also_sliding)
+    assert full is None
+
+
+def test_each_block_runs_once_a_batch_and_the_head_never(
+    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+) -> None:
+    _, decoder = open_tiny(make_model(family))
+    parts: dict[str, nn.Module] = {"head": decoder.model.get_submodule("lm_head")}
+    for index, block in enumerate(decoder.blocks):  # the parts: a stub in place of a block still calls its hooks
+        parts[f"attention {index}"] = block.get_submodule("self_attn")
+        parts[f"feed-forward {index}"] = decoder.down_projection(index)
+    with counting(parts) as counts:
+        measured(decoder, plugins, batch_size=2)
+    assert counts == {name: 3 for name in parts if name != "head"}
+
+
+def test_nothing_stays_on_the_model(llama: Decoder, plugins: Plugins) -> None:
+    before = traces(llama.model)
+    measured(llama, plugins)
+    assert traces(llama.model) == before
+
+
+def test_an_exception_while_recording_leaves_no_stub(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = traces(llama.model)
+    with pytest.raises(IndexError):  # before any block
+        embed(llama, torch.full((1, 4), 10**6))
+    assert traces(llama.model) == before
+
+    def interrupt(*_: object) -> Tensor:
+        assert "forward" in llama.blocks[0].__dict__, "the blocks are stubbed here"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # after all blocks
+        patch.setattr(type(llama.base.get_submodule("norm")), "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embed(llama, WINDOWS)
+    assert traces(llama.model) == before
+    with torch.no_grad():
+        assert llama.model(WINDOWS).logits.std() > 0.1
+
+
+class _Failing:
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        raise ZeroDivisionError
+
+    def value(self, tokens: int) -> Tensor:
+        raise NotImplementedError
+
+
+class FailingCollector(Collector):
+    name: ClassVar[str] = "failing"
+    provides: ClassVar[Statistic] = Statistic("failure")
+    site: ClassVar[Site] = Site.DOWN_PROJECTION
+
+    def start(self) -> Accumulator:
+        return _Failing()
+
+
+def test_an_exception_while_measuring_leaves_no_hook(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = traces(llama.model)
+    failing: Sequence[Chosen[Collector]] = [Chosen(FailingCollector(), Origin("test"))]
+    with pytest.raises(PluginError, match=r"failing.*update"):
+        measure_block(llama, 0, embed(llama, WINDOWS), failing)
+    assert traces(llama.model) == before
+
+    batches = embed(llama, WINDOWS)
+
+    def interrupt(*_: object, **__: object) -> Tensor:
+        assert traces(llama.model) != before, "the hooks are there here"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(llama.blocks[0].get_submodule("self_attn")), "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            measure_block(llama, 0, batches, failing)
+    assert traces(llama.model) == before
+
+
+def everything(decoder: Decoder, plugins: Plugins, windows: Tensor, batch_size: int) -> list[BlockStatistics]:
+    """Every statistic of the built-in collectors, the heavy ones too."""
+    collectors = plugins.collectors_for(cls.provides for cls in plugins.collectors.values())
+    batches = embed(decoder, windows, batch_size)
+    return [measure_block(decoder, index, batches, collectors) for index in range(len(decoder.blocks))]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(llama: Decoder, plugins: Plugins) -> list[BlockStatistics]:
+    return everything(llama, plugins, WINDOWS, batch_size=1)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(batch_size=st.integers(2, 7), order=st.permutations(range(len(WINDOWS))))
+def test_statistics_depend_neither_on_batches_nor_on_the_order_of_windows(
+    llama: Decoder, plugins: Plugins, one_by_one: list[BlockStatistics], batch_size: int, order: list[int]
+) -> None:
+    ordered = {cls.provides for cls in plugins.collectors.values() if cls.ordered}
+    for expected, batched, shuffled in zip(
+        one_by_one,
+        everything(llama, plugins, WINDOWS, batch_size),
+        everything(llama, plugins, WINDOWS[order], batch_size),
+        strict=True,
+    ):
+        assert batched.tokens == shuffled.tokens == WINDOWS.numel()
+        for statistic, value in expected.items():
+            close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6 * value.abs().max().item())
+            close(batched[statistic], value)
+            if statistic not in ordered:
+                close(shuffled[statistic], value)
+            elif statistic in (FEED_FORWARD_INPUTS, FEED_FORWARD_TARGETS):
+                close(shuffled[statistic], value[order])
+
+
+def test_the_last_batch_may_be_short_and_a_batch_larger_than_all_windows(llama: Decoder, plugins: Plugins) -> None:
+    expected = measured(llama, plugins, batch_size=None)
+    for batch_size in (3, 100):
+        for left, right in zip(expected, measured(llama, plugins, batch_size=batch_size), strict=True):
+            torch.testing.assert_close(left.scores["cfsp"], right.scores["cfsp"], rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_are_those_of_the_dense_model(
+    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+) -> None:
+    _, decoder = open_tiny(make_model(family))
+    before = {name: value.clone() for name, value in decoder.model.state_dict().items()}
+    found = measured(decoder, plugins)
+    assert all(torch.equal(value, before[name]) for name, value in decoder.model.state_dict().items())
+
+    inputs: dict[int, Tensor] = {}
+    streams: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def hear(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[index] = arguments[0].double().flatten(0, 1)  # (N * T, F)
+
+        return hook
+
+    def hear_block(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            streams[index] = arguments[0].double(), output.double()
+
+        return hook
+
+    for index, block in enumerate(decoder.blocks):
+        decoder.down_projection(index).register_forward_hook(hear(index))
+        block.register_forward_hook(hear_block(index))
+    with torch.no_grad():
+        decoder.model(WINDOWS, use_cache=False)
+    for index, measurement in enumerate(found):
+        statistics = measurement.statistics
+        squares, mean = inputs[index].square().sum(0).float(), inputs[index].mean(0).float()
+        torch.testing.assert_close(statistics[DOWN_INPUT_SQUARES], squares, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics[DOWN_INPUT_MEAN], mean, rtol=1e-4, atol=1e-5)
+        cosine = torch.nn.functional.cosine_similarity(*streams[index], dim=-1)
+        angle = (cosine.clamp(-1, 1).arccos() / torch.pi).mean().float()
+        torch.testing.assert_close(statistics[ANGULAR_DISTANCE], angle, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_and_scores_of_a_bfloat16_model_are_float32(
+    make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+) -> None:
+    loaded, decoder = open_tiny(make_model("qwen2", dtype="bfloat16"))
+    assert loaded.model.dtype == torch.bfloat16
+    for measurement in measured(decoder, plugins):
+        assert {value.dtype for value in measurement.statistics.values()} == {torch.float32}
+        assert measurement.scores["cfsp"].dtype == torch.float32
+    for statistics in everything(decoder, plugins, WINDOWS[:2], batch_size=2):
+        assert {value.dtype for value in statistics.values()} == {torch.float32}
+
+
+def test_heavy_statistics_do_not_outlive_their_block(llama: Decoder, plugins: Plugins) -> None:
+    criterion: Chosen[Criterion] = plugins.criteria.create("magnitude", {})
+    collectors = plugins.collectors_for({DOWN_INPUT_GRAM, DOWN_INPUT_MEAN})
+    found = collect(llama, WINDOWS, {"magnitude": criterion}, collectors, batch_size=None, seed=0, progress=Progress())
+    assert [set(measurement.statistics) for measurement in found] == [{DOWN_INPUT_MEAN}] * 3
+
+
+def test_magnitude_and_uniform_read_no_data_and_run_nothing(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a module ran")
+
+    monkeypatch.setattr(nn.Module, "__call__", refuse)
+    config = RunConfig.build(
+        model=str(make_model("llama")),
+        criterion="magnitude",
+        allocator="uniform",
+        calibration="/there/is/no/such.txt",
+        round_to=8,
+        device="cpu",
+    )
+    plan = plan_only(config)
+    assert plan.calibration is None
+    assert plan.widths == (32, 32, 32)

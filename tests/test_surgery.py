@@ -1,0 +1,333 @@
+"""Cutting: a narrower model computes what the dense one does without the removed channels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cfsp_framework import Budget, Compensator, Criterion, PruningPlan, RunConfig, Update, prune
+from cfsp_framework.api import Allocator
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.collect import collect
+from cfsp_framework.compensation import FirstPass
+from cfsp_framework.errors import PlanError
+from cfsp_framework.models import LoadedModel
+from cfsp_framework.planning import plan_blocks
+from cfsp_framework.plugins import Chosen, Plugins, load_plugins
+from cfsp_framework.progress import Progress
+from cfsp_framework.statistics import DOWN_INPUT_GRAM, DOWN_INPUT_MEAN
+from cfsp_framework.surgery import added_biases, apply_plan, apply_update, check_fits, cut_block
+
+Open = Callable[..., tuple[LoadedModel, Decoder]]
+MakePlan = Callable[..., PruningPlan]
+WINDOWS = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(2))
+WIDTHS = (40, 24, 56)
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return load_plugins()
+
+
+def nothing(index: int, kept: Tensor) -> Update:
+    return Update()
+
+
+@torch.no_grad()
+def logits(decoder: Decoder, windows: Tensor = WINDOWS) -> Tensor:
+    found: Tensor = decoder.model(windows, use_cache=False).logits
+    return found
+
+
+@torch.no_grad()
+def zero_removed(decoder: Decoder, plan: PruningPlan) -> None:
+    """Silence the removed channels of the dense model."""
+    for index, block in enumerate(plan.blocks):
+        removed = sorted(set(range(block.width)) - set(block.kept))
+        decoder.down_projection(index).weight[:, removed] = 0
+
+
+def test_a_cut_model_is_the_dense_one_with_removed_columns_zeroed(
+    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+) -> None:
+    folder = make_model(family)
+    _, cut = open_tiny(folder)
+    _, dense = open_tiny(folder)
+    plan = make_plan(cut, WIDTHS)
+    before = logits(dense)
+    apply_plan(cut, plan, nothing)
+    zero_removed(dense, plan)
+    torch.testing.assert_close(logits(cut), logits(dense), rtol=1e-4, atol=1e-5)
+    assert (logits(cut) - before).abs().max() > 0.05, "the removed channels mattered"
+
+
+def test_widths_are_right_wherever_a_module_or_the_configuration_keeps_them(
+    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+) -> None:
+    _, decoder = open_tiny(make_model(family))
+    layout = decoder.architecture.feed_forward
+    apply_plan(decoder, make_plan(decoder, WIDTHS), nothing)
+    assert decoder.widths == WIDTHS
+    for index, width in enumerate(WIDTHS):
+        feed_forward = decoder.feed_forward(index)
+        gate = feed_forward.gate
+        assert gate is not None
+        assert feed_forward.width == len(feed_forward.up) == len(gate) == width
+        for name, linear in decoder.projections(index).items():
+            assert linear.weight.shape == (linear.out_features, linear.in_features)
+            assert linear.weight.is_contiguous()
+            assert linear.weight.requires_grad
+            wide = width * (2 if layout.fused else 1)
+            assert (linear.in_features if name == layout.down else linear.out_features) == wide or name == layout.down
+        module = decoder.blocks[index].get_submodule(layout.path)
+        assert getattr(module, "intermediate_size", width) == width
+        assert decoder.config.per_layer_config[index].intermediate_size == width
+    assert decoder.config.to_dict()["per_layer_config"] == {
+        str(index): {"intermediate_size": width} for index, width in enumerate(WIDTHS)
+    }
+
+
+def test_equal_widths_make_an_ordinary_configuration(
+    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+) -> None:
+    _, decoder = open_tiny(make_model(family))
+    before = decoder.config.to_dict()
+    apply_plan(decoder, make_plan(decoder, (48, 48, 48)), nothing)
+    assert not decoder.config.is_heterogeneous
+    assert decoder.config.to_dict() == {**before, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize("widths", [(64, 64, 8), (1, 1, 64), (63, 64, 64)])
+def test_blocks_may_stay_whole_or_keep_a_single_channel(
+    widths: tuple[int, ...], make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+) -> None:
+    folder = make_model("phi3")
+    (_, cut), (_, dense) = open_tiny(folder), open_tiny(folder)
+    plan = make_plan(cut, widths)
+    apply_plan(cut, plan, nothing)
+    zero_removed(dense, plan)
+    assert cut.widths == widths
+    torch.testing.assert_close(logits(cut), logits(dense), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def permute_channels(decoder: Decoder) -> list[list[int]]:
+    """Shuffle every block's channels, which changes nothing the model computes: new position -> old channel."""
+    orders: list[list[int]] = []
+    draw = torch.Generator().manual_seed(3)
+    for index, width in enumerate(decoder.widths):
+        order = torch.randperm(width, generator=draw)
+        own = decoder.feed_forward(index)
+        update = Update(
+            down=own.down[:, order].clone(),
+            up=own.up[order].clone(),
+            gate=None if own.gate is None else own.gate[order].clone(),
+            up_bias=None if own.up_bias is None else own.up_bias[order].clone(),
+            gate_bias=None if own.gate_bias is None else own.gate_bias[order].clone(),
+        )
+        apply_update(decoder, index, update)
+        orders.append(order.tolist())
+    return orders
+
+
+def test_permuting_the_channels_permutes_the_plan(
+    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+) -> None:
+    folder = make_model(family)
+    (_, original), (_, permuted) = open_tiny(folder), open_tiny(folder)
+    orders = permute_channels(permuted)
+    torch.testing.assert_close(logits(permuted), logits(original), rtol=1e-4, atol=1e-5)
+
+    criteria: dict[str, Chosen[Criterion]] = {
+        name: plugins.criteria.create(name, {}) for name in plugins.criteria if name != "random"
+    }
+    allocator: Chosen[Allocator] = plugins.allocators.create("cfsp", {})
+    required = allocator.component.required().union(*(c.component.required() for c in criteria.values()))
+    plans = []
+    for decoder in (original, permuted):
+        found = collect(
+            decoder,
+            WINDOWS,
+            criteria,
+            plugins.collectors_for(required),
+            batch_size=None,
+            seed=0,
+            progress=Progress(),
+        )
+        plans.append(
+            {
+                name: plan_blocks(
+                    [measured.summary(block, name) for block, measured in enumerate(found)], allocator, Budget(0.5)
+                )
+                for name in criteria
+            }
+        )
+    for name in criteria:
+        for block, (before, after) in enumerate(zip(plans[0][name], plans[1][name], strict=True)):
+            assert sorted(orders[block][channel] for channel in after.kept) == list(before.kept), f"{name}, {block}"
+
+
+def test_ratio_0_is_the_identity(family: str, make_model: Callable[..., Path], open_tiny: Open, tmp_path: Path) -> None:
+    folder = make_model(family)
+    config = RunConfig.build(
+        model=str(folder), ratio=0, criterion="magnitude", allocator="uniform", compensator="none", device="cpu"
+    )
+    result = prune(config, tmp_path / "out")
+    assert result.report.reload_difference == 0
+    assert result.plan.achieved_ratio == 0
+    (_, before), (_, after) = open_tiny(folder), open_tiny(tmp_path / "out")
+    assert torch.equal(logits(after), logits(before))
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+def refit(plan: PruningPlan, **changes: Any) -> PruningPlan:
+    return plan.model_copy(update=changes)
+
+
+def test_a_plan_for_a_model_of_other_shapes_is_refused_and_nothing_changed(
+    make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+) -> None:
+    _, decoder = open_tiny(make_model("llama"))
+    plan = make_plan(decoder, WIDTHS)
+    first, second, third = plan.blocks
+    narrower = first.model_copy(update={"width": 63, "kept": (0, 1)})
+    elsewhere = first.model_copy(update={"path": "feed_forward"})
+    wrong: dict[str, tuple[PruningPlan, str]] = {
+        "family": (refit(plan, model=plan.model.model_copy(update={"family": "qwen2"})), "qwen2 model of 3 blocks"),
+        "blocks": (refit(plan, blocks=(first, second)), "llama model of 2 blocks"),
+        "width": (refit(plan, blocks=(narrower, second, third)), "entry 0 .* width 63; .* width 64"),
+        "path": (refit(plan, blocks=(elsewhere, second, third)), "feed_forward.* has mlp"),
+        "order": (refit(plan, blocks=(second, first, third)), "entry 0 is block 1"),
+    }
+    before = logits(decoder)
+    for bad, message in wrong.values():
+        with pytest.raises(PlanError, match=message):
+            check_fits(decoder, bad)
+        with pytest.raises(PlanError, match=message):
+            apply_plan(decoder, bad, nothing)
+    assert torch.equal(logits(decoder), before)
+    assert decoder.widths == (64, 64, 64)
+    check_fits(decoder, plan)
+
+
+def test_a_plan_fits_once(make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan) -> None:
+    _, decoder = open_tiny(make_model("llama"))
+    plan = make_plan(decoder, WIDTHS)
+    apply_plan(decoder, plan, nothing)
+    with pytest.raises(PlanError, match="width 64; the model has mlp of width 40"):
+        apply_plan(decoder, plan, nothing)
+
+
+def test_cutting_twice_is_cutting_once(make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan) -> None:
+    folder = make_model("llama-bias")
+    (_, twice), (_, once) = open_tiny(folder), open_tiny(folder)
+    first = make_plan(twice, WIDTHS)
+    apply_plan(twice, first, nothing)
+    second = make_plan(twice, (16, 16, 16))
+    apply_plan(twice, second, nothing)
+    assert not twice.config.is_heterogeneous
+    for index in range(3):
+        kept = [first.blocks[index].kept[channel] for channel in second.blocks[index].kept]
+        cut_block(once, index, torch.tensor(kept))
+    assert torch.equal(logits(twice), logits(once))
+
+
+def test_bias_gives_back_what_removed_channels_gave_on_average(
+    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan, plugins: Plugins
+) -> None:
+    folder = make_model(family)
+    (_, cut), (_, dense), (_, untouched) = (open_tiny(folder) for _ in range(3))
+    plan = make_plan(cut, (40, 64, 24))  # the second block loses nothing
+    compensator: Chosen[Compensator] = plugins.compensators.create("bias", {})
+    found = collect(
+        cut,
+        WINDOWS,
+        {},
+        plugins.collectors_for({DOWN_INPUT_MEAN}),
+        batch_size=None,
+        seed=0,
+        progress=Progress(),
+    )
+    statistics = [measured.statistics for measured in found]
+    apply_plan(cut, plan, FirstPass(cut, statistics, compensator, seed=0))
+
+    native = dense.down_projection(0).bias is not None
+    for index, block in enumerate(plan.blocks):
+        removed = sorted(set(range(block.width)) - set(block.kept))
+        down = dense.down_projection(index)
+        lost = down.weight.detach()[:, removed] @ statistics[index][DOWN_INPUT_MEAN][removed]
+        down.bias = torch.nn.Parameter(lost if down.bias is None else down.bias.detach() + lost)
+    zero_removed(dense, plan)
+    torch.testing.assert_close(logits(cut), logits(dense), rtol=1e-4, atol=1e-5)
+    assert added_biases(cut.config) == ([] if native else ["mlp.down_proj"])
+    assert all(cut.down_projection(index).bias is not None for index in range(3))
+    if not native:
+        assert torch.equal(cut.down_projection(1).bias, torch.zeros(32))
+
+    outputs = [record_output(decoder, 0).mean((0, 1)) for decoder in (cut, untouched)]  # the same stream enters there
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def record_output(decoder: Decoder, index: int) -> Tensor:
+    """What the feed-forward of block ``index`` gives on the windows, ``(N, T, D)``."""
+    outputs: list[Tensor] = []
+    handle = decoder.down_projection(index).register_forward_hook(lambda _, __, output: outputs.append(output))
+    logits(decoder)
+    handle.remove()
+    return outputs[0]
+
+
+PARTS = ("down", "up", "gate", "down_bias", "up_bias", "gate_bias")
+
+
+@pytest.mark.parametrize("parts", [*[(part,) for part in PARTS], PARTS, ("up", "gate_bias")], ids=str)
+@pytest.mark.parametrize("name", ["llama-bias", "phi3"])
+def test_whatever_a_compensator_changes_is_written_and_nothing_else(
+    name: str, parts: tuple[str, ...], make_model: Callable[..., Path], open_tiny: Open
+) -> None:
+    _, decoder = open_tiny(make_model(name))
+    before = decoder.feed_forward(1)
+    old = {part: None if getattr(before, part) is None else getattr(before, part).clone() for part in PARTS}
+    draw = torch.Generator().manual_seed(4)
+    shapes = {"down": (32, 64), "up": (64, 32), "gate": (64, 32), "down_bias": (32,)}
+    new = {part: torch.randn(shapes.get(part, (64,)), generator=draw) for part in parts}
+    apply_update(decoder, 1, Update(**new))  # type: ignore[arg-type]
+    after = decoder.feed_forward(1)
+    for part in PARTS:
+        value, expected = getattr(after, part), new.get(part, old[part])
+        if expected is None:  # the other half of a bias that one half needs
+            assert value is None or not value.any(), part
+        else:
+            assert torch.equal(value, expected), part
+
+
+def test_an_update_is_written_in_the_models_dtype(make_model: Callable[..., Path], open_tiny: Open) -> None:
+    _, decoder = open_tiny(make_model("phi3", dtype="bfloat16"))
+    apply_update(decoder, 0, Update(down=torch.ones(32, 64), down_bias=torch.ones(32), up=torch.ones(64, 32)))
+    feed_forward = decoder.feed_forward(0)
+    for tensor in (feed_forward.down, feed_forward.down_bias, feed_forward.up):
+        assert tensor is not None
+        assert tensor.dtype == torch.bfloat16
+        assert bool((tensor == 1).all())
+
+
+def test_a_gram_matrix_of_a_cut_block_is_the_kept_part_of_the_dense_one(
+    make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan, plugins: Plugins
+) -> None:
+    from cfsp_framework.blocks import embed
+    from cfsp_framework.measure import measure_block
+
+    _, decoder = open_tiny(make_model("phi3"))
+    collectors = plugins.collectors_for({DOWN_INPUT_GRAM})
+    dense = measure_block(decoder, 0, embed(decoder, WINDOWS), collectors)[DOWN_INPUT_GRAM]
+    kept = torch.tensor(make_plan(decoder, WIDTHS).blocks[0].kept)
+    cut_block(decoder, 0, kept)
+    narrow = measure_block(decoder, 0, embed(decoder, WINDOWS), collectors)[DOWN_INPUT_GRAM]
+    torch.testing.assert_close(narrow, dense[kept][:, kept], rtol=1e-4, atol=1e-5)
