@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import Decoder
-from .errors import CfspError, OutputError
+from .errors import CfspError, ModelError, OutputError
 from .heterogeneous import finish_block
 from .models import LoadedModel, open_model
 
@@ -49,6 +49,10 @@ def save_model(decoder: Decoder, loaded: LoadedModel, folder: Path, *, max_shard
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if code:
         (folder / _CODE_FILE).write_text(code, encoding="utf-8")
+    elif (folder / _CODE_FILE).exists():  # copied by Transformers: the model was opened by the code of its checkpoint
+        (folder / _CODE_FILE).unlink()
+        model.config.__dict__.pop("auto_map", None)
+        model.config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 
 
@@ -86,7 +90,13 @@ def _modeling_code(decoder: Decoder) -> str:
 
 def _native(model_class: type[nn.Module]) -> type[nn.Module]:
     """The Transformers class behind a class that a checkpoint's own code derived from it."""
-    return next(c for c in model_class.__mro__ if c.__module__.startswith("transformers.models."))
+    native = next((c for c in model_class.__mro__ if c.__module__.startswith("transformers.models.")), None)
+    if native is None:
+        raise ModelError(
+            f"{model_class.__name__} is no class of Transformers but of the model's own code, which cannot build blocks "
+            "of different widths; prune all blocks alike, with --allocator uniform."
+        )
+    return native
 
 
 _CODE = '''"""Builds a model whose feed-forward widths differ between blocks; written by cfsp-framework (Apache-2.0).

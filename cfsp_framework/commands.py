@@ -250,7 +250,8 @@ def demo(out: Path | None, overwrite: bool, quiet: bool, as_json: bool, **option
     from . import console, pipeline
     from .progress import Progress
 
-    config = RunConfig.build(model="demo", samples=64, seqlen=256, evaluate=("demo",), **_given(options))
+    few = {"samples": 64, "seqlen": 256, "evaluate_windows": 100}
+    config = RunConfig.build(model="demo", evaluate=("demo",), **few, **_given(options))
     with tempfile.TemporaryDirectory(prefix="cfsp-demo-") as scratch:
         result = pipeline.prune(
             config,

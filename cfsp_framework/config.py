@@ -87,6 +87,8 @@ CHOICES = ("criterion", "allocator", "compensator", "recovery")
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cfsp": {"criterion": "cfsp", "allocator": "cfsp"},
+    "cfsp-closed-form": {"criterion": "obs", "allocator": "error-curve", "compensator": "sequential"},
+    "cfsp-refined": {"criterion": "obs", "allocator": "error-curve", "compensator": "local-reconstruction"},
     "cfsp-released": {"criterion": "cfsp:variant=act", "allocator": "cfsp:released=true", "rebalance": False},
     "wanda-sp-released": {"criterion": "wanda-sp", "allocator": "global-zscore", "rebalance": False},
     "flap-released": {
@@ -97,7 +99,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     },
     "magnitude-released": {"criterion": "magnitude", "allocator": "uniform:released=true", "rebalance": False},
 }
-"""Named starting points. ``*-released`` reproduce the CFSP authors' code channel for channel (docs/method.md)."""
+"""Named starting points. ``cfsp-closed-form`` and ``cfsp-refined`` are what measures best without and with training the
+feed-forwards (docs/quality.md); ``*-released`` reproduce the CFSP authors' code channel for channel (docs/method.md)."""
 
 
 def parse_choice(text: str) -> dict[str, object]:

@@ -167,7 +167,7 @@ def show_details(found: Sequence[dict[str, Any]]) -> None:
     console = Console(highlight=False, markup=False)
     for details in found:
         origin = _offered_by(details["plugin"], details["distribution"])
-        console.print(f"{details['kind']} {details['name']}, {origin}", style="bold", soft_wrap=True)
+        console.print(f"{details['kind']} {details['name']}, {origin}", style="bold")
         console.print(f"Defined in {details['defined_in']}", soft_wrap=True)
         console.print(f"Reads: {', '.join(details['requires']) or 'no statistics'}")
         if "provides" in details:

@@ -100,7 +100,7 @@ def train_tokenizer(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizer
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
@@ -193,7 +193,7 @@ def step(
 ) -> float:
     """One optimizer step at `factor` times the peak learning rates; returns the loss in nats per token."""
     loss: Tensor = model(input_ids=batch, labels=batch).loss  # ()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     for stepper, peak in zip(steppers, (recipe.muon_rate, recipe.adam_rate), strict=True):
         for group in stepper.param_groups:

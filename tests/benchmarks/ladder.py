@@ -1,0 +1,253 @@
+"""The quality ladder: what each step beyond released CFSP is worth, at exactly equal parameter counts.
+
+    python tests/benchmarks/ladder.py run LADDER.yaml results.jsonl      # resumable: finished cells are skipped
+    python tests/benchmarks/ladder.py table results.jsonl                # Markdown on stdout
+    python tests/benchmarks/ladder.py plot results.jsonl picture.svg
+
+One collection per model and seed serves every row. Seconds are those of a row's own plan and compensation; the
+collection's are listed apart. Memory is the peak while the row ran over what the process held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from cfsp_framework import pipeline
+from cfsp_framework.api import Criterion
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.collect import BlockMeasurement, collect
+from cfsp_framework.config import RunConfig
+from cfsp_framework.evaluation import perplexity
+from cfsp_framework.pipeline import CRITERION, Bench
+from cfsp_framework.plugins import Chosen
+from cfsp_framework.progress import Progress
+from cfsp_framework.report import measure_size
+from cfsp_framework.selection import Selection, select
+
+Row = Mapping[str, str]
+Cell = dict[str, Any]
+
+
+def run(ladder: Mapping[str, Any], results: Path) -> None:
+    """Every cell of the ladder that ``results`` does not hold yet, seed by seed, a line of JSON each."""
+    done = {key(cell) for cell in read(results)}
+    for seed in ladder["seeds"]:
+        for name, options in ladder["models"].items():
+            wanted = [
+                (row, ratio)
+                for ratio in ladder["ratios"]
+                for row in ladder["rows"]
+                if (name, row, ratio, seed) not in done
+            ]
+            if wanted:
+                for cell in run_model(name, seed, options, ladder["rows"], wanted):
+                    with results.open("a") as file:
+                        file.write(json.dumps(cell) + "\n")
+
+
+def run_model(
+    name: str, seed: int, options: Mapping[str, Any], rows: Mapping[str, Row], wanted: list[tuple[str, float]]
+) -> Iterator[Cell]:
+    """The wanted cells of one model and seed, from one collection."""
+    bench = pipeline.set_up(RunConfig.build(seed=seed, **options), Progress())
+    selections = {row: select(RunConfig.build(model=name, **rows[row]), bench.plugins) for row, _ in wanted}
+    start = time.perf_counter()
+    measurements = collect_all(bench, selections)
+    collected = time.perf_counter() - start
+    dense = [perplexity(bench.decoder.model, data, Progress()) for data in bench.evaluation_sets]
+    for row, ratio in wanted:
+        base = {"model": name, "row": row, "ratio": ratio, "seed": seed, "collect_seconds": round(collected, 2)}
+        cell = run_cell(bench, selections[row], only(measurements, row), ratio)
+        pruned = cell.pop("perplexities")
+        for data, before, after in zip(bench.evaluation_sets, dense, pruned, strict=True):
+            label = Path(data.spec).stem
+            cell |= {f"dense:{label}": before.perplexity, f"pruned:{label}": after.perplexity}
+            cell |= {f"excess:{label}": after.nll - before.nll}
+        print({**base, **cell}, flush=True)
+        yield {**base, **cell}
+
+
+def collect_all(bench: Bench, selections: Mapping[str, Selection]) -> tuple[BlockMeasurement, ...]:
+    """One pass that serves every row: the union of what they need, every criterion scored."""
+    collectors = {c.component.name: c for selection in selections.values() for c in selection.collectors}
+    criteria: dict[str, Chosen[Criterion]] = {row: selection.criterion for row, selection in selections.items()}
+    return collect(
+        bench.decoder,
+        bench.windows,
+        criteria,
+        list(collectors.values()),
+        curve="compensated",
+        batch_size=None,
+        seed=bench.config.seed,
+        progress=Progress(),
+    )
+
+
+def only(measurements: Iterable[BlockMeasurement], row: str) -> list[BlockMeasurement]:
+    """The measurements as a run of one criterion has them."""
+    return [
+        replace(m, scores={CRITERION: m.scores[row]}, curves={CRITERION: m.curves[row]} if m.curves else {})
+        for m in measurements
+    ]
+
+
+def run_cell(bench: Bench, selection: Selection, measurements: list[BlockMeasurement], ratio: float) -> Cell:
+    """Plan, cut and evaluate a copy of the model."""
+    decoder = Decoder(copy.deepcopy(bench.decoder.model), bench.decoder.architecture)
+    config = bench.config.model_copy(update={"ratio": ratio})
+    bench = replace(bench, config=config, selection=selection, decoder=decoder, progress=Progress())
+    held = forget_peak()
+    start = time.perf_counter()
+    plan = pipeline.make_plan(bench, measurements)
+    updates = pipeline.cut(bench, plan, measurements)
+    seconds = time.perf_counter() - start
+    peak = status("VmHWM") - held
+    refused = [block for block, update in updates.items() if update.error is not None and update.down is None]
+    return {
+        "widths": plan.widths,
+        "channels": sum(plan.widths),
+        "parameters": measure_size(decoder.model).parameters,
+        "seconds": round(seconds, 2),
+        "peak_bytes": peak,
+        "refused_blocks": refused,
+        "perplexities": [perplexity(decoder.model, data, Progress()) for data in bench.evaluation_sets],
+    }
+
+
+def table(cells: list[Cell]) -> str:
+    """Per model and evaluation text: excess NLL of every row and ratio, mean and spread over seeds, beside row one's."""
+    blocks: list[str] = []
+    for name in unique(cell["model"] for cell in cells):
+        of_model = [cell for cell in cells if cell["model"] == name]
+        for label in [k.removeprefix("excess:") for k in of_model[0] if k.startswith("excess:")]:
+            blocks.append(f"**{name}, evaluated on {label}** (dense perplexity {of_model[0][f'dense:{label}']:.3f})\n")
+            blocks.append(one_table(of_model, f"excess:{label}") + "\n")
+    return "\n".join(blocks)
+
+
+def one_table(cells: list[Cell], column: str) -> str:
+    """Rows by ratios."""
+    ratios = sorted({cell["ratio"] for cell in cells})
+    by = group(cells)
+    rows = unique(cell["row"] for cell in cells)
+    lines = ["| row | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " | seconds | peak MB |"]
+    lines.append("|---|" + "---:|" * (len(ratios) + 2))
+    for row in rows:
+        shown = []
+        for ratio in ratios:
+            values = [cell[column] for cell in by[row, ratio]]
+            first = [cell[column] for cell in by[rows[0], ratio]]
+            shown.append(describe(values, first))
+        own = [cell for cell in cells if cell["row"] == row]
+        seconds = statistics.median(cell["seconds"] for cell in own)
+        memory = statistics.median(cell["peak_bytes"] for cell in own) / 1e6
+        lines.append(f"| {row} | " + " | ".join(shown) + f" | {seconds:.1f} | {memory:.0f} |")
+    return "\n".join(lines)
+
+
+def describe(values: list[float], first: list[float]) -> str:
+    """Mean, spread over seeds, and the ratio to the first row's mean."""
+    if not values or not first:
+        return ""
+    mean = statistics.fmean(values)
+    spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    return f"{mean:.3f}{spread} ({mean / statistics.fmean(first):.2f}x)"
+
+
+def plot(cells: list[Cell], picture: Path) -> None:
+    """Excess NLL against ratio, a panel per model, a line per row."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    models = unique(cell["model"] for cell in cells)
+    figure, panels = pyplot.subplots(1, len(models), figsize=(5 * len(models), 4.2), squeeze=False)
+    for panel, name in zip(panels[0], models, strict=True):
+        of_model = [cell for cell in cells if cell["model"] == name]
+        column = next(k for k in of_model[0] if k.startswith("excess:"))
+        by = group(of_model)
+        for row in unique(cell["row"] for cell in of_model):
+            ratios = sorted(ratio for found, ratio in by if found == row)
+            means = [statistics.fmean(cell[column] for cell in by[row, ratio]) for ratio in ratios]
+            panel.plot(ratios, means, marker="o", markersize=4, label=row)
+        panel.set(title=f"{name}, on {column.removeprefix('excess:')}", xlabel="feed-forward channels removed", yscale="log")
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("excess NLL, nats per token")
+    panels[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+    figure.tight_layout()
+    figure.savefig(picture, bbox_inches="tight")
+
+
+def group(cells: Iterable[Cell]) -> dict[tuple[str, float], list[Cell]]:
+    """Cells by row and ratio."""
+    found: dict[tuple[str, float], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        found[cell["row"], cell["ratio"]].append(cell)
+    return found
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    """In order of appearance."""
+    return list(dict.fromkeys(values))
+
+
+def key(cell: Mapping[str, Any]) -> tuple[str, str, float, int]:
+    """What makes a cell that cell."""
+    return cell["model"], cell["row"], cell["ratio"], cell["seed"]
+
+
+def read(results: Path) -> list[Cell]:
+    """The finished cells."""
+    if not results.exists():
+        return []
+    cells: list[Cell] = [json.loads(line) for line in results.read_text().splitlines()]
+    assert all(math.isfinite(value) for cell in cells for k, value in cell.items() if k.startswith("excess:"))
+    return cells
+
+
+def forget_peak() -> int:
+    """Start measuring the process's peak memory anew; what it holds now, in bytes (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def status(name: str) -> int:
+    """A memory figure of this process, in bytes (Linux)."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "table", "plot"])
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--model", help="run this model of the ladder alone")
+    options = parser.parse_args()
+    if options.action == "run":
+        ladder = yaml.safe_load(options.paths[0].read_text())
+        if options.model:
+            ladder["models"] = {options.model: ladder["models"][options.model]}
+        torch.manual_seed(0)
+        run(ladder, options.paths[1])
+    elif options.action == "table":
+        print(table(read(options.paths[0])))
+    else:
+        plot(read(options.paths[0]), options.paths[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,551 @@
+"""What is written opens again: with this package, with the code in the folder, and never silently wrong without."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cfsp_framework import PruningPlan, RunConfig, Update, prune
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.checkpoint import PLAN_FILE, REPORT_FILE, save_model
+from cfsp_framework.errors import ModelError, OutputError
+from cfsp_framework.files import staged_folder
+from cfsp_framework.models import LoadedModel
+from cfsp_framework.surgery import added_biases, apply_plan
+
+Open = Callable[..., tuple[LoadedModel, Decoder]]
+MakePlan = Callable[..., PruningPlan]
+Way = Literal["plain", "import", "remote"]
+IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pruned checkpoint to open in every way; ``biases`` are those a compensator gave it."""
+
+    model: str
+    widths: tuple[int, ...] = (40, 24, 64)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    max_shard_size: str = "5GB"
+
+    @property
+    def ordinary(self) -> bool:
+        return len(set(self.widths)) == 1 and not self.biases
+
+
+CASES = {
+    "llama": Case("llama"),
+    "qwen2 tied, bfloat16, sharded": Case(
+        "qwen2", settings={"tie_word_embeddings": True, "dtype": "bfloat16"}, max_shard_size="20KB"
+    ),
+    "gemma2": Case("gemma2"),
+    "phi3": Case("phi3"),
+    "llama without change": Case("llama", (64, 64, 64)),
+    "llama of equal widths": Case("llama", (32, 32, 32)),
+    "phi3 of equal widths": Case("phi3", (32, 32, 32)),
+    "mistral with biases": Case("mistral", biases=("down_bias",)),
+    "llama of equal widths with biases": Case("llama", (32, 32, 32), biases=("down_bias",)),
+    "llama that had biases": Case("llama-bias", biases=("down_bias",)),
+    "phi3 with biases everywhere": Case("phi3", biases=("down_bias", "up_bias")),
+}
+
+SCRIPT = """
+import json, sys, traceback
+way, cases, again = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+if way == "import":
+    import cfsp_framework
+else:
+    sys.modules["cfsp_framework"] = None  # as if it were not installed
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+options = {"trust_remote_code": True} if way == "remote" else {}
+
+@torch.no_grad()
+def look(folder):
+    expected = load_file(folder + ".expected")
+    ids = expected["ids"]
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    changed = ids.clone()
+    changed[:, -1] = 7
+    found = {
+        "logits": torch.equal(model(ids).logits, expected["logits"]),
+        "complete": not any(loading[kind] for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")),
+        "dtype": str(model.dtype),
+        "base": torch.equal(AutoModel.from_pretrained(folder, **options)(ids)[0], expected["hidden"]),
+        "generated": torch.equal(model.generate(ids[:1], do_sample=False), expected["generated"]),
+        "causal": torch.equal(model(changed).logits[:, :-1], expected["logits"][:, :-1]),
+        "hidden_states": len(model(ids, output_hidden_states=True).hidden_states),
+        "class": type(model).__name__,
+        "tokens": tokenizer("hello world").input_ids,
+    }
+    resaved = again + "/" + way + " " + folder.rpartition("/")[2]
+    model.save_pretrained(resaved)
+    reloaded = AutoModelForCausalLM.from_pretrained(resaved, **options)
+    found["resaved"] = torch.equal(reloaded(ids).logits, expected["logits"])
+    model.set_attn_implementation("eager")
+    configs = {id(m.config): m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    found["attention"] = sorted(set(configs.values()))
+    difference = (model(ids).logits - expected["logits"]).float().abs().max().item()
+    found["eager"] = difference < (0.1 if model.dtype == torch.bfloat16 else 1e-3)
+    return found
+
+told = {}
+for name, folder in cases.items():
+    try:
+        told[name] = look(folder)
+    except Exception as error:
+        told[name] = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
+    if way == "plain" and "error" in told[name]:  # a user who forces it
+        try:
+            AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+        except Exception as error:
+            told[name]["forced"] = type(error).__name__
+print(json.dumps(told))
+"""
+
+
+def add_biases(decoder: Decoder, names: Sequence[str]) -> Callable[[int, Tensor], Update]:
+    """A compensator that sets biases a family may not have."""
+
+    def compensate(index: int, kept: Tensor) -> Update:
+        draw = torch.Generator().manual_seed(index)
+        hidden = decoder.feed_forward(index).hidden
+        biases = {name: torch.randn(hidden if name == "down_bias" else len(kept), generator=draw) for name in names}
+        return Update(**biases)  # type: ignore[arg-type]
+
+    return compensate
+
+
+def write(loaded: LoadedModel, decoder: Decoder, out: Path, **options: Any) -> None:
+    """Save a cut model, and what it computes beside it."""
+    with staged_folder(out) as folder:
+        save_model(decoder, loaded, folder, **options)
+    with torch.no_grad():
+        expected = {
+            "ids": IDS,
+            "logits": decoder.model(IDS).logits,
+            "hidden": decoder.base(IDS)[0],
+            "generated": cast("Any", decoder.model).generate(IDS[:1], do_sample=False),
+        }
+    save_file(expected, f"{out}.expected")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+) -> dict[str, Path]:
+    """Every case's folder."""
+    place = tmp_path_factory.mktemp("checkpoints")
+    for name, case in CASES.items():
+        loaded, decoder = open_tiny(make_model(case.model, **case.settings))
+        apply_plan(decoder, make_plan(decoder, case.widths), add_biases(decoder, case.biases))
+        write(loaded, decoder, place / name, max_shard_size=case.max_shard_size)
+    return {name: place / name for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def opened(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Way], dict[str, dict[str, Any]]]:
+    """What a fresh process finds in every checkpoint, by the way it opens them."""
+    again = tmp_path_factory.mktemp("resaved")
+    request = json.dumps({name: str(folder) for name, folder in checkpoints.items()})
+    running = {
+        way: subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, way, request, str(again)],
+            cwd=again,
+            env={**os.environ, "HF_HOME": f"{os.environ['HF_HOME']}/{way}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for way in ("plain", "import", "remote")
+    }
+    told: dict[str, dict[str, dict[str, Any]]] = {}
+    for way, process in running.items():
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        told[way] = json.loads(output)
+    return told.__getitem__
+
+
+def check_same(found: dict[str, Any], case: Case) -> None:
+    assert "error" not in found, found["trace"]
+    assert found["complete"]
+    assert found["logits"]
+    assert found["base"]
+    assert found["generated"]
+    assert found["causal"]
+    assert found["resaved"]
+    assert found["hidden_states"] == 4
+    assert found["dtype"] == f"torch.{case.settings.get('dtype', 'float32')}"
+    assert found["attention"] == ["eager"]
+    assert found["eager"]
+    assert found["tokens"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opens_with_this_package_imported(name: str, opened: Callable[[Way], dict[str, dict[str, Any]]]) -> None:
+    check_same(opened("import")[name], CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opens_with_remote_code_where_this_package_is_not_installed(
+    name: str, opened: Callable[[Way], dict[str, dict[str, Any]]]
+) -> None:
+    check_same(opened("remote")[name], CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_neither_it_opens_only_if_it_is_ordinary(
+    name: str, opened: Callable[[Way], dict[str, dict[str, Any]]]
+) -> None:
+    found = opened("plain")[name]
+    if CASES[name].ordinary:
+        check_same(found, CASES[name])
+    else:
+        assert found["error"] == found["forced"] == "AmbiguousGlobalPerLayerAttributeError"
+        assert "intermediate_size" in found["message"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_what_needs_code_brings_some(name: str, checkpoints: dict[str, Path]) -> None:
+    case, folder = CASES[name], checkpoints[name]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == case.model.partition("-")[0]
+    assert len(config["architectures"]) == 1
+    if case.ordinary:
+        assert not config.keys() & {"auto_map", "per_layer_config", "added_biases"}
+        assert not list(folder.glob("*.py"))
+        assert config["intermediate_size"] == case.widths[0]
+    else:
+        assert set(config["auto_map"]) == {"AutoModel", "AutoModelForCausalLM"}
+        assert [path.name for path in folder.glob("*.py")] == ["modeling_pruned.py"]
+        assert config["intermediate_size"] == 64
+        assert {block: own["intermediate_size"] for block, own in config["per_layer_config"].items()} == {
+            str(block): width for block, width in enumerate(case.widths) if width != 64
+        }
+    assert not list(folder.glob("*.bin"))
+    shards = list(folder.glob("*.safetensors"))
+    assert len(shards) == 1 if case.max_shard_size == "5GB" else len(shards) > 1
+    assert ("lm_head.weight" in {key for shard in shards for key in load_file(shard)}) == (
+        not config["tie_word_embeddings"]
+    )
+
+
+def test_the_code_names_nothing_of_this_package(checkpoints: dict[str, Path]) -> None:
+    code = (checkpoints["llama"] / "modeling_pruned.py").read_text()
+    assert {line for line in code.splitlines() if line.startswith(("import", "from"))} == {
+        "from __future__ import annotations",
+        "from typing import Any",
+        "import torch",
+        "from torch import nn",
+        "from transformers.models.llama.modeling_llama import LlamaModel as _LlamaModel",
+        "from transformers.models.llama.modeling_llama import LlamaForCausalLM as _LlamaForCausalLM",
+    }
+
+
+def test_an_ordinary_model_is_not_affected_once_pruned_ones_were_opened(
+    checkpoints: dict[str, Path], make_model: Callable[..., Path]
+) -> None:
+    dense = make_model("llama")
+    pruned = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    assert {layer.mlp.down_proj.in_features for layer in model.model.layers} == {64}
+    assert {id(module.config) for module in model.modules() if hasattr(module, "config")} == {id(model.config)}
+    with torch.no_grad():
+        expected = load_file(f"{checkpoints['llama without change']}.expected")["logits"]
+        assert torch.equal(model(IDS).logits, expected)
+        for either in (model, pruned):
+            copy = pickle.loads(pickle.dumps(either))
+            assert torch.equal(copy(IDS).logits, either(IDS).logits)
+    built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(dense))
+    assert type(built) is type(model) is type(pruned)
+
+
+def test_padding_gives_the_same_as_in_memory(
+    checkpoints: dict[str, Path], make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+) -> None:
+    _, decoder = open_tiny(make_model("gemma2"))
+    apply_plan(decoder, make_plan(decoder, CASES["gemma2"].widths), add_biases(decoder, ()))
+    mask = torch.ones_like(IDS)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        expected = decoder.model(IDS, attention_mask=mask).logits
+        found = AutoModelForCausalLM.from_pretrained(checkpoints["gemma2"])(IDS, attention_mask=mask).logits
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_opens_with_a_device_map_and_in_another_dtype(trust_remote_code: bool, checkpoints: dict[str, Path]) -> None:
+    for name in ("llama", "phi3 with biases everywhere"):
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoints[name], device_map={"": "cpu"}, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+        )
+        expected = load_file(f"{checkpoints[name]}.expected")["logits"]
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits.float(), expected, rtol=0.1, atol=0.2)
+
+
+def test_a_model_of_its_own_code_cannot_get_different_widths(
+    make_model: Callable[..., Path],
+    open_tiny: Open,
+    make_plan: MakePlan,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    loaded, decoder = open_tiny(make_model("llama"))
+    apply_plan(decoder, make_plan(decoder, (40, 24, 64)), add_biases(decoder, ()))
+    for cls in type(decoder.model).__mro__:
+        if cls.__module__.startswith("transformers.models."):
+            monkeypatch.setattr(cls, "__module__", "transformers_modules.somebody.modeling_own")
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM is no class of Transformers.*--allocator uniform"):
+        save_model(decoder, loaded, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+AGAIN: dict[str, tuple[str, tuple[int, ...], bool]] = {
+    "other widths": ("llama", (16, 24, 8), False),
+    "equal widths": ("phi3", (24, 24, 24), False),
+    "equal, then other widths": ("llama of equal widths", (16, 24, 8), False),
+    "biases once more": ("mistral with biases", (16, 24, 8), True),
+    "biases kept by a plain cut": ("mistral with biases", (16, 16, 16), False),
+    "biases only now": ("gemma2", (16, 24, 8), True),
+    "biases everywhere kept": ("phi3 with biases everywhere", (16, 24, 8), False),
+}
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+@pytest.mark.parametrize("story", AGAIN)
+def test_a_pruned_checkpoint_can_be_pruned_again(
+    story: str,
+    trust_remote_code: bool,
+    checkpoints: dict[str, Path],
+    open_tiny: Open,
+    make_plan: MakePlan,
+    calibration_text: Path,
+    tmp_path: Path,
+) -> None:
+    name, widths, biased = AGAIN[story]
+    _, before = open_tiny(checkpoints[name])
+    plan = make_plan(before, widths)
+    config = RunConfig.build(
+        model=str(checkpoints[name]),
+        criterion="magnitude",
+        allocator="uniform",
+        compensator="bias" if biased else "none",
+        calibration=str(calibration_text),
+        samples=2,
+        seqlen=16,
+        device="cpu",
+        trust_remote_code=trust_remote_code,
+    )
+    loaded, _ = open_tiny(checkpoints[name])
+    plan = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": loaded.fingerprint})})
+    result = prune(config, tmp_path / "out", plan=plan)
+    assert result.report.reload_difference == 0
+
+    _, after = open_tiny(tmp_path / "out")
+    assert after.widths == widths
+    had = added_biases(before.config)
+    assert added_biases(after.config) == (had or (["mlp.down_proj"] if biased else []))
+    ordinary = len(set(widths)) == 1 and not had and not biased
+    assert (tmp_path / "out/modeling_pruned.py").exists() == (not ordinary)
+    assert after.config.is_heterogeneous == (not ordinary)
+    with torch.no_grad():
+        if not biased:
+            for index, block in enumerate(plan.blocks):
+                removed = sorted(set(range(block.width)) - set(block.kept))
+                before.down_projection(index).weight[:, removed] = 0
+            torch.testing.assert_close(after.model(IDS).logits, before.model(IDS).logits, rtol=1e-4, atol=1e-5)
+        remote = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=not ordinary)
+        assert torch.equal(remote(IDS).logits, after.model(IDS).logits)
+
+
+def data_free(model: Path, **options: object) -> RunConfig:
+    """A quick run with different widths."""
+    return RunConfig.build(
+        **{
+            "model": str(model),
+            "ratio": 0.4,
+            "criterion": "magnitude",
+            "allocator": "log-increase",
+            "round_to": 8,
+            "device": "cpu",
+            **options,
+        }
+    )
+
+
+def snapshot(place: Path) -> dict[str, bytes | None]:
+    """Everything under a folder, hidden files too."""
+    return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in place.rglob("*")}
+
+
+def test_generation_settings_and_tokenizer_are_carried_over(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in make_model("llama").iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    own = json.loads((source / "generation_config.json").read_text())
+    own.update(temperature=0.9, top_p=0.6, repetition_penalty=1.1)  # sampling options without do_sample: published so
+    (source / "generation_config.json").write_text(json.dumps(own))
+    (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    prune(data_free(source), tmp_path / "out")
+
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == own
+    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "the quick brown fox, ähem, <s> jumps 12 times"
+    assert after(text).input_ids == before(text).input_ids
+    assert after.special_tokens_map == before.special_tokens_map
+    assert after.model_max_length == before.model_max_length == 128
+    assert after.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+
+def test_a_checkpoint_has_plan_and_report_and_the_modes_others_expect(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    old = os.umask(0o022)
+    try:
+        result = prune(data_free(make_model("llama")), tmp_path / "out")
+    finally:
+        os.umask(old)
+    assert PruningPlan.from_json((tmp_path / "out" / PLAN_FILE).read_text()) == result.plan
+    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["reload_difference"] == 0
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o644)
+    assert "model.safetensors" in modes
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+
+
+FAILURES: dict[str, tuple[BaseException, type[BaseException]]] = {
+    "bug": (ZeroDivisionError("oh"), ZeroDivisionError),
+    "interrupt": (KeyboardInterrupt(), KeyboardInterrupt),
+    "full disk": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OutputError),
+    "full disk in safetensors": (RuntimeError("I/O error: No space left on device (os error 28)"), OutputError),
+}
+MOMENTS = {
+    "in the middle of saving": "cfsp_framework.checkpoint.save_model",
+    "while verifying": "cfsp_framework.checkpoint.verify",
+    "once all is written": "cfsp_framework.files._make_readable",
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_run_that_fails_leaves_everything_as_it_was(
+    failure: str,
+    moment: str,
+    overwrite: bool,
+    make_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    if overwrite:
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        (out / "model.safetensors").write_bytes(b"old")
+    before = snapshot(tmp_path)
+    raised, expected = FAILURES[failure]
+    happened: list[bool] = []
+
+    def fail(*arguments: Any, **_: Any) -> None:
+        if moment == "in the middle of saving":
+            save_model(*arguments)
+            assert snapshot(tmp_path) != before, "something was written"
+        happened.append(True)
+        raise raised
+
+    monkeypatch.setattr(MOMENTS[moment], fail)
+    with pytest.raises(expected) as caught:
+        prune(data_free(make_model("llama")), out, overwrite=overwrite)
+    assert happened
+    assert snapshot(tmp_path) == before
+    if expected is OutputError:
+        assert str(caught.value) == f"{out} cannot be written: No space left on device."
+
+
+def test_a_failure_while_the_old_folder_makes_way_brings_it_back(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    before = snapshot(tmp_path)
+    rename = Path.rename
+
+    def fail_for_the_new_one(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial":
+            assert not out.exists()
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_for_the_new_one)
+        with pytest.raises(KeyboardInterrupt):
+            prune(data_free(make_model("llama")), out, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_overwriting_replaces_the_whole_folder(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"old")
+    prune(data_free(make_model("llama")), out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert AutoModelForCausalLM.from_pretrained(out).config.is_heterogeneous
+
+
+def test_pruning_a_checkpoint_onto_itself(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prune(data_free(make_model("llama")), out)
+    result = prune(data_free(out), out, overwrite=True)
+    assert result.report.reload_difference == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert tuple(layer.mlp.down_proj.in_features for layer in model.model.layers) == result.plan.widths
+
+
+def test_a_place_that_is_taken_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    config = data_free(tmp_path / "no-such-model")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/config.json").write_text("{}")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("...")
+    (tmp_path / "file").write_text("...")
+    before = snapshot(tmp_path)
+    for name in ("checkpoint", "thesis", "file"):
+        with pytest.raises(OutputError, match=f"{name} exists"):
+            prune(config, tmp_path / name)
+    for name in ("thesis", "file"):
+        with pytest.raises(OutputError, match=f"{name} exists and is no checkpoint"):
+            prune(config, tmp_path / name, overwrite=True)
+    with pytest.raises(OutputError, match="no folder one can write to"):
+        prune(config, tmp_path / "no/such/parent")
+    assert snapshot(tmp_path) == before
