@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """``G`` with ``damping`` times its mean diagonal added, float64; a dead channel's diagonal becomes 1 at least."""
+    """``G`` with ``damping`` times its mean diagonal added, float64; a diagonal that is still 0 becomes 1."""
     exact = gram.double()
     diagonal = exact.diagonal()
-    added = damping * diagonal.mean() + (diagonal <= 0)  # (F,): an input that is always 0 must stay invertible
-    return exact + added.diag_embed()
+    added = damping * diagonal.mean()
+    return exact + (added + (diagonal + added <= 0)).diag_embed()  # inputs that are always 0 must stay invertible
 
 
 def positive_inverse(matrix: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def greedy_removal(weight: Tensor, gram: Tensor, damping: float = 1e-2, batch: i
         rows = inverse[chosen]  # (B, A)
         coupling = torch.linalg.inv(rows[:, chosen])  # (B, B)
         lost = ((weights[:, chosen] @ coupling) * weights[:, chosen]).sum()
-        steps = torch.arange(1, len(chosen) + 1, device=weight.device) / len(chosen)
+        steps = torch.arange(1, len(chosen) + 1, dtype=weights.dtype, device=weight.device) / len(chosen)
         errors.append(errors[-1][-1] + lost * steps)
         order.append(alive[chosen])
         correction = coupling @ rows[:, staying]  # (B, A - B)

@@ -337,3 +337,5 @@ class Architecture:
     """Dotted path from the causal LM to the list of decoder blocks."""
     feed_forward: FeedForwardLayout
     width_key: str = "intermediate_size"
+    attention: str | None = "self_attn"
+    """Path of the attention inside a block; None where the family cannot do without it."""

@@ -51,6 +51,17 @@ class Decoder:
             if (name, kind) != (self.architecture.feed_forward.down, "bias")
         )
 
+    def attention_parameters(self, index: int) -> int:
+        """Parameters of block ``index``'s attention.
+
+        Raises:
+            ModelError: this family cannot do without its attention.
+        """
+        if self.architecture.attention is None:
+            raise ModelError(f"the attention of {self.architecture.family} models cannot be dropped.")
+        attention = self.blocks[index].get_submodule(self.architecture.attention)
+        return sum(parameter.numel() for parameter in attention.parameters())
+
     def projections(self, index: int) -> Mapping[str, nn.Linear]:
         """The projections of block ``index``'s feed-forward by attribute name; a fused one is there once."""
         layout = self.architecture.feed_forward

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .architectures import Decoder
 from .errors import CfspError, ModelError, OutputError
-from .heterogeneous import finish_block
+from .heterogeneous import NoAttention, finish_block
 from .models import LoadedModel, open_model
 
 PLAN_FILE = "pruning_plan.json"
@@ -84,6 +84,7 @@ def _modeling_code(decoder: Decoder) -> str:
         module=_native(head).__module__,
         head=head.__name__,
         base=base.__name__,
+        no_attention=inspect.getsource(NoAttention),
         finish_block=inspect.getsource(finish_block),
     )
 
@@ -114,6 +115,8 @@ from $module import $base as _$base
 from $module import $head as _$head
 
 
+$no_attention
+
 $finish_block
 
 class _PerLayer:
@@ -138,7 +141,7 @@ class _PerLayer:
         for index, stock in enumerate(blocks):
             layer_config = config.per_layer_config[index]
             blocks[index] = type(stock)(layer_config, index)
-            finish_block(blocks[index], layer_config, config)
+            finish_block(blocks[index], index, layer_config, config)
         self.post_init()
 
 

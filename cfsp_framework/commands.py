@@ -16,7 +16,7 @@ from .errors import InputError, PlanError
 
 MODEL = ("trust_remote_code", "device", "dtype")
 COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
-AMOUNT = ("ratio", "budget", "round_to", "rebalance")
+AMOUNT = ("ratio", "budget", "round_to", "rebalance", "drop_attention")
 CALIBRATION = ("calibration", "samples", "seqlen", "batch_size", "seed")
 EVALUATION = ("evaluate", "evaluate_windows")
 
@@ -71,7 +71,8 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
     if get_origin(annotation) is tuple:
         return get_args(annotation)[0], True
     if get_origin(annotation) in (Union, types.UnionType):
-        return get_args(annotation)[0], False
+        first = get_args(annotation)[0]
+        return str if get_origin(first) is Literal else first, False
     return annotation, False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -43,6 +43,9 @@ class RunConfig(BaseModel):
     )
     round_to: int = Field(default=128, ge=1, description="Widths are multiples of this.")
     rebalance: bool = Field(default=True, description="Restore the exact budget after rounding.")
+    drop_attention: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Attentions to drop as a whole: a number, or `auto` for a ratio of all parameters."
+    )
     criterion: Choice = Choice(name="cfsp")
     allocator: Choice = Choice(name="cfsp")
     compensator: Choice = Choice(name="none")

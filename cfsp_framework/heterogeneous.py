@@ -19,7 +19,15 @@ from transformers import PreTrainedModel
 _INDEX_ARGUMENTS = ("layer_idx", "layer_id", "layer_number")
 
 
-def finish_block(block: nn.Module, layer_config: Any, config: Any) -> None:
+class NoAttention(nn.Module):
+    """Stands where a block's attention was dropped: it adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """``(B, T, D)`` zeros and no attention weights."""
+        return torch.zeros_like(hidden_states), None
+
+
+def finish_block(block: nn.Module, index: int, layer_config: Any, config: Any) -> None:
     """Complete a block built from its own layer's configuration."""
     for module in block.modules():
         if getattr(module, "config", None) is layer_config:  # a copy: set_attn_implementation would miss this module
@@ -27,6 +35,9 @@ def finish_block(block: nn.Module, layer_config: Any, config: Any) -> None:
     for path in config.to_dict().get("added_biases") or ():
         linear: Any = block.get_submodule(path)
         linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
+    dropped = config.to_dict().get("dropped_attention")
+    if dropped and index in dropped["blocks"]:
+        block.set_submodule(dropped["path"], NoAttention())
 
 
 def install() -> None:
@@ -73,7 +84,7 @@ def _patch_layer(layer_class: type[nn.Module]) -> None:
         index = next(bound[name] for name in _INDEX_ARGUMENTS if bound.get(name) is not None)
         layer_config = config.per_layer_config[index]
         original(self, layer_config, *args, **kwargs)
-        finish_block(self, layer_config, config)
+        finish_block(self, index, layer_config, config)
 
     __init__._per_layer = True  # type: ignore[attr-defined]
     layer_class.__init__ = __init__  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import checkpoint, report, surgery
 from .api import Budget, Update
 from .architectures import Decoder, open_decoder
+from .attention import choose_attentions, count_to_drop
 from .calibration import calibration_windows, identify
 from .collect import BlockMeasurement, collect
 from .compensation import FirstPass, SecondPass
@@ -51,6 +52,8 @@ class Bench:
     selection: Selection
     loaded: LoadedModel
     decoder: Decoder
+    parameters: int
+    """Of the model as it was opened."""
     windows: Tensor | None  # (N, T)
     evaluation_sets: tuple[EvaluationSet, ...]
     progress: Progress
@@ -75,12 +78,16 @@ def prune(
         bench = set_up(config, progress, planned=plan is not None)
         if plan is not None:
             check_plan(bench, plan)
+            ran = bench.selection.describe()
+            kinds = ("compensator", "recovery")  # these are this run's, whatever the plan was made with
+            plan = plan.model_copy(update={"components": plan.components | {kind: ran[kind] for kind in kinds}})
+        dense, before = evaluate(bench), report.measure_size(bench.decoder.model)
+        drop_attention(bench, plan)
         measurements = measure(bench, planned=plan is not None)
         plan = plan or make_plan(bench, measurements)
-        dense, before = evaluate(bench), report.measure_size(bench.decoder.model)
         native = surgery.added_biases(bench.decoder.config)
         updates = cut(bench, plan, measurements)
-        notes = (*notes_on_biases(bench, native), *notes_on_updates(bench, updates))
+        notes = (*notes_on_attention(plan), *notes_on_biases(bench, native), *notes_on_updates(bench, updates))
         difference = save(bench, plan, folder)
         pruned = evaluate(bench)
         told = tell(bench, plan, (dense, pruned), before, notes, difference)
@@ -95,7 +102,8 @@ def prune(
 
 def plan_only(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
     """The plan ``prune`` would cut by."""
-    bench = set_up(config, progress or Progress())
+    bench = set_up(config.model_copy(update={"evaluate": ()}), progress or Progress())
+    drop_attention(bench)
     return make_plan(bench, measure(bench))
 
 
@@ -118,9 +126,11 @@ def set_up(config: RunConfig, progress: Progress, *, planned: bool = False) -> B
         loaded = load_model(config)
         decoder = open_decoder(loaded.model, plugins)
     with progress.phase("calibrate"):
-        windows = open_windows(config, loaded) if selection.collectors or selection.second_pass else None
+        measured = selection.collectors or selection.second_pass or (config.drop_attention and not planned)
+        windows = open_windows(config, loaded) if measured else None
         evaluation_sets = open_evaluation_sets(config, loaded)
-    return Bench(config, plugins, selection, loaded, decoder, windows, evaluation_sets, progress)
+    parameters = report.measure_size(loaded.model).parameters
+    return Bench(config, plugins, selection, loaded, decoder, parameters, windows, evaluation_sets, progress)
 
 
 def open_windows(config: RunConfig, loaded: LoadedModel) -> Tensor:
@@ -145,6 +155,21 @@ def sequence_length(config: RunConfig, loaded: LoadedModel) -> int:
     return config.seqlen
 
 
+def drop_attention(bench: Bench, plan: PruningPlan | None = None) -> None:
+    """Take out the attentions the plan names, or those missed least; what is measured afterwards knows about it."""
+    config, decoder = bench.config, bench.decoder
+    if plan is not None:
+        surgery.drop_attention(decoder, plan.dropped_attention)
+        return
+    if config.drop_attention == 0 or bench.windows is None:
+        return
+    if config.drop_attention == "auto" and config.budget != "parameters":
+        raise ConfigError("--drop-attention auto needs --budget parameters: its rule is about all parameters.")
+    with bench.progress.phase("attention"):
+        count = count_to_drop(decoder, config.ratio) if config.drop_attention == "auto" else config.drop_attention
+        surgery.drop_attention(decoder, choose_attentions(decoder, bench.windows, count, bench.progress))
+
+
 def measure(bench: Bench, *, planned: bool = False) -> tuple[BlockMeasurement, ...]:
     """Run the blocks once over the calibration windows; without a collector nothing runs."""
     config, selection = bench.config, bench.selection
@@ -164,11 +189,11 @@ def measure(bench: Bench, *, planned: bool = False) -> tuple[BlockMeasurement, .
 def make_plan(bench: Bench, measurements: Sequence[BlockMeasurement]) -> PruningPlan:
     """Spread the budget over the blocks and pick each block's channels."""
     config, decoder = bench.config, bench.decoder
-    parameters = report.measure_size(decoder.model).parameters
     with bench.progress.phase("plan"):
         ratio = config.ratio
         if config.budget == "parameters":
-            ratio = channel_ratio(ratio, parameters, decoder.channel_parameters)
+            gone = bench.parameters - report.measure_size(decoder.model).parameters
+            ratio = channel_ratio(ratio, bench.parameters, decoder.channel_parameters, gone)
         summaries = [measured.summary(block, CRITERION) for block, measured in enumerate(measurements)]
         blocks = plan_blocks(
             summaries, bench.selection.allocator, Budget(ratio, config.round_to), rebalance=config.rebalance
@@ -178,7 +203,7 @@ def make_plan(bench: Bench, measurements: Sequence[BlockMeasurement]) -> Pruning
                 source=config.model,
                 family=decoder.architecture.family,
                 fingerprint=bench.loaded.fingerprint,
-                parameters=parameters,
+                parameters=bench.parameters,
             ),
             calibration=identify(config.calibration, bench.windows, config.seed) if bench.windows is not None else None,
             ratio=config.ratio,
@@ -187,6 +212,7 @@ def make_plan(bench: Bench, measurements: Sequence[BlockMeasurement]) -> Pruning
             seed=config.seed,
             components=bench.selection.describe(),
             versions=versions(bench.selection),
+            dropped_attention=tuple(surgery.dropped_attention(decoder.config)),
             blocks=blocks,
         )
 
@@ -234,6 +260,12 @@ def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[BlockMeasurement
 
         surgery.apply_plan(decoder, plan, compensate)
     return updates
+
+
+def notes_on_attention(plan: PruningPlan) -> list[str]:
+    """Which blocks lost their attention."""
+    dropped = ", ".join(map(str, plan.dropped_attention))
+    return [f"block {dropped} lost its attention"] if dropped else []
 
 
 def notes_on_biases(bench: Bench, before: Sequence[str]) -> list[str]:
@@ -314,7 +346,12 @@ def tell(
         pruned=after,
         evaluations=tuple(
             Evaluation(
-                data=data.spec, seqlen=data.windows.shape[1], windows=len(data.windows), dense=dense, pruned=pruned
+                data=data.spec,
+                seqlen=data.windows.shape[1],
+                windows=len(data.windows),
+                dense=dense,
+                pruned=pruned,
+                excess_nll=pruned.nll - dense.nll,
             )
             for data, dense, pruned in zip(bench.evaluation_sets, *perplexities, strict=True)
         ),

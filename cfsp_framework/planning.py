@@ -83,6 +83,8 @@ class PruningPlan(_Frozen):
     components: dict[str, str]
     """The chosen component of each kind, with every option it ran with."""
     versions: dict[str, str]
+    dropped_attention: tuple[int, ...] = ()
+    """Blocks that lose their attention as a whole, ascending."""
     blocks: tuple[BlockPlan, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -92,6 +94,15 @@ class PruningPlan(_Frozen):
             if (block.block, block.path) in seen:
                 raise ValueError(f"block {block.block}, {block.path}: is there twice")
             seen.add((block.block, block.path))
+        return self
+
+    @model_validator(mode="after")
+    def _attention_can_go(self) -> Self:
+        dropped = self.dropped_attention
+        if list(dropped) != sorted({*dropped}) or any(not 0 < block < len(self.blocks) for block in dropped):
+            raise ValueError(
+                f"dropped_attention {list(dropped)}: not ascending blocks between 1 and {len(self.blocks) - 1}"
+            )
         return self
 
     @property
@@ -124,15 +135,22 @@ class PruningPlan(_Frozen):
             ) from error
 
 
-def channel_ratio(ratio: float, parameters: int, prunable: int) -> float:
-    """The share of channels to remove for a share of all ``parameters`` of which ``prunable`` sit in channels."""
-    converted = ratio * parameters / prunable
-    if converted >= 1:
+def channel_ratio(ratio: float, parameters: int, prunable: int, gone: int = 0) -> float:
+    """The share of channels to remove for a share of all ``parameters`` of which ``prunable`` sit in channels.
+
+    ``gone`` parameters were removed otherwise and count.
+    """
+    wanted = ratio * parameters - gone
+    if wanted < 0:
+        raise ConfigError(
+            f"the dropped attention is {gone / parameters:.1%} of all parameters already, more than --ratio {ratio}."
+        )
+    if wanted >= prunable:
         raise ConfigError(
             f"--ratio {ratio} of all parameters cannot be met: the feed-forward channels hold "
-            f"{prunable / parameters:.1%} of them. Choose less, or --budget channels."
+            f"{prunable / parameters:.1%} of them. Choose less, --budget channels, or --drop-attention."
         )
-    return converted
+    return wanted / prunable
 
 
 def allocate(allocator: Chosen[Allocator], summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:

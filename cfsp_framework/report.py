@@ -35,18 +35,15 @@ class Size(_Frozen):
 
 
 class Evaluation(_Frozen):
-    """Perplexity on one data SPEC before and after; ``excess_nll`` is the loss pruning added, in nats per token."""
+    """Perplexity on one data SPEC before and after."""
 
     data: str
     seqlen: int
     windows: int
     dense: Perplexity
     pruned: Perplexity
-
-    @property
-    def excess_nll(self) -> float:
-        """``ln(pruned perplexity / dense perplexity)``."""
-        return self.pruned.nll - self.dense.nll
+    excess_nll: float
+    """The loss pruning added, ``ln(pruned perplexity / dense perplexity)``, in nats per token."""
 
 
 class BlockReport(_Frozen):
@@ -96,7 +93,7 @@ class Report(_Frozen):
     versions: dict[str, str]
 
     def to_json(self) -> str:
-        """Indented JSON; each evaluation carries its ``excess_nll``."""
+        """Indented JSON."""
         return self.model_dump_json(indent=2) + "\n"
 
 

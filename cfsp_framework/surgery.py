@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from .api import Update
 from .architectures import Decoder
-from .errors import PlanError
+from .errors import ConfigError, ModelError, PlanError
+from .heterogeneous import NoAttention
 from .planning import PruningPlan
 
 
@@ -45,6 +47,37 @@ def apply_plan(decoder: Decoder, plan: PruningPlan, compensate: Callable[[int, T
             apply_update(decoder, index, update)
     _align_biases(decoder, lacking)
     _describe_widths(decoder)
+
+
+def drop_attention(decoder: Decoder, blocks: Sequence[int]) -> None:
+    """Take the attention out of some blocks, and say so in the configuration."""
+    path = decoder.architecture.attention
+    if not blocks or path is None:
+        return
+    for block in blocks:
+        decoder.blocks[block].set_submodule(path, NoAttention())
+    decoder.config.dropped_attention = {"path": path, "blocks": sorted({*blocks, *dropped_attention(decoder.config)})}
+
+
+@contextmanager
+def without_attention(decoder: Decoder, blocks: Sequence[int]) -> Generator[None]:
+    """While open, some blocks do without their attention."""
+    path = decoder.architecture.attention
+    if path is None:
+        raise ModelError(f"the attention of {decoder.architecture.family} models cannot be dropped.")
+    own = {block: decoder.blocks[block].get_submodule(path) for block in blocks}
+    try:
+        for block in blocks:
+            decoder.blocks[block].set_submodule(path, NoAttention())
+        yield
+    finally:
+        for block, attention in own.items():
+            decoder.blocks[block].set_submodule(path, attention)
+
+
+def dropped_attention(config: PreTrainedConfig) -> list[int]:
+    """Blocks without attention."""
+    return list((config.to_dict().get("dropped_attention") or {}).get("blocks", ()))
 
 
 def added_biases(config: PreTrainedConfig) -> list[str]:
@@ -117,12 +150,17 @@ def _describe_widths(decoder: Decoder) -> None:
 
     Equal widths make an ordinary configuration. Else the global value stays what it was and every block that differs
     from it is listed, so that a program that cannot read the list fails loudly. The same is done where biases were
-    added: without it such a checkpoint would load without them and nobody would be told.
+    added or attention dropped: else such a checkpoint would load as something else and nobody would be told.
     """
     config, key = decoder.config, decoder.architecture.width_key
     widths = decoder.widths
     config.per_layer_config = None
-    if len(set(widths)) == 1 and not added_biases(config):
+    special = added_biases(config) or dropped_attention(config)
+    if special and set(widths) == {config.to_dict()[key]}:
+        raise ConfigError(
+            "a model without some attention needs a narrower feed-forward too, or nothing tells it apart."
+        )
+    if len(set(widths)) == 1 and not special:
         setattr(config, key, widths[0])
     else:
         config.per_layer_config = {index: {key: width} for index, width in enumerate(widths)}

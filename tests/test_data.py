@@ -31,7 +31,7 @@ class Characters:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the cache of whoever runs the tests alone."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def write_rows(folder: Path, suffix: str) -> Path:
@@ -72,7 +72,7 @@ def test_a_saved_data_set_is_opened(tmp_path: Path) -> None:
     (("everything",), "everything", "everything"),
 ])  # fmt: skip
 def test_each_role_takes_its_split(splits: tuple[str, ...], calibration: str, evaluation: str, tmp_path: Path) -> None:
-    parts = {split: datasets.Dataset.from_dict({"text": [f"this is {split}"]}) for split in splits}
+    parts: Any = {split: datasets.Dataset.from_dict({"text": [f"this is {split}"]}) for split in splits}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     assert read_text(str(tmp_path / "saved"), "calibration") == f"this is {calibration}"
     assert read_text(str(tmp_path / "saved"), "evaluation") == f"this is {evaluation}"

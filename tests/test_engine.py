@@ -20,6 +20,7 @@ from cfsp_framework.architectures import Decoder
 from cfsp_framework.blocks import embed, run_block
 from cfsp_framework.collect import BlockMeasurement, collect
 from cfsp_framework.errors import PluginError
+from cfsp_framework.gradients import measure_gradients
 from cfsp_framework.measure import measure_block
 from cfsp_framework.models import LoadedModel
 from cfsp_framework.pipeline import plan_only
@@ -30,6 +31,7 @@ from cfsp_framework.statistics import (
     DOWN_INPUT_GRAM,
     DOWN_INPUT_MEAN,
     DOWN_INPUT_SQUARES,
+    DOWN_INPUT_TAYLOR,
     FEED_FORWARD_INPUTS,
     FEED_FORWARD_TARGETS,
 )
@@ -204,11 +206,51 @@ def test_an_exception_while_measuring_leaves_no_hook(llama: Decoder, monkeypatch
     assert traces(llama.model) == before
 
 
+def test_gradients_are_the_losss_and_leave_nothing(
+    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+) -> None:
+    _, decoder = open_tiny(make_model(family))
+    trained = [name for name, parameter in decoder.model.named_parameters() if parameter.requires_grad]
+    before = traces(decoder.model)
+    found = measure_gradients(decoder, WINDOWS, plugins.collectors_for({DOWN_INPUT_TAYLOR}), Progress())
+    assert traces(decoder.model) == before
+    assert trained == [name for name, parameter in decoder.model.named_parameters() if parameter.requires_grad]
+    assert all(parameter.grad is None for parameter in decoder.model.parameters())
+
+    activations: list[Tensor] = []
+    for index in range(len(decoder.blocks)):
+        decoder.down_projection(index).register_forward_pre_hook(lambda _, inputs: activations.append(inputs[0]))
+    expected = [torch.zeros(64) for _ in decoder.blocks]
+    for window in WINDOWS:
+        activations.clear()
+        loss = decoder.model(window[None], labels=window[None]).loss
+        for total, activation, gradient in zip(
+            expected, activations, torch.autograd.grad(loss, activations), strict=True
+        ):
+            total += (activation * gradient).abs().sum((0, 1)).detach()
+    for index, total in enumerate(expected):
+        torch.testing.assert_close(found[index][DOWN_INPUT_TAYLOR], total, rtol=1e-4, atol=1e-6)
+
+
+def test_an_exception_while_gradients_are_measured_leaves_nothing(llama: Decoder) -> None:
+    before = traces(llama.model)
+    failing: Sequence[Chosen[Collector]] = [Chosen(FailingCollector(), Origin("test"))]
+    with pytest.raises(PluginError, match=r"failing.*update"):
+        measure_gradients(llama, WINDOWS, failing, Progress())
+    with pytest.raises(IndexError):
+        measure_gradients(llama, torch.full((1, 4), 10**6), failing, Progress())
+    assert traces(llama.model) == before
+    assert all(parameter.requires_grad for parameter in llama.model.parameters())
+
+
 def everything(decoder: Decoder, plugins: Plugins, windows: Tensor, batch_size: int) -> list[BlockStatistics]:
     """Every statistic of the built-in collectors, the heavy ones too."""
     collectors = plugins.collectors_for(cls.provides for cls in plugins.collectors.values())
+    backward = [chosen for chosen in collectors if chosen.component.site is Site.GRADIENT]
+    forward = [chosen for chosen in collectors if chosen.component.site is not Site.GRADIENT]
+    gradients = measure_gradients(decoder, windows, backward, Progress())
     batches = embed(decoder, windows, batch_size)
-    return [measure_block(decoder, index, batches, collectors) for index in range(len(decoder.blocks))]
+    return [measure_block(decoder, index, batches, forward) | found for index, found in enumerate(gradients)]
 
 
 @pytest.fixture(scope="module")
