@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from .architectures import Decoder
 from .errors import CfspError, ModelError, OutputError
-from .heterogeneous import NoAttention, finish_block
+from .heterogeneous import StandIn, finish_block
 from .models import LoadedModel, open_model
 
 PLAN_FILE = "pruning_plan.json"
 REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
+CARD_FILE = "README.md"
 STATISTICS_FILE = "statistics.safetensors"
-_CODE_FILE = "modeling_pruned.py"
+CODE_FILE = "modeling_pruned.py"
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
@@ -43,14 +45,14 @@ def save_model(decoder: Decoder, loaded: LoadedModel, folder: Path, *, max_shard
     code = _modeling_code(decoder) if decoder.config.to_dict().get("per_layer_config") else None
     if code:
         model.config.auto_map = {
-            "AutoModel": f"{_CODE_FILE.removesuffix('.py')}.{type(decoder.base).__name__}",
-            "AutoModelForCausalLM": f"{_CODE_FILE.removesuffix('.py')}.{type(model).__name__}",
+            "AutoModel": f"{CODE_FILE.removesuffix('.py')}.{type(decoder.base).__name__}",
+            "AutoModelForCausalLM": f"{CODE_FILE.removesuffix('.py')}.{type(model).__name__}",
         }
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if code:
-        (folder / _CODE_FILE).write_text(code, encoding="utf-8")
-    elif (folder / _CODE_FILE).exists():  # copied by Transformers: the model was opened by the code of its checkpoint
-        (folder / _CODE_FILE).unlink()
+        (folder / CODE_FILE).write_text(code, encoding="utf-8")
+    elif (folder / CODE_FILE).exists():  # copied by Transformers: the model was opened by the code of its checkpoint
+        (folder / CODE_FILE).unlink()
         model.config.__dict__.pop("auto_map", None)
         model.config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
@@ -84,7 +86,7 @@ def _modeling_code(decoder: Decoder) -> str:
         module=_native(head).__module__,
         head=head.__name__,
         base=base.__name__,
-        no_attention=inspect.getsource(NoAttention),
+        stand_in=inspect.getsource(StandIn),
         finish_block=inspect.getsource(finish_block),
     )
 
@@ -115,7 +117,7 @@ from $module import $base as _$base
 from $module import $head as _$head
 
 
-$no_attention
+$stand_in
 
 $finish_block
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from .algebra import removal_curve
-from .api import BlockStatistics, BlockSummary, Collector, Criterion, FeedForward, Site, Statistic
+from .api import (
+    HELD_OUT_EVERY,
+    BlockStatistics,
+    BlockSummary,
+    Collector,
+    Criterion,
+    FeedForward,
+    Site,
+    Statistic,
+)
 from .architectures import Decoder
 from .blocks import Batch, embed
 from .errors import PluginError
@@ -63,24 +72,40 @@ def collect(
     """
     gradients: Sequence[Mapping[Statistic, Tensor]] = [{}] * len(decoder.blocks)
     batches: Sequence[Batch] = []
+    nothing = BlockStatistics({}, 0)
     if windows is not None:
         backward = [chosen for chosen in collectors if chosen.component.site is Site.GRADIENT]
         collectors = [chosen for chosen in collectors if chosen.component.site is not Site.GRADIENT]
-        gradients = measure_gradients(decoder, windows, backward, progress) if backward else gradients
+        if backward:
+            gradients = measure_gradients(decoder, windows, backward, progress)
+            nothing = BlockStatistics({}, windows.numel(), windows[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY].numel())
         batches = embed(decoder, windows, batch_size) if collectors else batches
     measurements: list[BlockMeasurement] = []
     with progress.bar("collect", total=len(decoder.blocks) * len(batches)) as step:
         for index in range(len(decoder.blocks)):
-            statistics = measure_block(decoder, index, batches, collectors, step) | gradients[index]
-            feed_forward = decoder.feed_forward(index, seed)
-            scores = {label: score(criterion, feed_forward, statistics) for label, criterion in criteria.items()}
-            curves = {
-                label: error_curve(feed_forward, statistics, found, curve) for label, found in scores.items() if curve
-            }
+            # No name here holds what a block measured: it would live on while the next one is measured.
             measurements.append(
-                BlockMeasurement(feed_forward.path, feed_forward.width, statistics.light(), scores, curves)
+                _judge(
+                    decoder.feed_forward(index, seed),
+                    (measure_block(decoder, index, batches, collectors, step) if batches else nothing)
+                    | gradients[index],
+                    criteria,
+                    curve,
+                )
             )
     return tuple(measurements)
+
+
+def _judge(
+    feed_forward: FeedForward,
+    statistics: BlockStatistics,
+    criteria: Mapping[str, Chosen[Criterion]],
+    curve: Literal["plain", "compensated"] | None,
+) -> BlockMeasurement:
+    """Score one block's channels with every criterion, and keep what may outlive the block."""
+    scores = {label: score(criterion, feed_forward, statistics) for label, criterion in criteria.items()}
+    curves = {label: error_curve(feed_forward, statistics, found, curve) for label, found in scores.items() if curve}
+    return BlockMeasurement(feed_forward.path, feed_forward.width, statistics.light(), scores, curves)
 
 
 def score(criterion: Chosen[Criterion], feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .api import Collector, Component
 from .errors import ConfigError
+from .files import human_bytes
 from .plugins import Plugins
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _calibrated(report: Report) -> str:
 
 def _spent(report: Report) -> str:
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())
-    return f"Seconds: {seconds}. Peak memory: {_bytes(report.peak_memory_bytes)}."
+    return f"Seconds: {seconds}. Peak memory: {human_bytes(report.peak_memory_bytes)}."
 
 
 def short(spec: str) -> str:
@@ -264,7 +265,7 @@ def _total_table(report: Report) -> Table:
     rows: list[tuple[str, int, int, Any]] = [
         ("feed-forward channels", report.channels_before, report.channels_after, _count),
         ("parameters", report.dense.parameters, report.pruned.parameters, _count),
-        ("weights", report.dense.bytes, report.pruned.bytes, _bytes),
+        ("weights", report.dense.bytes, report.pruned.bytes, human_bytes),
         ("FLOPs per token", report.dense.flops_per_token, report.pruned.flops_per_token, _count),
     ]
     for name, before, after, form in rows:
@@ -290,7 +291,3 @@ def _perplexity_table(evaluations: Sequence[Evaluation]) -> Table:
 
 def _count(value: int) -> str:
     return f"{value:,}"
-
-
-def _bytes(value: int) -> str:
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.2f} MB"

@@ -124,3 +124,8 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def human_bytes(value: int) -> str:
+    """Bytes as people read them."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.2f} MB"

@@ -23,6 +23,7 @@ from .errors import ConfigError, PlanError
 from .evaluation import EvaluationSet, Perplexity, evaluation_set, perplexity
 from .files import staged_folder
 from .models import LoadedModel, context_length, load_model
+from .pages import html_report, model_card
 from .planning import ModelIdentity, PruningPlan, channel_ratio, plan_blocks
 from .plugins import Plugins, load_plugins
 from .progress import Progress
@@ -90,8 +91,8 @@ def prune(
         notes = (*notes_on_attention(plan), *notes_on_biases(bench, native), *notes_on_updates(bench, updates))
         difference = save(bench, plan, folder)
         pruned = evaluate(bench)
-        told = tell(bench, plan, (dense, pruned), before, notes, difference)
-        (folder / checkpoint.REPORT_FILE).write_text(told.to_json(), encoding="utf-8")
+        told = tell(bench, plan, updates, (dense, pruned), before, notes, difference)
+        write_report(told, folder)
         if keep_statistics:
             metadata = {"model": bench.loaded.fingerprint, **plan.components}
             report.save_statistics(folder / checkpoint.STATISTICS_FILE, measurements, metadata)
@@ -314,6 +315,7 @@ def sample_ids(bench: Bench) -> Tensor:
 def tell(
     bench: Bench,
     plan: PruningPlan,
+    updates: Mapping[int, Update],
     perplexities: tuple[list[Perplexity], list[Perplexity]],
     before: Size,
     notes: tuple[str, ...],
@@ -355,13 +357,24 @@ def tell(
             )
             for data, dense, pruned in zip(bench.evaluation_sets, *perplexities, strict=True)
         ),
-        blocks=report.block_reports(plan),
+        blocks=report.block_reports(plan, updates),
         notes=notes,
         reload_difference=difference,
         seconds={name: round(seconds, 3) for name, seconds in bench.progress.seconds.items()},
         peak_memory_bytes=report.peak_memory(),
         versions=versions(bench.selection),
     )
+
+
+def write_report(told: Report, folder: Path) -> None:
+    """The report for programs and for people, and the model card."""
+    code = (folder / checkpoint.CODE_FILE).exists()
+    for name, text in (
+        (checkpoint.REPORT_FILE, told.to_json()),
+        (checkpoint.PAGE_FILE, html_report(told)),
+        (checkpoint.CARD_FILE, model_card(told, code=code)),
+    ):
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def versions(selection: Selection) -> dict[str, str]:

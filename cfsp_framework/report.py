@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import nn
 
+from .api import Update
 from .evaluation import Perplexity
 from .planning import PruningPlan
 
@@ -53,6 +54,10 @@ class BlockReport(_Frozen):
     importance: float | None
     width_before: int
     width_after: int
+    error_plain: float | None = None
+    """Relative squared error of the feed-forward's output on held-out tokens by the cut alone, where one was measured."""
+    error: float | None = None
+    """The same with the compensator's change."""
 
 
 class Report(_Frozen):
@@ -108,11 +113,19 @@ def measure_size(model: PreTrainedModel) -> Size:
     )
 
 
-def block_reports(plan: PruningPlan) -> tuple[BlockReport, ...]:
-    """The plan's blocks without their indices."""
+def block_reports(plan: PruningPlan, updates: Mapping[int, Update] | None = None) -> tuple[BlockReport, ...]:
+    """The plan's blocks without their indices, and what their compensation was worth."""
+    updates = updates or {}
     return tuple(
-        BlockReport(block=b.block, importance=b.importance, width_before=b.width, width_after=len(b.kept))
-        for b in plan.blocks
+        BlockReport(
+            block=index,
+            importance=block.importance,
+            width_before=block.width,
+            width_after=len(block.kept),
+            error_plain=updates[index].error_plain if index in updates else None,
+            error=updates[index].error if index in updates else None,
+        )
+        for index, block in enumerate(plan.blocks)
     )
 
 

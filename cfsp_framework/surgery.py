@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from .api import Update
 from .architectures import Decoder
 from .errors import ConfigError, ModelError, PlanError
-from .heterogeneous import NoAttention
+from .heterogeneous import StandIn
 from .planning import PruningPlan
 
 
@@ -55,7 +55,7 @@ def drop_attention(decoder: Decoder, blocks: Sequence[int]) -> None:
     if not blocks or path is None:
         return
     for block in blocks:
-        decoder.blocks[block].set_submodule(path, NoAttention())
+        decoder.blocks[block].set_submodule(path, StandIn())
     decoder.config.dropped_attention = {"path": path, "blocks": sorted({*blocks, *dropped_attention(decoder.config)})}
 
 
@@ -68,7 +68,7 @@ def without_attention(decoder: Decoder, blocks: Sequence[int]) -> Generator[None
     own = {block: decoder.blocks[block].get_submodule(path) for block in blocks}
     try:
         for block in blocks:
-            decoder.blocks[block].set_submodule(path, NoAttention())
+            decoder.blocks[block].set_submodule(path, StandIn())
         yield
     finally:
         for block, attention in own.items():

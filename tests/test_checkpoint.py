@@ -26,7 +26,7 @@ from cfsp_framework.checkpoint import PLAN_FILE, REPORT_FILE, save_model
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.files import staged_folder
 from cfsp_framework.models import LoadedModel
-from cfsp_framework.surgery import added_biases, apply_plan
+from cfsp_framework.surgery import added_biases, apply_plan, drop_attention, dropped_attention
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]
 MakePlan = Callable[..., PruningPlan]
@@ -36,17 +36,18 @@ IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(5))
 
 @dataclass(frozen=True)
 class Case:
-    """A pruned checkpoint to open in every way; ``biases`` are those a compensator gave it."""
+    """A pruned checkpoint to open in every way; ``biases`` a compensator gave it, ``dropped`` its blocks without attention."""
 
     model: str
     widths: tuple[int, ...] = (40, 24, 64)
     settings: Mapping[str, Any] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    dropped: tuple[int, ...] = ()
     max_shard_size: str = "5GB"
 
     @property
     def ordinary(self) -> bool:
-        return len(set(self.widths)) == 1 and not self.biases
+        return len(set(self.widths)) == 1 and not self.biases and not self.dropped
 
 
 CASES = {
@@ -62,6 +63,8 @@ CASES = {
     "mistral with biases": Case("mistral", biases=("down_bias",)),
     "llama of equal widths with biases": Case("llama", (32, 32, 32), biases=("down_bias",)),
     "llama that had biases": Case("llama-bias", biases=("down_bias",)),
+    "gemma2 without some attention": Case("gemma2", dropped=(1,)),
+    "llama of equal widths without some attention": Case("llama", (32, 32, 32), dropped=(1, 2)),
     "phi3 with biases everywhere": Case("phi3", biases=("down_bias", "up_bias")),
 }
 
@@ -159,6 +162,7 @@ def checkpoints(
     place = tmp_path_factory.mktemp("checkpoints")
     for name, case in CASES.items():
         loaded, decoder = open_tiny(make_model(case.model, **case.settings))
+        drop_attention(decoder, case.dropped)
         apply_plan(decoder, make_plan(decoder, case.widths), add_biases(decoder, case.biases))
         write(loaded, decoder, place / name, max_shard_size=case.max_shard_size)
     return {name: place / name for name in CASES}
@@ -236,7 +240,7 @@ def test_only_what_needs_code_brings_some(name: str, checkpoints: dict[str, Path
     assert config["model_type"] == case.model.partition("-")[0]
     assert len(config["architectures"]) == 1
     if case.ordinary:
-        assert not config.keys() & {"auto_map", "per_layer_config", "added_biases"}
+        assert not config.keys() & {"auto_map", "per_layer_config", "added_biases", "dropped_attention"}
         assert not list(folder.glob("*.py"))
         assert config["intermediate_size"] == case.widths[0]
     else:
@@ -333,6 +337,7 @@ AGAIN: dict[str, tuple[str, tuple[int, ...], bool]] = {
     "biases once more": ("mistral with biases", (16, 24, 8), True),
     "biases kept by a plain cut": ("mistral with biases", (16, 16, 16), False),
     "biases only now": ("gemma2", (16, 24, 8), True),
+    "no attention where there was none": ("gemma2 without some attention", (16, 16, 16), False),
     "biases everywhere kept": ("phi3 with biases everywhere", (16, 24, 8), False),
 }
 
@@ -371,7 +376,8 @@ def test_a_pruned_checkpoint_can_be_pruned_again(
     assert after.widths == widths
     had = added_biases(before.config)
     assert added_biases(after.config) == (had or (["mlp.down_proj"] if biased else []))
-    ordinary = len(set(widths)) == 1 and not had and not biased
+    assert dropped_attention(after.config) == dropped_attention(before.config)
+    ordinary = len(set(widths)) == 1 and not had and not biased and not CASES[name].dropped
     assert (tmp_path / "out/modeling_pruned.py").exists() == (not ordinary)
     assert after.config.is_heterogeneous == (not ordinary)
     with torch.no_grad():

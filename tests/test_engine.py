@@ -115,7 +115,9 @@ def test_block_by_block_equals_the_models_own_forward_bit_for_bit(
     assert [len(batch.hidden) for batch in batches] == [2, 2, 1]
     for index, block in enumerate(decoder.blocks):
         for number, batch in enumerate(batches):
-            batch.hidden.copy_(run_block(block, index, batch))
+            first = run_block(block, index, batch)
+            batch.hidden.copy_(run_block(block, index, batch))  # once more: no cache was filled
+            assert torch.equal(batch.hidden, first)
             assert torch.equal(batch.hidden, expected[index][number]), f"block {index}, batch {number}"
     assert all(torch.equal(batch.hidden, own) for batch, own in zip(batches, final_norm, strict=True))
 

@@ -150,7 +150,8 @@ class _MeanHeldOut(_Sums):
         self._windows += 1
         held_out = self._windows % HELD_OUT_EVERY == 0
         self._add("sum", inputs.sum(0, dtype=torch.float32) * held_out)  # (F,)
-        self._add("tokens", inputs.new_tensor(len(inputs) * held_out))  # ()
+        tokens = torch.tensor(len(inputs) * held_out, dtype=torch.float64, device=inputs.device)
+        self._add("tokens", tokens)  # ()
 
     def value(self, tokens: int) -> Tensor:
         return self.sums["sum"] / self.sums["tokens"].clamp(min=1)

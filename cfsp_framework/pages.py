@@ -1,0 +1,98 @@
+"""The report as a page to look at, and the model card: both from templates, both self-contained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from .files import human_bytes
+from .report import BlockReport, Report
+
+_CHART_WIDTH, _CHART_HEIGHT = 960.0, 260.0
+_MARGIN_TOP, _MARGIN_BOTTOM = 24.0, 22.0
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One block in the chart of widths, in the picture's own units."""
+
+    block: BlockReport
+    x: float
+    width: float
+    top: float
+    full: float
+    kept: float
+    labelled: bool
+
+    @property
+    def share(self) -> float:
+        """Share of the channels kept."""
+        return self.block.width_after / self.block.width_before
+
+
+@dataclass(frozen=True)
+class Chart:
+    """The bars of all blocks."""
+
+    width: float
+    height: float
+    bars: tuple[Bar, ...]
+
+
+def html_report(report: Report) -> str:
+    """One page with the pictures inside it and nothing fetched from elsewhere."""
+    totals = [
+        ("feed-forward channels", f"{report.channels_before:,}", f"{report.channels_after:,}"),
+        ("parameters", f"{report.dense.parameters:,}", f"{report.pruned.parameters:,}"),
+        ("weights", human_bytes(report.dense.bytes), human_bytes(report.pruned.bytes)),
+        ("FLOPs per token", f"{report.dense.flops_per_token:,}", f"{report.pruned.flops_per_token:,}"),
+    ]
+    compensated = any(block.error is not None for block in report.blocks)
+    page = _environment().get_template("report.html.j2")
+    return page.render(report=report, totals=totals, chart=_chart(report.blocks), compensated=compensated)
+
+
+def model_card(report: Report, *, code: bool) -> str:
+    """README.md of the checkpoint; ``code`` says that it brings the code its widths need."""
+    local = PurePath(report.model).is_absolute() or report.model.startswith((".", "~")) or report.model == "demo"
+    card = _environment().get_template("card.md.j2")
+    return card.render(
+        report=report,
+        code=code,
+        name=PurePath(report.model).name,
+        base_model=None if local or report.model.count("/") != 1 else report.model,
+    )
+
+
+def _chart(blocks: tuple[BlockReport, ...]) -> Chart:
+    room = _CHART_HEIGHT - _MARGIN_TOP - _MARGIN_BOTTOM
+    widest = max(block.width_before for block in blocks)
+    slot = _CHART_WIDTH / len(blocks)
+    every = max(1, round(36 / slot))  # a label needs about 36 units
+    bars = tuple(
+        Bar(
+            block=block,
+            x=round(slot * (index + 0.1), 2),
+            width=round(slot * 0.8, 2),
+            top=round(_MARGIN_TOP + room * (1 - block.width_before / widest), 2),
+            full=round(room * block.width_before / widest, 2),
+            kept=round(room * block.width_after / widest, 2),
+            labelled=index % every == 0,
+        )
+        for index, block in enumerate(blocks)
+    )
+    return Chart(_CHART_WIDTH, _CHART_HEIGHT, bars)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("cfsp_framework"),
+        autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
+        undefined=StrictUndefined,
+        trim_blocks=False,
+    )
+    environment.filters["filename"] = lambda spec: PurePath(spec).name
+    environment.filters["bytes"] = human_bytes
+    return environment
