@@ -17,7 +17,7 @@ from .errors import InputError, PlanError
 MODEL = ("trust_remote_code", "device", "dtype")
 COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
 AMOUNT = ("ratio", "budget", "round_to", "rebalance", "drop_attention")
-CALIBRATION = ("calibration", "samples", "seqlen", "batch_size", "seed")
+CALIBRATION = ("calibration", "samples", "reuse_windows", "seqlen", "batch_size", "seed")
 EVALUATION = ("evaluate", "evaluate_windows")
 
 _COMPONENT_HELP = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,11 +31,26 @@ def compensate(
     hidden, count = feed_forward.hidden, len(kept)
     shapes = {"down": (hidden, count), "down_bias": (hidden,), "up": (count, hidden), "gate": (count, hidden)}
     for name, shape in {**shapes, "up_bias": (count,), "gate_bias": (count,)}.items():
-        value: Tensor | None = getattr(found, name)
-        if value is not None and (value.shape != shape or not bool(value.isfinite().all())):
-            what = "values that are not finite" if value.shape == shape else f"shape {tuple(value.shape)}, not {shape}"
-            raise PluginError(f"{compensator}: `{name}` at block {feed_forward.block} has {what}.")
+        problem = _problem(getattr(found, name), shape, feed_forward.down.dtype)
+        if problem:
+            raise PluginError(f"{compensator}: `{name}` at block {feed_forward.block} {problem}.")
+    for name, error in {"error_plain": found.error_plain, "error": found.error}.items():
+        if error is not None and not math.isfinite(error):
+            raise PluginError(f"{compensator}: `{name}` at block {feed_forward.block} is {error}.")
     return found
+
+
+def _problem(value: object, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """What is wrong with one tensor of an update, which the model will hold in ``dtype``."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}, not a tensor"
+    if value.shape != shape:
+        return f"has shape {tuple(value.shape)}, not {shape}"
+    if not bool(value.to(dtype).isfinite().all()):
+        return f"has values that are not finite in {str(dtype).removeprefix('torch.')}"
+    return None
 
 
 class FirstPass:

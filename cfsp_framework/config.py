@@ -52,6 +52,9 @@ class RunConfig(BaseModel):
     recovery: Choice = Choice(name="none")
     calibration: str = Field(default="demo", description="Data SPEC the activations are measured on.")
     samples: int = Field(default=128, ge=1, description="Calibration windows.")
+    reuse_windows: bool = Field(
+        default=True, description="Measure all windows again to compensate; else half selects and half compensates."
+    )
     seqlen: int | None = Field(
         default=None, ge=2, description="Tokens per window; default: 1024, or the model's context."
     )
@@ -90,7 +93,12 @@ CHOICES = ("criterion", "allocator", "compensator", "recovery")
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cfsp": {"criterion": "cfsp", "allocator": "cfsp"},
-    "cfsp-closed-form": {"criterion": "obs", "allocator": "error-curve", "compensator": "sequential"},
+    "cfsp-closed-form": {
+        "criterion": "obs",
+        "allocator": "error-curve",
+        "compensator": "sequential",
+        "reuse_windows": False,
+    },
     "cfsp-refined": {"criterion": "obs", "allocator": "error-curve", "compensator": "local-reconstruction"},
     "cfsp-released": {"criterion": "cfsp:variant=act", "allocator": "cfsp:released=true", "rebalance": False},
     "wanda-sp-released": {"criterion": "wanda-sp", "allocator": "global-zscore", "rebalance": False},

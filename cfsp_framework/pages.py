@@ -50,8 +50,11 @@ def html_report(report: Report) -> str:
         ("FLOPs per token", f"{report.dense.flops_per_token:,}", f"{report.pruned.flops_per_token:,}"),
     ]
     compensated = any(block.error is not None for block in report.blocks)
+    ranked = any(block.importance is not None for block in report.blocks)
     page = _environment().get_template("report.html.j2")
-    return page.render(report=report, totals=totals, chart=_chart(report.blocks), compensated=compensated)
+    return page.render(
+        report=report, totals=totals, chart=_chart(report.blocks), compensated=compensated, ranked=ranked
+    )
 
 
 def model_card(report: Report, *, code: bool) -> str:

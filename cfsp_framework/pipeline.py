@@ -59,6 +59,20 @@ class Bench:
     evaluation_sets: tuple[EvaluationSet, ...]
     progress: Progress
 
+    @property
+    def windows_to_select(self) -> Tensor | None:
+        """The windows of the first pass: all, or every other one where the rest is kept for the second pass."""
+        if self.windows is None or self.config.reuse_windows or not self.selection.second_pass:
+            return self.windows
+        return self.windows[::2]
+
+    @property
+    def windows_to_compensate(self) -> Tensor | None:
+        """The windows of the second pass; None where there is none."""
+        if self.windows is None or not self.selection.second_pass:
+            return None
+        return self.windows if self.config.reuse_windows or len(self.windows) < 2 else self.windows[1::2]
+
 
 def prune(
     config: RunConfig,
@@ -177,7 +191,7 @@ def measure(bench: Bench, *, planned: bool = False) -> tuple[BlockMeasurement, .
     with bench.progress.phase("collect"):
         return collect(
             bench.decoder,
-            bench.windows,
+            bench.windows_to_select,
             {} if planned else {CRITERION: selection.criterion},
             selection.collectors,
             curve=selection.allocator.component.curve(),
@@ -241,10 +255,10 @@ def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[BlockMeasurement
     phase = "compensate" if selection.second_pass else "cut"
     with bench.progress.phase(phase), bench.progress.bar(phase, total=len(decoder.blocks)) as step:
         answer: FirstPass | SecondPass
-        if selection.second_pass and bench.windows is not None:
+        if bench.windows_to_compensate is not None:
             answer = SecondPass(
                 decoder,
-                bench.windows,
+                bench.windows_to_compensate,
                 selection.compensator,
                 selection.second_pass,
                 batch_size=config.batch_size,

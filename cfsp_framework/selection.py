@@ -38,6 +38,7 @@ class Selection:
             self.compensator,
             self.recovery,
             *self.collectors,
+            *self.second_pass,
         )
         return {c.origin.distribution: c.origin.version or "?" for c in chosen if c.origin.distribution is not None}
 

@@ -22,6 +22,10 @@ DOWN_CROSS: Final = Statistic("down_cross", "(D, F)", "sum of target times hᵀ 
 DOWN_CROSS_HELD_OUT: Final = Statistic(
     "down_cross_held_out", "(D, F)", "sum of target times hᵀ over the tokens of held-out windows", heavy=True
 )
+DOWN_TARGET_SQUARES: Final = Statistic("down_target_squares", "()", "sum of squares of the target")
+DOWN_TARGET_SQUARES_HELD_OUT: Final = Statistic(
+    "down_target_squares_held_out", "()", "sum of squares of the target over held-out windows"
+)
 FEED_FORWARD_INPUTS: Final = Statistic("feed_forward_inputs", "(N, T, D)", "inputs of the feed-forward", heavy=True)
 FEED_FORWARD_TARGETS: Final = Statistic(
     "feed_forward_targets", "(N, T, D)", "what the feed-forward should give for its inputs", heavy=True

@@ -379,6 +379,7 @@ def test_a_pruned_checkpoint_can_be_pruned_again(
     assert dropped_attention(after.config) == dropped_attention(before.config)
     ordinary = len(set(widths)) == 1 and not had and not biased and not CASES[name].dropped
     assert (tmp_path / "out/modeling_pruned.py").exists() == (not ordinary)
+    assert ("auto_map" in json.loads((tmp_path / "out/config.json").read_text())) == (not ordinary)
     assert after.config.is_heterogeneous == (not ordinary)
     with torch.no_grad():
         if not biased:

@@ -275,6 +275,23 @@ def test_bias_gives_back_what_removed_channels_gave_on_average(
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
+def test_biases_that_are_added_one_after_another_are_all_told(
+    make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+) -> None:
+    _, decoder = open_tiny(make_model("llama"))
+    apply_plan(decoder, make_plan(decoder, (40, 64, 24)), lambda _, kept: Update(down_bias=torch.ones(32)))
+    assert added_biases(decoder.config) == ["mlp.down_proj"]
+    apply_plan(decoder, make_plan(decoder, (40, 32, 16)), lambda _, kept: Update(up_bias=torch.ones(len(kept))))
+    assert added_biases(decoder.config) == ["mlp.down_proj", "mlp.up_proj"]
+    for index, down, up in ((0, 1, 0), (1, 0, 1), (2, 1, 1)):  # zero where a block lost nothing
+        feed_forward = decoder.feed_forward(index)
+        assert feed_forward.down_bias is not None
+        assert feed_forward.up_bias is not None
+        assert feed_forward.gate_bias is None
+        assert torch.equal(feed_forward.down_bias, torch.full((32,), float(down)))
+        assert torch.equal(feed_forward.up_bias, torch.full((decoder.widths[index],), float(up)))
+
+
 def record_output(decoder: Decoder, index: int) -> Tensor:
     """What the feed-forward of block ``index`` gives on the windows, ``(N, T, D)``."""
     outputs: list[Tensor] = []

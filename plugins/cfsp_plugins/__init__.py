@@ -25,6 +25,8 @@ from .second_order import (
     DownCrossHeldOut,
     DownInputGram,
     DownInputGramHeldOut,
+    DownTargetSquares,
+    DownTargetSquaresHeldOut,
     FeedForwardInputs,
     FeedForwardTargets,
 )
@@ -50,6 +52,8 @@ def cfsp_collectors() -> list[type[Collector]]:
         DownInputGramHeldOut,
         DownCross,
         DownCrossHeldOut,
+        DownTargetSquares,
+        DownTargetSquaresHeldOut,
         FeedForwardInputs,
         FeedForwardTargets,
         BlockOutputSquares,

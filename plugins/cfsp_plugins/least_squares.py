@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
@@ -19,6 +20,8 @@ from cfsp_framework.statistics import (
     DOWN_INPUT_GRAM_HELD_OUT,
     DOWN_INPUT_MEAN,
     DOWN_INPUT_MEAN_HELD_OUT,
+    DOWN_TARGET_SQUARES,
+    DOWN_TARGET_SQUARES_HELD_OUT,
 )
 
 _RAISES = 5
@@ -44,7 +47,7 @@ class LeastSquares(Compensator):
         return guarded(
             lambda damping: least_squares(weight, fit, cross, kept, damping),
             lambda down: output_error(weight, down, kept, judge),
-            weight[:, kept],
+            output_error(weight, weight[:, kept], kept, judge),
             output_square(weight, judge),
             self.damping,
         )
@@ -86,12 +89,13 @@ class LeastSquaresBias(Compensator):
         found = guarded(
             lambda damping: least_squares(weight, covariance, cross, kept, damping),
             lambda down: output_error(weight, down, kept, about_mean),
-            weight[:, kept],
+            output_error(weight, weight[:, kept], kept, judge),
             output_square(weight, judge),
             self.damping,
         )
-        down = weight[:, kept] if found.down is None else found.down.double()
-        bias = weight @ mean - down @ mean[kept]  # (D,)
+        if found.down is None:
+            return found
+        bias = weight @ mean - found.down @ mean[kept]  # (D,)
         own = 0 if feed_forward.down_bias is None else feed_forward.down_bias.double()
         return replace(found, down_bias=own + bias)
 
@@ -114,11 +118,13 @@ class Procrustes(Compensator):
         def rotate(damping: float) -> Tensor:
             left, values, right = torch.linalg.svd(weight @ fit.double()[:, kept] @ own.mT)  # (D, D), (D,), (D, D)
             scale = values.sum() / output_square(own, fit[kept][:, kept])
-            return scale * (left @ right) @ own  # (D, K)
+            rotated: Tensor = scale * (left @ right) @ own  # (D, K)
+            return rotated
 
-        return guarded(
-            rotate, lambda down: output_error(weight, down, kept, judge), own, output_square(weight, judge), 0.0
-        )
+        def error(down: Tensor) -> float:
+            return output_error(weight, down, kept, judge)
+
+        return guarded(rotate, error, error(own), output_square(weight, judge), 0.0)
 
 
 class Sequential(Compensator):
@@ -130,7 +136,14 @@ class Sequential(Compensator):
 
     name: ClassVar[str] = "sequential"
     requires: ClassVar[frozenset[Statistic]] = frozenset(
-        {DOWN_INPUT_GRAM, DOWN_INPUT_GRAM_HELD_OUT, DOWN_CROSS, DOWN_CROSS_HELD_OUT}
+        {
+            DOWN_INPUT_GRAM,
+            DOWN_INPUT_GRAM_HELD_OUT,
+            DOWN_CROSS,
+            DOWN_CROSS_HELD_OUT,
+            DOWN_TARGET_SQUARES,
+            DOWN_TARGET_SQUARES_HELD_OUT,
+        }
     )
 
     damping: float = Field(default=1e-3, gt=0, description=DAMPING)
@@ -146,31 +159,36 @@ class Sequential(Compensator):
         weight = feed_forward.down  # (D, F)
         fit, judge = _split(statistics, DOWN_INPUT_GRAM, DOWN_INPUT_GRAM_HELD_OUT)  # (F, F) each
         cross, judge_cross = _split(statistics, DOWN_CROSS, DOWN_CROSS_HELD_OUT)  # (D, F) each
-        # The target's own square is unknown and the same for all candidates; the dense output's stands in for it.
-        whole = output_square(weight, judge)
+        whole = _split(statistics, DOWN_TARGET_SQUARES, DOWN_TARGET_SQUARES_HELD_OUT)[1].item()
+
+        def error(down: Tensor) -> float:
+            return output_error(weight, down, kept, judge, judge_cross) + whole
+
         return guarded(
             lambda damping: least_squares(weight, fit, cross, kept, damping),
-            lambda down: output_error(weight, down, kept, judge, judge_cross) + whole,
-            weight[:, kept],
+            error,
+            error(weight[:, kept]),
             whole,
             self.damping,
         )
 
 
 def guarded(
-    fit: Callable[[float], Tensor], error: Callable[[Tensor], float], plain: Tensor, whole: float, damping: float
+    fit: Callable[[float], Tensor], error: Callable[[Tensor], float], plain: float, whole: float, damping: float
 ) -> Update:
-    """The first fit whose held-out error is below that of the ``plain`` weights; errors relative to ``whole``."""
-    before = found = error(plain)
+    """The first fit whose held-out error is below ``plain``, that of plain pruning; errors relative to ``whole``."""
+    whole = whole or 1.0  # a feed-forward that outputs nothing has nothing to lose
+    refused = plain
     for attempt in range(_RAISES + 1):
         try:
             down = fit(damping * 10**attempt)  # (D, K)
         except RuntimeError:  # torch.linalg.LinAlgError: not positive definite
             continue
         found = error(down)
-        if found < before:
-            return Update(down=down, error_plain=before / whole, error=found / whole)
-    return Update(error_plain=before / whole, error=found / whole)
+        if found < plain:
+            return Update(down=down, error_plain=plain / whole, error=found / whole)
+        refused = found if math.isfinite(found) else refused
+    return Update(error_plain=plain / whole, error=refused / whole)
 
 
 def _split(statistics: BlockStatistics, all_tokens: Statistic, held_out: Statistic) -> tuple[Tensor, Tensor]:

@@ -54,12 +54,12 @@ class LocalReconstruction(Compensator):
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
         tokens = _split(statistics[FEED_FORWARD_INPUTS], statistics[FEED_FORWARD_TARGETS])
         plain = Weights.of(feed_forward, kept)
-        whole = tokens.held_out_targets.square().mean().item()
+        whole = tokens.held_out_targets.square().mean().item() or 1.0  # targets of 0 leave nothing to lose
         before = plain.error(tokens.held_out_inputs, tokens.held_out_targets)
         fitted = replace(plain, down=self._least_squares(feed_forward, plain, kept, tokens))
         start = min((plain, fitted), key=lambda w: w.error(tokens.held_out_inputs, tokens.held_out_targets))
         best, error = self._train(start, tokens, feed_forward.generator())
-        if error >= before:
+        if not error < before:
             return Update(error_plain=before / whole, error=error / whole)
         return best.update(before / whole, error / whole)
 

@@ -14,6 +14,8 @@ from cfsp_framework.statistics import (
     DOWN_CROSS_HELD_OUT,
     DOWN_INPUT_GRAM,
     DOWN_INPUT_GRAM_HELD_OUT,
+    DOWN_TARGET_SQUARES,
+    DOWN_TARGET_SQUARES_HELD_OUT,
     FEED_FORWARD_INPUTS,
     FEED_FORWARD_TARGETS,
 )
@@ -67,6 +69,29 @@ class DownCrossHeldOut(Collector):
         return _Cross(every=HELD_OUT_EVERY)
 
 
+class DownTargetSquares(Collector):
+    """Sum of squares of what the down projection should give."""
+
+    name: ClassVar[str] = "down-target-squares"
+    provides: ClassVar[Statistic] = DOWN_TARGET_SQUARES
+    site: ClassVar[Site] = Site.DOWN_PROJECTION
+
+    def start(self) -> Accumulator:
+        return _OutputSquares(every=1)
+
+
+class DownTargetSquaresHeldOut(Collector):
+    """The same over the held-out windows alone."""
+
+    name: ClassVar[str] = "down-target-squares-held-out"
+    provides: ClassVar[Statistic] = DOWN_TARGET_SQUARES_HELD_OUT
+    site: ClassVar[Site] = Site.DOWN_PROJECTION
+    ordered: ClassVar[bool] = True
+
+    def start(self) -> Accumulator:
+        return _OutputSquares(every=HELD_OUT_EVERY)
+
+
 class FeedForwardInputs(Collector):
     """The feed-forward's inputs themselves, window by window."""
 
@@ -99,7 +124,7 @@ class BlockOutputSquares(Collector):
     site: ClassVar[Site] = Site.BLOCK
 
     def start(self) -> Accumulator:
-        return _OutputSquares()
+        return _OutputSquares(every=1)
 
 
 class _Products:
@@ -168,11 +193,15 @@ class _Kept:
 
 
 class _OutputSquares:
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
         self.sums: dict[str, Tensor] = {}
+        self._every = every
+        self._windows = 0
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        squares = outputs.float().square().sum(dtype=torch.float64)  # ()
+        self._windows += 1
+        counted = self._windows % self._every == 0
+        squares = outputs.float().square().sum(dtype=torch.float64) * counted  # ()
         self.sums["squares"] = self.sums["squares"] + squares if "squares" in self.sums else squares
 
     def value(self, tokens: int) -> Tensor:
