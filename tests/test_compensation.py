@@ -868,11 +868,11 @@ def test_the_report_says_where_compensation_was_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = make_model("llama")
-    plain = run("cfsp-closed-form", tmp_path / "plain", model, calibration_text, compensator="none")
+    plain = run("cfsp-refined", tmp_path / "plain", model, calibration_text, compensator="none")
     assert plain.report.notes == ()
     monkeypatch.setattr("cfsp_plugins.least_squares.output_error", lambda *_: 1.0)
     monkeypatch.setattr(Weights, "error", lambda *_: 1.0)
-    refused = run("cfsp-closed-form", tmp_path / "refused", model, calibration_text, compensator=compensator)
+    refused = run("cfsp-refined", tmp_path / "refused", model, calibration_text, compensator=compensator)
     name = compensator.partition(":")[0]
     assert refused.report.notes == (f"{name} did not help on held-out tokens in block 0, 1, 2: plain pruning there",)
     left, right = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "refused"))

@@ -295,7 +295,11 @@ def test_biases_that_are_added_one_after_another_are_all_told(
 def record_output(decoder: Decoder, index: int) -> Tensor:
     """What the feed-forward of block ``index`` gives on the windows, ``(N, T, D)``."""
     outputs: list[Tensor] = []
-    handle = decoder.down_projection(index).register_forward_hook(lambda _, __, output: outputs.append(output))
+
+    def hear(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    handle = decoder.down_projection(index).register_forward_hook(hear)
     logits(decoder)
     handle.remove()
     return outputs[0]

@@ -22,7 +22,7 @@ class Owl(Allocator):
     name: ClassVar[str] = "owl"
 
     outlier: float = Field(default=5.0, gt=0, description="how many times the mean score makes an outlier")
-    spread: float = Field(default=0.08, ge=0, lt=0.5, description="shares lie within this of the mean (lambda)")
+    spread: float = Field(default=0.08, ge=0, lt=0.5, description="shares differ by at most twice this (lambda)")
 
     def importance(self, summaries: Sequence[BlockSummary]) -> list[float]:
         return [(s.scores > self.outlier * s.scores.mean()).float().mean().item() for s in summaries]

@@ -30,18 +30,20 @@ class SoftmaxBi(Allocator):
 
     def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
         influence = self.importance(summaries)
-        weights = [math.exp((min(influence) - value) / self.temperature) for value in influence]
-        removed = capped(weights, budget.ratio * len(weights), max(self.largest, (1 + budget.ratio) / 2))
+        exponents = [-value / self.temperature for value in influence]
+        removed = capped(exponents, budget.ratio * len(exponents), max(self.largest, (1 + budget.ratio) / 2))
         return [1 - share for share in removed]
 
 
-def capped(weights: Sequence[float], total: float, largest: float) -> list[float]:
-    """``total`` in proportion to ``weights``, none above ``largest``; needs ``total < largest * len(weights)``."""
+def capped(exponents: Sequence[float], total: float, largest: float) -> list[float]:
+    """``total`` in proportion to ``exp(exponents)``, none above ``largest``; needs ``total < largest * len(exponents)``."""
     full: set[int] = set()
     while True:
-        free = sum(weight for block, weight in enumerate(weights) if block not in full)
+        # Relative to the greatest that is not full: the others may vanish beside it, never all of them.
+        greatest = max(exponent for block, exponent in enumerate(exponents) if block not in full)
+        weights = [0.0 if block in full else math.exp(value - greatest) for block, value in enumerate(exponents)]
         rest = total - largest * len(full)
-        shares = [largest if block in full else rest * weight / free for block, weight in enumerate(weights)]
+        shares = [largest if block in full else rest * weight / sum(weights) for block, weight in enumerate(weights)]
         over = {block for block, share in enumerate(shares) if share > largest}
         if not over:
             return shares

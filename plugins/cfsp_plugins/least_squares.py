@@ -179,10 +179,10 @@ def guarded(
     """The first fit whose held-out error is below ``plain``, that of plain pruning; errors relative to ``whole``."""
     whole = whole or 1.0  # a feed-forward that outputs nothing has nothing to lose
     refused = plain
-    for attempt in range(_RAISES + 1):
+    for attempt in range(_RAISES + 1 if damping else 1):
         try:
             down = fit(damping * 10**attempt)  # (D, K)
-        except RuntimeError:  # torch.linalg.LinAlgError: not positive definite
+        except torch.linalg.LinAlgError:  # not positive definite
             continue
         found = error(down)
         if found < plain:
