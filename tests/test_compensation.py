@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -235,7 +235,7 @@ def test_the_guard_raises_the_damping_tenfold_five_times_at_most() -> None:
     def fit(damping: float) -> Tensor:
         tried.append(damping)
         if len(tried) == 2:
-            raise torch.linalg.LinAlgError("not positive definite")
+            torch.linalg.cholesky(-torch.eye(2))  # not positive definite
         return torch.full((1, 1), damping)
 
     def error_above(limit: float) -> Callable[[Tensor], float]:
@@ -251,6 +251,12 @@ def test_the_guard_raises_the_damping_tenfold_five_times_at_most() -> None:
     assert update == Update(error_plain=0.5, error=0.75)
     update = guarded(lambda damping: torch.ones(1, 1), lambda down: float("nan"), 4.0, 8.0, 1e-3)
     assert update == Update(error_plain=0.5, error=0.5), "an error that is no number is no improvement"
+
+    def exhausted(damping: float) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # a RuntimeError as well, but no reason to prune without compensation
+        guarded(exhausted, error_above(0.5), 4.0, 8.0, 1e-3)
 
 
 @pytest.mark.parametrize("compensator", CLOSED_FORM, ids=repr)
@@ -327,7 +333,9 @@ def ask(answer: object, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = to
     monkeypatch.setattr(Answering, "answer", answer)
     block = sample().block
     block = replace(block, block=7, down=block.down.to(dtype), up=block.up.to(dtype))
-    return compensate(Chosen(Answering(), Origin("their-plugin", "their-package", "1.2")), block, KEPT, BlockStatistics({}, 0))
+    return compensate(
+        Chosen(Answering(), Origin("their-plugin", "their-package", "1.2")), block, KEPT, BlockStatistics({}, 0)
+    )
 
 
 @pytest.mark.parametrize("part", SHAPES)
@@ -345,7 +353,9 @@ def test_a_wrong_answer_names_the_plugin_the_tensor_and_the_block(part: str, mon
         ([1.0, 2.0], "is a list, not a tensor"),
     ]
     for value, message in wrong:
-        with pytest.raises(PluginError, match=rf"'answering'.*their-plugin.*their-package 1.2.*`{part}` at block 7 {message}"):
+        with pytest.raises(
+            PluginError, match=rf"'answering'.*their-plugin.*their-package 1.2.*`{part}` at block 7 {message}"
+        ):
             ask(Update(**{part: value}), monkeypatch)  # type: ignore[arg-type]
 
 
@@ -833,7 +843,7 @@ def test_the_presets_run_and_what_they_write_opens_again(
     open_tiny: Open,
     tmp_path: Path,
 ) -> None:
-    result = run(preset, tmp_path / "out", make_model(name), calibration_text, **options)
+    result = run(preset, tmp_path / "out", make_model(name), calibration_text, None, **options)
     assert sum(result.plan.widths) == 96
     assert all(width % 8 == 0 for width in result.plan.widths)
     assert result.report.reload_difference < 1e-5
@@ -880,7 +890,9 @@ def test_the_report_says_where_compensation_was_refused(
     assert all(torch.equal(value, right[key]) for key, value in left.items())
 
 
-def test_few_tokens_are_refused_or_help(make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path) -> None:
+def test_few_tokens_are_refused_or_help(
+    make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path
+) -> None:
     model = make_model("llama")
     result = run("cfsp-closed-form", tmp_path / "out", model, calibration_text, samples=10, seqlen=3)
     assert result.report.reload_difference < 1e-5

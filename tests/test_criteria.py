@@ -507,7 +507,7 @@ def test_the_fluctuation_depends_on_the_order_of_the_windows_and_says_so() -> No
         (MseDistance(), mse_distance),
         (MaeDistance(), mae_distance),
     ],
-    ids=repr,
+    ids=["angular", "cosine", "mse", "mae"],
 )
 def test_distances_are_means_over_all_tokens_of_unequal_windows(
     collector: Collector, distance: Callable[[Tensor, Tensor], Tensor]

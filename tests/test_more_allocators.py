@@ -69,11 +69,14 @@ def best_total(curves: Sequence[Sequence[float]], weights: Sequence[float], step
         sorted({*range(step, len(curve), step), len(curve) - 1})  # widths; len(curve) - 1 is the whole block
         for curve in curves
     ]
-    return min(
-        sum(weight * curve[len(curve) - 1 - width] for weight, curve, width in zip(weights, curves, widths, strict=True))
+    found: float = min(
+        sum(
+            weight * curve[len(curve) - 1 - width] for weight, curve, width in zip(weights, curves, widths, strict=True)
+        )
         for widths in itertools.product(*choices)
         if sum(widths) == keep
     )
+    return found
 
 
 @st.composite

@@ -329,11 +329,15 @@ BACKWARD = frozenset({DOWN_INPUT_TAYLOR, DOWN_INPUT_TAYLOR_SQUARED})
 def naive_gradients(decoder: Decoder, windows: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
     """For every window and block, the activations ``(T, F)`` and the gradients of the mean next-token loss."""
     found: list[list[tuple[Tensor, Tensor]]] = []
+    seen: list[Tensor] = []
+
+    def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+
     for window in windows:
-        seen: list[Tensor] = []
+        seen.clear()
         handles = [
-            decoder.down_projection(index).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-            for index in range(len(decoder.blocks))
+            decoder.down_projection(index).register_forward_pre_hook(hear) for index in range(len(decoder.blocks))
         ]
         logits = decoder.model(window[None], use_cache=False).logits[0].double()
         for handle in handles:
@@ -355,9 +359,7 @@ def test_taylor_statistics_equal_a_naive_computation(decoder: Decoder, plugins: 
             (DOWN_INPUT_TAYLOR_SQUARED, effects.square().sum(0)),
         ):
             assert values[statistic].dtype == torch.float32
-            torch.testing.assert_close(
-                values[statistic].double(), effect, rtol=1e-3, atol=1e-5 * effect.max().item()
-            )
+            torch.testing.assert_close(values[statistic].double(), effect, rtol=1e-3, atol=1e-5 * effect.max().item())
 
 
 def state(model: nn.Module) -> tuple[list[bool], bool, list[tuple[str, str]]]:
@@ -409,9 +411,7 @@ def collected_for(
     """What one pass gives for a criterion."""
     criterion: Chosen[Criterion] = plugins.criteria.create(name, options)
     collectors = plugins.collectors_for(criterion.component.required() | more)
-    return collect(
-        decoder, WINDOWS, {name: criterion}, collectors, batch_size=None, seed=0, progress=Progress()
-    )
+    return collect(decoder, WINDOWS, {name: criterion}, collectors, batch_size=None, seed=0, progress=Progress())
 
 
 @pytest.mark.parametrize("more", [frozenset(), frozenset({DOWN_INPUT_SQUARES})])

@@ -182,7 +182,7 @@ def guarded(
     for attempt in range(_RAISES + 1 if damping else 1):
         try:
             down = fit(damping * 10**attempt)  # (D, K)
-        except torch.linalg.LinAlgError:  # not positive definite
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not positive definite
             continue
         found = error(down)
         if found < plain:

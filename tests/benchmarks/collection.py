@@ -1,6 +1,6 @@
 """What a run costs beside a plain forward: seconds and memory of collect + plan + cut, and the ratio to it.
 
-    python tests/benchmarks/collection.py MODEL DATA [--samples 64] [--seqlen 512] [--rounds 5] [--dtype float32]
+    python tests/benchmarks/collection.py MODEL DATA [--samples 64] [--seqlen 512] [--rounds 5] [--dtype float32] [--preset cfsp]
 
 The forward of the base model (no head) and the run alternate in one process, so that a drifting machine drifts for
 both; the ratio is the median of the rounds' ratios. Memory is measured in a fresh child process: its peak over what it
@@ -17,14 +17,14 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from cfsp_framework import pipeline, surgery
-from cfsp_framework.api import Update
+from cfsp_framework import pipeline
 from cfsp_framework.architectures import Decoder
-from cfsp_framework.config import RunConfig
+from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.pipeline import Bench
 from cfsp_framework.progress import Progress
 
@@ -39,22 +39,28 @@ def plain_forward(bench: Bench, batch_size: int) -> float:
     return time.perf_counter() - start
 
 
-def run(bench: Bench, decoder: Decoder) -> float:
-    """Seconds of collect + plan + cut; the cut is made in ``decoder``, a copy, so that the next round finds the model whole."""
+def run(bench: Bench) -> float:
+    """Seconds of collect + plan + cut, compensation included, on a copy of the model."""
+    model = copy.deepcopy(bench.decoder.model)
+    bench = replace(bench, decoder=Decoder(model, bench.decoder.architecture))
     start = time.perf_counter()
-    plan = pipeline.make_plan(bench, pipeline.measure(bench))
-    surgery.apply_plan(decoder, plan, lambda block, kept: Update())
+    run_in_place(bench)
     return time.perf_counter() - start
+
+
+def run_in_place(bench: Bench) -> None:
+    """Collect, plan and cut the model itself."""
+    measurements = pipeline.measure(bench)
+    pipeline.cut(bench, pipeline.make_plan(bench, measurements), measurements)
 
 
 def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:
     bench = pipeline.set_up(config, Progress())
-    batch_size = config.batch_size or max(1, 1024 // pipeline.sequence_length(config, bench.loaded))
+    batch_size = config.batch_size or max(1, 512 // pipeline.sequence_length(config, bench.loaded))
     forwards, runs = [], []
     for _ in range(rounds + 1):
-        decoder = Decoder(copy.deepcopy(bench.decoder.model), bench.decoder.architecture)
         forwards.append(plain_forward(bench, batch_size))
-        runs.append(run(bench, decoder))
+        runs.append(run(bench))
     ratios = [after / before for before, after in zip(forwards[1:], runs[1:], strict=True)]  # the first round warms up
     return {
         "forward_seconds": statistics.median(forwards[1:]),
@@ -72,12 +78,13 @@ def measure_memory(config: RunConfig) -> dict[str, float]:
     seqlen = pipeline.sequence_length(config, bench.loaded)
     model = sum(p.numel() * p.element_size() for p in bench.decoder.model.parameters())
     hidden = config.samples * seqlen * bench.decoder.feed_forward(0).hidden * bench.decoder.model.dtype.itemsize
+    run(bench)  # one window: the code pages of what runs belong to the interpreter
     windows = torch.randint(vocabulary, (config.samples, seqlen), generator=torch.Generator().manual_seed(0))
-    bench = Bench(**{**vars(bench), "windows": windows})
+    bench = replace(bench, windows=windows)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of tokenising the text
     before = _status("VmRSS") - model
-    run(bench, bench.decoder)
+    run_in_place(bench)
     peak = _status("VmHWM") - before
     return {"model_bytes": model, "hidden_bytes": hidden, "peak_bytes": peak, "peak_over_both": peak / (model + hidden)}
 
@@ -95,22 +102,22 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--preset", default="cfsp")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    config = RunConfig.build(
-        model=options.model,
-        calibration=options.data,
-        samples=options.samples,
-        seqlen=options.seqlen,
-        dtype=options.dtype,
-    )
+    given = {name: getattr(options, name) for name in ("model", "samples", "seqlen", "dtype")}
+    config = layered(options.preset, None, {**given, "calibration": options.data})
     if options.memory:
         print(json.dumps(measure_memory(config)))
         return
     found = measure_time(config, options.rounds)
     child = subprocess.run([sys.executable, *sys.argv, "--memory"], capture_output=True, text=True, check=True)
     found |= json.loads(child.stdout)
-    print(json.dumps({"threads": torch.get_num_threads(), "dtype": options.dtype, **found}, indent=2))
+    print(
+        json.dumps(
+            {"threads": torch.get_num_threads(), "preset": options.preset, "dtype": options.dtype, **found}, indent=2
+        )
+    )
 
 
 if __name__ == "__main__":

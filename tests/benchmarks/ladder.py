@@ -184,7 +184,9 @@ def plot(cells: list[Cell], picture: Path) -> None:
             ratios = sorted(ratio for found, ratio in by if found == row)
             means = [statistics.fmean(cell[column] for cell in by[row, ratio]) for ratio in ratios]
             panel.plot(ratios, means, marker="o", markersize=4, label=row)
-        panel.set(title=f"{name}, on {column.removeprefix('excess:')}", xlabel="feed-forward channels removed", yscale="log")
+        panel.set(
+            title=f"{name}, on {column.removeprefix('excess:')}", xlabel="feed-forward channels removed", yscale="log"
+        )
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("excess NLL, nats per token")
