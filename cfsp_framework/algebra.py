@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_RAISES = 5
+
 
 def damped(gram: Tensor, damping: float) -> Tensor:
     """``G`` with ``damping`` times its mean diagonal added, float64; a diagonal that is still 0 becomes 1."""
@@ -25,6 +27,20 @@ def positive_inverse(matrix: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
 
+def damped_inverse(gram: Tensor, damping: float) -> Tensor:
+    """The inverse of the damped Gram matrix, ``(F, F)``; where it is not positive definite the damping grows tenfold.
+
+    Raises:
+        torch.linalg.LinAlgError: five times more were not enough.
+    """
+    for attempt in range(_RAISES):
+        try:
+            return positive_inverse(damped(gram, damping * 10**attempt))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+    return positive_inverse(damped(gram, damping * 10**_RAISES))
+
+
 def greedy_removal(weight: Tensor, gram: Tensor, damping: float = 1e-2, batch: int = 8) -> tuple[Tensor, Tensor]:
     """The order ``(F,)`` in which channels go, first removed first, and the squared output error after each, ``(F+1,)``.
 
@@ -32,26 +48,30 @@ def greedy_removal(weight: Tensor, gram: Tensor, damping: float = 1e-2, batch: i
     and the inverse of what is left. The order is nested: the kept channels of any width are its tail. Inside a batch
     the error is interpolated.
     """
-    weights = weight.double().clone()  # (D, A), A channels alive
-    inverse = positive_inverse(damped(gram, damping))  # (A, A)
-    alive = torch.arange(weight.shape[1], device=weight.device)  # (A,)
+    weights = weight.double().clone()  # (D, A), A channels still in the arrays
+    inverse = damped_inverse(gram, damping)  # (A, A)
+    alive = torch.arange(weight.shape[1], device=weight.device)  # (A,) their indices
+    gone = torch.zeros_like(alive, dtype=torch.bool)  # (A,) removed since the arrays were last made smaller
     order: list[Tensor] = []
     errors = [weights.new_zeros(1)]
-    while len(alive):
+    for left in range(len(alive), 0, -batch):
         losses = weights.square().sum(0) / inverse.diagonal()  # (A,)
-        chosen = losses.argsort(stable=True)[:batch]  # (B,)
-        staying = torch.ones_like(alive, dtype=torch.bool).index_fill(0, chosen, False)  # (A,)
-        rows = inverse[chosen]  # (B, A)
+        chosen = losses.masked_fill(gone, torch.inf).argsort(stable=True)[: min(batch, left)]  # (B,)
+        rows, columns = inverse[chosen], weights[:, chosen]  # (B, A), (D, B)
         coupling = torch.linalg.inv(rows[:, chosen])  # (B, B)
-        lost = ((weights[:, chosen] @ coupling) * weights[:, chosen]).sum()
-        steps = torch.arange(1, len(chosen) + 1, dtype=weights.dtype, device=weight.device) / len(chosen)
+        lost = ((columns @ coupling) * columns).sum()
+        steps = torch.arange(1, len(chosen) + 1, device=weight.device, dtype=torch.float64) / len(chosen)
         errors.append(errors[-1][-1] + lost * steps)
         order.append(alive[chosen])
-        correction = coupling @ rows[:, staying]  # (B, A - B)
-        weights = weights[:, staying] - weights[:, chosen] @ correction
-        inverse = inverse[staying][:, staying] - rows[:, staying].mT @ correction
-        inverse = (inverse + inverse.mT) / 2
-        alive = alive[staying]
+        correction = coupling @ rows  # (B, A)
+        weights.addmm_(columns, correction, alpha=-1)
+        inverse.addmm_(rows.mT, correction, alpha=-1)
+        gone[chosen] = True
+        if 4 * int(gone.sum()) >= len(alive):  # copying at every step would take longer than the algebra
+            weights, alive = weights[:, ~gone], alive[~gone]
+            inverse = inverse[~gone][:, ~gone]
+            inverse = (inverse + inverse.mT) / 2
+            gone = torch.zeros_like(alive, dtype=torch.bool)
     return torch.cat(order), torch.cat(errors)
 
 
@@ -66,7 +86,7 @@ def removal_curve(weight: Tensor, gram: Tensor, order: Tensor, damping: float | 
         products = (ordered.mT @ ordered) * gram.double()[order][:, order]  # (F, F)
         steps = products.tril(-1).sum(1) * 2 + products.diagonal()  # (F,): what each further removal adds
     else:
-        inverse = positive_inverse(damped(gram, damping))[order][:, order]  # (F, F)
+        inverse = damped_inverse(gram, damping)[order][:, order]  # (F, F)
         factor = torch.linalg.cholesky(inverse)
         steps = torch.linalg.solve_triangular(factor, ordered.mT, upper=False).square().sum(1)  # (F,)
     return torch.cat([steps.new_zeros(1), steps.cumsum(0)])

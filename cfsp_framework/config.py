@@ -53,7 +53,8 @@ class RunConfig(BaseModel):
     calibration: str = Field(default="demo", description="Data SPEC the activations are measured on.")
     samples: int = Field(default=128, ge=1, description="Calibration windows.")
     reuse_windows: bool = Field(
-        default=True, description="Measure all windows again to compensate; else half selects and half compensates."
+        default=True,
+        description="Measure all windows again to compensate; else half selects and half compensates.",
     )
     seqlen: int | None = Field(
         default=None, ge=2, description="Tokens per window; default: 1024, or the model's context."

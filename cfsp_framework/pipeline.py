@@ -32,6 +32,8 @@ from .selection import Selection, select
 
 CRITERION = "criterion"
 """The label of a run's only criterion among the scores."""
+ENOUGH_TOKENS = 10
+"""Calibration tokens per channel below which second moments are not to be trusted."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Bench:
         """The windows of the first pass: all, or every other one where the rest is kept for the second pass."""
         if self.windows is None or self.config.reuse_windows or not self.selection.second_pass:
             return self.windows
-        return self.windows[::2]
+        return self.windows[::2] if len(self.windows) > 1 else self.windows
 
     @property
     def windows_to_compensate(self) -> Tensor | None:
@@ -102,7 +104,12 @@ def prune(
         plan = plan or make_plan(bench, measurements)
         native = surgery.added_biases(bench.decoder.config)
         updates = cut(bench, plan, measurements)
-        notes = (*notes_on_attention(plan), *notes_on_biases(bench, native), *notes_on_updates(bench, updates))
+        notes = (
+            *notes_on_attention(plan),
+            *notes_on_tokens(bench, measurements),
+            *notes_on_biases(bench, native),
+            *notes_on_updates(bench, updates),
+        )
         difference = save(bench, plan, folder)
         pruned = evaluate(bench)
         told = tell(bench, plan, updates, (dense, pruned), before, notes, difference)
@@ -286,11 +293,25 @@ def notes_on_attention(plan: PruningPlan) -> list[str]:
 def notes_on_biases(bench: Bench, before: Sequence[str]) -> list[str]:
     """What a user should know about parameters the family does not have."""
     decoder, name = bench.decoder, bench.selection.compensator.component.name
-    count = len(decoder.blocks) * decoder.feed_forward(0).hidden
+    added = [path for path in surgery.added_biases(decoder.config) if path not in before]
     return [
-        f"{name} gave {path} of every block a bias the family lacks: {count} parameters in all"
-        for path in surgery.added_biases(decoder.config)
-        if path not in before
+        f"{name} gave {path} of every block a bias the family lacks: "
+        f"{sum(block.get_parameter(f'{path}.bias').numel() for block in decoder.blocks)} parameters in all"
+        for path in added
+    ]
+
+
+def notes_on_tokens(bench: Bench, measurements: Sequence[BlockMeasurement]) -> list[str]:
+    """A warning where second moments are fitted on few tokens."""
+    chosen = (*bench.selection.collectors, *bench.selection.second_pass)
+    if not measurements or not any(c.component.provides.heavy for c in chosen) or bench.windows is None:
+        return []
+    tokens = min(w.numel() for w in (bench.windows_to_select, bench.windows_to_compensate) if w is not None)
+    width = max(measured.width for measured in measurements)
+    if tokens >= ENOUGH_TOKENS * width:
+        return []
+    return [
+        f"{tokens} calibration tokens are few for blocks of {width} channels; {ENOUGH_TOKENS} a channel are advised"
     ]
 
 

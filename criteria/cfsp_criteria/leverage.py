@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Criterion, FeedForward, Statistic
-from cfsp_framework.algebra import damped, positive_inverse
+from cfsp_framework.algebra import damped_inverse
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 
@@ -22,4 +22,4 @@ class Leverage(Criterion):
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
         gram = statistics[DOWN_INPUT_GRAM].double()  # (F, F)
-        return (positive_inverse(damped(gram, self.damping)) * gram).sum(1)  # (F,)
+        return (damped_inverse(gram, self.damping) * gram).sum(1)  # (F,)
