@@ -203,11 +203,13 @@ def test_prune_shows_tables_and_writes_a_checkpoint(
     lines = [line for line in result.stdout.splitlines() if not line.startswith("Written to")]
     assert max(map(len, lines)) <= 80
     assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
         *(["modeling_pruned.py"] if (out / "modeling_pruned.py").exists() else []),
         "pruning_plan.json",
+        "report.html",
         "report.json",
         "tokenizer.json",
         "tokenizer_config.json",
