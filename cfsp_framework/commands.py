@@ -17,6 +17,7 @@ from .errors import InputError, PlanError
 MODEL = ("trust_remote_code", "device", "dtype")
 COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
 AMOUNT = ("ratio", "budget", "round_to", "rebalance", "drop_attention")
+SECOND_PASS = ("resume",)
 CALIBRATION = ("calibration", "samples", "reuse_windows", "seqlen", "batch_size", "seed")
 EVALUATION = ("evaluate", "evaluate_windows")
 
@@ -120,7 +121,7 @@ def _given(options: dict[str, Any]) -> dict[str, object]:
 @click.command(epilog=_SPEC_HELP)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *EVALUATION, *MODEL)
+@config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *SECOND_PASS, *EVALUATION, *MODEL)
 @preset_option
 @config_option
 @click.option(

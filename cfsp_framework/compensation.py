@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .api import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
@@ -75,6 +80,39 @@ class FirstPass:
         return compensate(self._compensator, feed_forward, kept, self._statistics[index])
 
 
+class FinishedBlocks:
+    """What the compensator answered for finished blocks, kept in a folder so that a killed run goes on after them.
+
+    Answers are filed under ``key``, a hash of all that decides them: another model, plan, data or option finds nothing.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder = folder / key[:32]
+
+    def load(self, index: int) -> Update | None:
+        """Block ``index``'s answer, or None if it was not finished."""
+        path = self._path(index)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            values: dict[str, Any] = {name: float(value) for name, value in (file.metadata() or {}).items()}
+            values |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        return Update(**values)
+
+    def store(self, index: int, update: Update) -> None:
+        """File block ``index``'s answer, whole or not at all."""
+        values = {field.name: getattr(update, field.name) for field in fields(update)}
+        tensors = {name: value.contiguous().cpu() for name, value in values.items() if isinstance(value, Tensor)}
+        errors = {name: repr(value) for name, value in values.items() if isinstance(value, float)}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        aside = self._path(index).with_suffix(".partial")
+        save_file(tensors, aside, errors)
+        aside.replace(self._path(index))
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"block_{index}.safetensors"
+
+
 class SecondPass:
     """Answers ``(block, kept channels)`` in the blocks' order, with statistics measured when they are asked for.
 
@@ -91,10 +129,12 @@ class SecondPass:
         *,
         batch_size: int | None,
         seed: int,
+        finished: FinishedBlocks | None = None,
     ) -> None:
         self._decoder = decoder
         self._compensator = compensator
         self._collectors = collectors
+        self._finished = finished
         self._seed = seed
         with compensator.blamed("stream()") as component:
             self._pruned = component.stream() is Stream.PRUNED
@@ -106,17 +146,23 @@ class SecondPass:
     def __call__(self, index: int, kept: Tensor) -> Update:
         """Measure block ``index``, which is still dense, and compensate it for keeping the channels ``kept (K,)``."""
         self._catch_up(index)
+        known = self._finished.load(index) if self._finished else None
         statistics = measure_block(
             self._decoder,
             index,
             self._batches,
-            self._collectors,
+            self._collectors if known is None else (),  # the streams have to pass the dense block all the same
             advance=not self._pruned,
             teacher=self._teacher,
         )
         self._reached = index if self._pruned else index + 1
         self._teacher_reached = index + 1
-        return compensate(self._compensator, self._decoder.feed_forward(index, self._seed), kept, statistics)
+        if known is not None:
+            return known
+        update = compensate(self._compensator, self._decoder.feed_forward(index, self._seed), kept, statistics)
+        if self._finished:
+            self._finished.store(index, update)
+        return update
 
     def _catch_up(self, index: int) -> None:
         """Move the streams to block ``index``: through the block just cut, and through those that lose nothing."""

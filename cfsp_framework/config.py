@@ -67,6 +67,9 @@ class RunConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: the checkpoint's own."
     )
+    resume: Path | None = Field(
+        default=None, description="Keep finished blocks' compensation in this folder; a killed run goes on after them."
+    )
     evaluate: tuple[str, ...] = Field(default=(), description="Data SPECs to report perplexity on.")
     evaluate_windows: int | None = Field(default=None, ge=1, description="Evaluate on the first N windows only.")
     trust_remote_code: bool = Field(default=False, description="Run the Python code a checkpoint brings along.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from .architectures import Decoder, open_decoder
 from .attention import choose_attentions, count_to_drop
 from .calibration import calibration_windows, identify
 from .collect import BlockMeasurement, collect
-from .compensation import FirstPass, SecondPass
+from .compensation import FinishedBlocks, FirstPass, SecondPass
 from .config import RunConfig
 from .errors import ConfigError, PlanError
 from .evaluation import EvaluationSet, Perplexity, evaluation_set, perplexity
@@ -270,6 +272,7 @@ def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[BlockMeasurement
                 selection.second_pass,
                 batch_size=config.batch_size,
                 seed=config.seed,
+                finished=FinishedBlocks(config.resume, second_pass_key(bench, plan)) if config.resume else None,
             )
         else:
             statistics = [measured.statistics for measured in measurements]
@@ -282,6 +285,19 @@ def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[BlockMeasurement
 
         surgery.apply_plan(decoder, plan, compensate)
     return updates
+
+
+def second_pass_key(bench: Bench, plan: PruningPlan) -> str:
+    """A hash of all that decides what the second pass answers."""
+    model, windows = bench.decoder.model, bench.windows_to_compensate
+    told = {
+        "plan": plan.model_dump(mode="json", exclude={"components", "versions"}),
+        "components": bench.selection.describe(),
+        "versions": versions(bench.selection),
+        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest() if windows is not None else None,
+        "numerics": [bench.config.seed, bench.config.batch_size, str(model.dtype), str(model.device)],
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def notes_on_attention(plan: PruningPlan) -> list[str]:

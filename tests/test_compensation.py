@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -941,3 +941,32 @@ def test_a_plan_needs_no_second_pass(make_model: Callable[..., Path], calibratio
     assert sum(plan.widths) == 96
     compensated = plan_only(RunConfig.build(**{**config.model_dump(), "compensator": "sequential"}))
     assert [block.kept for block in compensated.blocks] == [block.kept for block in plan.blocks]
+
+
+def test_a_killed_run_goes_on_after_its_finished_blocks(
+    make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, state = make_model("llama"), tmp_path / "state"
+    whole = run("cfsp-refined", tmp_path / "whole", model, calibration_text, compensator=FEW_STEPS)
+    compensated: list[int] = []
+    own = LocalReconstruction.compensate
+
+    def counted(self: LocalReconstruction, feed_forward: FeedForward, *rest: Any) -> Update:
+        if len(compensated) == 2:
+            raise KeyboardInterrupt
+        compensated.append(feed_forward.block)
+        return own(self, feed_forward, *rest)
+
+    monkeypatch.setattr(LocalReconstruction, "compensate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run("cfsp-refined", tmp_path / "cut", model, calibration_text, compensator=FEW_STEPS, resume=state)
+    assert not (tmp_path / "cut").exists()
+    compensated.clear()
+    run("cfsp-refined", tmp_path / "cut", model, calibration_text, compensator=FEW_STEPS, resume=state)
+    assert compensated == [2], "the first two blocks are read, not trained again"
+    left, right = (load_file(folder / "model.safetensors") for folder in (whole.folder, tmp_path / "cut"))
+    assert all(torch.equal(value, right[key]) for key, value in left.items())
+    compensated.clear()
+    with pytest.raises(KeyboardInterrupt):  # at its third block: other windows find nothing
+        run("cfsp-refined", tmp_path / "other", model, calibration_text, compensator=FEW_STEPS, resume=state, seed=1)
+    assert compensated == [0, 1]

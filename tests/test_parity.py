@@ -23,7 +23,6 @@ STORIES: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-
 def check_cell(config: RunConfig, expected: dict[str, Any], evaluation: dict[str, Any], out: Path) -> None:
     result = prune(config, out)
     assert list(result.plan.widths) == expected["kept_widths"]
