@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -214,7 +214,7 @@ def round_widths(
 def keep_highest(scores: Tensor, count: int) -> tuple[int, ...]:
     """Indices of the ``count`` highest of ``scores (F,)``, ascending; among equals the lower index stays."""
     order = scores.neg().argsort(stable=True)  # (F,)
-    kept: list[int] = order[:count].sort().values.tolist()  # pyright: ignore[reportUnknownMemberType]
+    kept = cast("list[int]", order[:count].sort().values.tolist())  # pyright: ignore[reportUnknownMemberType]
     return tuple(kept)
 
 
