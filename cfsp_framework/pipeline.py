@@ -25,6 +25,7 @@ from .errors import ConfigError, PlanError
 from .evaluation import EvaluationSet, Perplexity, evaluation_set, perplexity
 from .files import staged_folder
 from .models import LoadedModel, context_length, load_model
+from .notes import gather_notes
 from .pages import html_report, model_card
 from .planning import ModelIdentity, PruningPlan, channel_ratio, plan_blocks
 from .plugins import Plugins, load_plugins
@@ -34,8 +35,6 @@ from .selection import Selection, select
 
 CRITERION = "criterion"
 """The label of a run's only criterion among the scores."""
-ENOUGH_TOKENS = 10
-"""Calibration tokens per channel below which second moments are not to be trusted."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +103,10 @@ def prune(
         drop_attention(bench, plan)
         measurements = measure(bench, planned=plan is not None)
         plan = plan or make_plan(bench, measurements)
+        check_recovery(bench, plan, measurements)
         native = surgery.added_biases(bench.decoder.config)
         updates = cut(bench, plan, measurements)
-        notes = (
-            *notes_on_attention(plan),
-            *notes_on_tokens(bench, measurements),
-            *notes_on_biases(bench, native),
-            *notes_on_updates(bench, updates),
-        )
+        notes = gather_notes(bench, plan, measurements, updates, native)
         difference = save(bench, plan, folder)
         pruned = evaluate(bench)
         told = tell(bench, plan, updates, (dense, pruned), before, notes, difference)
@@ -287,6 +282,16 @@ def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[BlockMeasurement
     return updates
 
 
+def check_recovery(bench: Bench, plan: PruningPlan, measurements: Sequence[BlockMeasurement]) -> None:
+    """Refuse a recovery scheduler that wants training: this version has nothing to run it with, and says so in time."""
+    scored = [(block, measured) for block, measured in enumerate(measurements) if CRITERION in measured.scores]
+    summaries = [measured.summary(block, CRITERION) for block, measured in scored]
+    with bench.selection.recovery.blamed("schedule()") as component:
+        wanted = component.schedule(summaries, plan)
+    if wanted is not None:
+        raise ConfigError(f"{bench.selection.recovery} asks for training, which this version cannot run; use none.")
+
+
 def second_pass_key(bench: Bench, plan: PruningPlan) -> str:
     """A hash of all that decides what the second pass answers."""
     model, windows = bench.decoder.model, bench.windows_to_compensate
@@ -298,52 +303,6 @@ def second_pass_key(bench: Bench, plan: PruningPlan) -> str:
         "numerics": [bench.config.seed, bench.config.batch_size, str(model.dtype), str(model.device)],
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def notes_on_attention(plan: PruningPlan) -> list[str]:
-    """Which blocks lost their attention."""
-    dropped = ", ".join(map(str, plan.dropped_attention))
-    return [f"block {dropped} lost its attention"] if dropped else []
-
-
-def notes_on_biases(bench: Bench, before: Sequence[str]) -> list[str]:
-    """What a user should know about parameters the family does not have."""
-    decoder, name = bench.decoder, bench.selection.compensator.component.name
-    added = [path for path in surgery.added_biases(decoder.config) if path not in before]
-    return [
-        f"{name} gave {path} of every block a bias the family lacks: "
-        f"{sum(block.get_parameter(f'{path}.bias').numel() for block in decoder.blocks)} parameters in all"
-        for path in added
-    ]
-
-
-def notes_on_tokens(bench: Bench, measurements: Sequence[BlockMeasurement]) -> list[str]:
-    """A warning where second moments are fitted on few tokens."""
-    chosen = (*bench.selection.collectors, *bench.selection.second_pass)
-    if not measurements or not any(c.component.provides.heavy for c in chosen) or bench.windows is None:
-        return []
-    tokens = min(w.numel() for w in (bench.windows_to_select, bench.windows_to_compensate) if w is not None)
-    width = max(measured.width for measured in measurements)
-    if tokens >= ENOUGH_TOKENS * width:
-        return []
-    return [
-        f"{tokens} calibration tokens are few for blocks of {width} channels; {ENOUGH_TOKENS} a channel are advised"
-    ]
-
-
-def notes_on_updates(bench: Bench, updates: Mapping[int, Update]) -> list[str]:
-    """Which blocks the compensator's guard left as they were."""
-    refused = [
-        str(index)
-        for index, update in updates.items()
-        if update.error is not None and update.down is None and update.up is None
-    ]
-    name = bench.selection.compensator.component.name
-    return (
-        [f"{name} did not help on held-out tokens in block {', '.join(refused)}: plain pruning there"]
-        if refused
-        else []
-    )
 
 
 def save(bench: Bench, plan: PruningPlan, folder: Path) -> float:

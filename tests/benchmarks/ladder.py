@@ -1,6 +1,6 @@
 """The quality ladder: what each step beyond released CFSP is worth, at exactly equal parameter counts.
 
-    python tests/benchmarks/ladder.py run LADDER.yaml results.jsonl      # resumable: finished cells are skipped
+    python tests/benchmarks/ladder.py run tests/benchmarks/ladder.yaml results.jsonl      # resumable: finished cells are skipped
     python tests/benchmarks/ladder.py table results.jsonl                # Markdown on stdout
     python tests/benchmarks/ladder.py plot results.jsonl picture.svg
 
@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -162,9 +163,10 @@ def describe(values: list[float], first: list[float]) -> str:
     """Mean, spread over seeds, and the ratio to the first row's mean."""
     if not values or not first:
         return ""
-    mean = statistics.fmean(values)
+    mean, start = statistics.fmean(values), statistics.fmean(first)
     spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-    return f"{mean:.3f}{spread} ({mean / statistics.fmean(first):.2f}x)"
+    ratio = f" ({mean / start:.2f}x)" if start >= 0.01 else ""  # a ratio to nothing says nothing
+    return f"{mean:.4f}{spread}{ratio}" if start < 0.01 else f"{mean:.3f}{spread}{ratio}"
 
 
 def plot(cells: list[Cell], picture: Path) -> None:
@@ -240,7 +242,7 @@ def main() -> None:
     parser.add_argument("--model", help="run this model of the ladder alone")
     options = parser.parse_args()
     if options.action == "run":
-        ladder = yaml.safe_load(options.paths[0].read_text())
+        ladder = yaml.safe_load(os.path.expandvars(options.paths[0].read_text()))
         if options.model:
             ladder["models"] = {options.model: ladder["models"][options.model]}
         torch.manual_seed(0)
