@@ -42,7 +42,7 @@ class DownInputMean(Collector):
 
 
 class DownInputMeanHeldOut(Collector):
-    """The same over the held-out windows alone."""
+    """Mean of every channel's activation over the held-out windows alone."""
 
     name: ClassVar[str] = "down-input-mean-held-out"
     provides: ClassVar[Statistic] = DOWN_INPUT_MEAN_HELD_OUT

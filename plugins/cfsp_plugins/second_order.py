@@ -35,7 +35,7 @@ class DownInputGram(Collector):
 
 
 class DownInputGramHeldOut(Collector):
-    """The same over the held-out windows alone."""
+    """Gram matrix of the channel activations over the held-out windows alone."""
 
     name: ClassVar[str] = "down-input-gram-held-out"
     provides: ClassVar[Statistic] = DOWN_INPUT_GRAM_HELD_OUT
@@ -58,7 +58,7 @@ class DownCross(Collector):
 
 
 class DownCrossHeldOut(Collector):
-    """The same over the held-out windows alone."""
+    """Products of target and activations over the held-out windows alone."""
 
     name: ClassVar[str] = "down-cross-held-out"
     provides: ClassVar[Statistic] = DOWN_CROSS_HELD_OUT
@@ -81,7 +81,7 @@ class DownTargetSquares(Collector):
 
 
 class DownTargetSquaresHeldOut(Collector):
-    """The same over the held-out windows alone."""
+    """Sum of squares of the target over the held-out windows alone."""
 
     name: ClassVar[str] = "down-target-squares-held-out"
     provides: ClassVar[Statistic] = DOWN_TARGET_SQUARES_HELD_OUT
