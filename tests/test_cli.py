@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -860,7 +861,15 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(
     plugin = write_plugin(tmp_path, f"Path({str(begun)!r}).touch(); time.sleep(120)")
     words = "prune", model, work / "out", *small, "-p", plugin, "--criterion", "bad"
     command = [sys.executable, "-m", "cfsp_framework", *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Where the tests run in the background of a shell, SIGINT is ignored there, and children inherit that.
+    attend = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=attend,  # noqa: PLW1509  (no threads here)
+    ) as process:
         while not begun.exists() and process.poll() is None:
             time.sleep(0.05)
         assert [path.suffix for path in work.iterdir()] == [".partial"]
