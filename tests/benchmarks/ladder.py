@@ -176,16 +176,17 @@ def plot(cells: list[Cell], picture: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    colours = pyplot.get_cmap("tab20")(range(20))
     models = unique(cell["model"] for cell in cells)
     figure, panels = pyplot.subplots(1, len(models), figsize=(5 * len(models), 4.2), squeeze=False)
     for panel, name in zip(panels[0], models, strict=True):
         of_model = [cell for cell in cells if cell["model"] == name]
         column = next(k for k in of_model[0] if k.startswith("excess:"))
         by = group(of_model)
-        for row in unique(cell["row"] for cell in of_model):
+        for number, row in enumerate(unique(cell["row"] for cell in of_model)):
             ratios = sorted(ratio for found, ratio in by if found == row)
             means = [statistics.fmean(cell[column] for cell in by[row, ratio]) for ratio in ratios]
-            panel.plot(ratios, means, marker="o", markersize=4, label=row)
+            panel.plot(ratios, means, color=colours[number % 20], marker="os^v"[number % 4], markersize=5, label=row)
         panel.set(
             title=f"{name}, on {column.removeprefix('excess:')}", xlabel="feed-forward channels removed", yscale="log"
         )
