@@ -18,6 +18,7 @@ from .api import (
     Statistic,
     Stream,
     Update,
+    Windows,
 )
 from .config import RunConfig
 from .errors import CfspError
@@ -49,6 +50,7 @@ __all__ = [
     "Statistic",
     "Stream",
     "Update",
+    "Windows",
     "hookimpl",
     "prune",
 ]

@@ -33,7 +33,10 @@ class Site(Enum):
     FEED_FORWARD = "feed_forward"
     """A feed-forward: inputs are what its gate and up projections see, ``(T, D)``, outputs ``(T, D)``."""
     DOWN_PROJECTION = "down_projection"
-    """A feed-forward's down projection: inputs are channel activations ``(T, F)``, outputs ``(T, D)`` without its bias."""
+    """A feed-forward's down projection: inputs are channel activations ``(T, F)``, outputs ``(T, D)`` without its bias.
+
+    An expert of a mixture sees the tokens routed to it: ``T`` then differs between windows and may be 0.
+    """
     GRADIENT = "gradient"
     """The channel activations ``(T, F)`` again, with the loss's gradients with respect to them as outputs, ``(T, F)``."""
 
@@ -51,6 +54,21 @@ HELD_OUT_EVERY = 10
 """Every tenth calibration window is held out: compensators are fitted on the others and judged on these."""
 
 
+class Windows(Enum):
+    """Which calibration windows a collector is shown."""
+
+    ALL = "all"
+    FITTED = "fitted"
+    """Those that are not held out."""
+    HELD_OUT = "held_out"
+    """Every tenth: see ``HELD_OUT_EVERY``."""
+
+    def include(self, number: int) -> bool:
+        """Whether window ``number``, counted from 0 over all processes, is among them."""
+        held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        return self is Windows.ALL or held_out is (self is Windows.HELD_OUT)
+
+
 @dataclass(frozen=True, order=True)
 class Statistic:
     """The name of something measured in every block. Components require it, one collector provides it.
@@ -63,17 +81,21 @@ class Statistic:
     shape: str = field(default="(F,)", compare=False)
     summary: str = field(default="", compare=False)
     heavy: bool = field(default=False, compare=False)
+    unseen: float = field(default=0.0, compare=False)
+    """What a vector is filled with for an expert no token was routed to, and the diagonal of a square matrix."""
 
 
 class BlockStatistics(Mapping[Statistic, "Tensor"]):
     """The statistics of one feed-forward, float32, and how many tokens they were measured on.
 
-    ``held_out_tokens`` of the ``tokens`` lie in held-out windows.
+    ``held_out_tokens`` of the ``tokens`` lie in held-out windows. An expert no token was routed to is ``unseen``: its
+    statistics are what ``Statistic.unseen`` says, as if from one token.
     """
 
     def __init__(self, values: Mapping[Statistic, Tensor], tokens: int, held_out_tokens: int = 0) -> None:
         self._values = dict(values)
-        self.tokens = tokens
+        self.unseen = tokens == 0
+        self.tokens = max(tokens, 1)
         self.held_out_tokens = held_out_tokens
 
     def __getitem__(self, statistic: Statistic) -> Tensor:
@@ -106,7 +128,7 @@ class BlockStatistics(Mapping[Statistic, "Tensor"]):
         return self._with({s: v.cpu() for s, v in self._values.items() if not s.heavy})
 
     def _with(self, values: Mapping[Statistic, Tensor]) -> BlockStatistics:
-        return BlockStatistics(values, self.tokens, self.held_out_tokens)
+        return BlockStatistics(values, 0 if self.unseen else self.tokens, self.held_out_tokens)
 
 
 @dataclass(frozen=True)
@@ -118,13 +140,17 @@ class FeedForward:
 
     block: int
     path: str
+    """Inside the block, with the expert's number after it in a mixture of experts."""
     up: Tensor  # (F, D)
     down: Tensor  # (D, F)
     activation: str
+    """A name of Transformers' ``ACT2FN``; ``unknown`` where the family computes something else."""
     gate: Tensor | None = None  # (F, D)
     up_bias: Tensor | None = None  # (F,)
     gate_bias: Tensor | None = None  # (F,)
     down_bias: Tensor | None = None  # (D,)
+    expert: int = 0
+    """Which expert of a mixture this is."""
     seed: int = 0
 
     @property
@@ -138,15 +164,20 @@ class FeedForward:
         return self.down.shape[0]
 
     def generator(self) -> torch.Generator:
-        """A CPU generator seeded by the run's seed and this block, for components that draw."""
+        """A CPU generator seeded by the run's seed, this block and this expert, for components that draw."""
         import torch
 
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.block)
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.block + (self.expert << 32))
 
 
 @dataclass(frozen=True)
 class BlockSummary:
-    """What survives a block once its heavy statistics are gone. Allocators see these and the budget, nothing else."""
+    """What survives a block once its heavy statistics are gone. Allocators see these and the budget, nothing else.
+
+    One stands for all channels whose number one value of the configuration sets: a block's feed-forward, or all experts
+    of a mixture together (``F`` then counts the channels of all of them). A block with separate settings, say for
+    routed and shared experts, has several.
+    """
 
     block: int
     path: str
@@ -156,6 +187,8 @@ class BlockSummary:
     """The block's scalar statistics, among them the distances between its input and output."""
     scores: Tensor  # (F,) float32, CPU: the chosen criterion's
     curve: Tensor | None = None  # (F + 1,) float64, CPU: see Allocator.curve
+    members: Mapping[str, int] = field(default_factory=dict)
+    """Path and width of every feed-forward of a mixture, in the order of ``scores``; empty for a single one."""
 
 
 @dataclass(frozen=True)
@@ -187,26 +220,33 @@ class Accumulator(Protocol):
     """Running state of one statistic at one site.
 
     ``sums`` holds every tensor that adds up over windows, in float64 where it is small enough: the host adds the sums
-    of several processes together before it asks for the value.
+    of several processes together before it asks for the value. There is at least one update, be it without tokens.
     """
 
     sums: dict[str, Tensor]
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add one calibration window: ``inputs (T, F or D)`` and ``outputs (T, D)`` of the site, without padding."""
+        """Add one calibration window: ``inputs (T, F or D)`` and ``outputs (T, D)`` of the site, without padding.
+
+        ``T`` is 0 where an expert got no token of the window.
+        """
         ...
 
     def value(self, tokens: int) -> Tensor:
-        """The statistic after ``tokens`` tokens."""
+        """The statistic after ``tokens`` tokens, at least 1 (an expert that saw none is not asked for its value)."""
         ...
 
 
 class Collector(Component):
-    """Measures one statistic at one site. ``ordered`` says that the order of the windows matters to it."""
+    """Measures one statistic at one site, on the ``windows`` it wants.
+
+    ``ordered`` says that its state is more than sums, so that windows cannot be shared out over processes.
+    """
 
     kind: ClassVar[str] = "collector"
     provides: ClassVar[Statistic]
     site: ClassVar[Site]
+    windows: ClassVar[Windows] = Windows.ALL
     ordered: ClassVar[bool] = False
 
     @abstractmethod
@@ -309,9 +349,12 @@ class RecoveryScheduler(Component):
 class FeedForwardLayout:
     """Where one feed-forward keeps its projections inside a block, as attribute names.
 
-    ``gate`` is None for a feed-forward without a gate, and equal to ``up`` where one projection holds both, its rows
-    in the order [gate; up]. ``additive`` says that the feed-forward's output joins the residual stream as it is,
-    neither normalised nor scaled.
+    ``path`` is empty where the block itself holds them. ``gate`` is None for a feed-forward without a gate, and equal
+    to ``up`` where one projection holds both, its rows in the order [gate; up]. ``additive`` says that the
+    feed-forward's output joins the residual stream as it is, neither normalised nor scaled.
+
+    With ``experts`` the module at ``path`` holds the experts of a mixture in parameters of three dimensions, called
+    ``up`` (or gate and up in one) and ``down``; how they lie in them the module says itself.
     """
 
     path: str
@@ -319,6 +362,11 @@ class FeedForwardLayout:
     down: str
     gate: str | None = None
     additive: bool = True
+    experts: bool = False
+    width_key: str = "intermediate_size"
+    """The configuration's name for the width; feed-forwards of one block that share it keep equally many channels."""
+    times: int = 1
+    """The width is this many times the configuration's value."""
 
     @property
     def fused(self) -> bool:
@@ -328,14 +376,14 @@ class FeedForwardLayout:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model family keeps its blocks and feed-forwards, and which config key holds their width."""
+    """Where a model family keeps its blocks and feed-forwards, and which config keys hold their widths."""
 
     family: str
     base: str
     """Dotted path from the causal LM to the model without its head."""
     blocks: str
     """Dotted path from the causal LM to the list of decoder blocks."""
-    feed_forward: FeedForwardLayout
-    width_key: str = "intermediate_size"
+    feed_forwards: tuple[FeedForwardLayout, ...]
+    """Every feed-forward a block may have; a block has those whose modules it has."""
     attention: str | None = "self_attn"
     """Path of the attention inside a block; None where the family cannot do without it."""

@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .api import Architecture, FeedForward
+from .banks import Bank, ExpertBank, SingleBank
 from .errors import ModelError
+from .finder import find_architecture
 from .plugins import Plugins
+from .residency import InMemory, Residency
+
+
+@dataclass(frozen=True)
+class WidthGroup:
+    """The banks of one block whose width one value of the configuration sets."""
+
+    key: str
+    banks: tuple[Bank, ...]
+
+    @property
+    def width(self) -> int:
+        """The configuration's value."""
+        return self.banks[0].width // self.banks[0].layout.times
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A causal LM seen through its architecture: the model without its head, its blocks, their feed-forwards."""
+    """A causal LM seen through its architecture: the model without its head, its blocks, their feed-forwards.
+
+    The parameters of a block are only there while it is resident: ``with decoder.resident(index): ...``. For a model
+    in memory that is always.
+    """
 
     model: PreTrainedModel
     architecture: Architecture
+    resident: Residency = field(default_factory=InMemory)
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return self.resident.device or self.model.device
 
     @property
     def base(self) -> nn.Module:
@@ -35,20 +62,66 @@ class Decoder:
         """The part of the configuration that holds the decoder's widths."""
         return self.model.config.get_text_config()
 
+    def banks(self, index: int) -> tuple[Bank, ...]:
+        """The modules of block ``index`` that hold its feed-forwards, in the architecture's order.
+
+        Raises:
+            AttributeError, TypeError: they are not where the architecture says.
+        """
+        block, found = self.blocks[index], list[Bank]()
+        for layout in self.architecture.feed_forwards:
+            module = _submodule(block, layout.path)
+            if module is None or not hasattr(module, layout.down):
+                continue
+            stacked = isinstance(getattr(module, layout.down), nn.Parameter)
+            if stacked is layout.experts:
+                found.append((ExpertBank if stacked else SingleBank)(module, layout))
+        if not found:
+            raise AttributeError(f"block {index} has none of {[layout.path for layout in self.architecture.feed_forwards]}")
+        return tuple(found)
+
+    def groups(self, index: int) -> tuple[WidthGroup, ...]:
+        """The banks of block ``index`` by the configuration's key for their width."""
+        banks = self.banks(index)
+        keys = dict.fromkeys(bank.layout.width_key for bank in banks)
+        return tuple(WidthGroup(key, tuple(bank for bank in banks if bank.layout.width_key == key)) for key in keys)
+
+    def feed_forwards(self, index: int, seed: int = 0) -> tuple[FeedForward, ...]:
+        """Block ``index``'s feed-forwards in the common convention, in the order of a plan; ``seed`` is for draws."""
+        activation = _activation(self.config)
+        return tuple(
+            bank.feed_forward(member, index, activation, seed)
+            for group in self.groups(index)
+            for bank in group.banks
+            for member in range(len(bank.paths))
+        )
+
+    @property
+    def places(self) -> tuple[tuple[int, str, int], ...]:
+        """Block, path and width of every feed-forward, in the order of a plan; those of a pruned model differ."""
+        return tuple(
+            (index, path, bank.width)
+            for index in range(len(self.blocks))
+            for group in self.groups(index)
+            for bank in group.banks
+            for path in bank.paths
+        )
+
     @property
     def widths(self) -> tuple[int, ...]:
-        """The width every feed-forward really has; those of a pruned model differ."""
-        return tuple(self.down_projection(index).in_features for index in range(len(self.blocks)))
+        """The width every feed-forward really has."""
+        return tuple(width for _, _, width in self.places)
 
     @property
     def channel_parameters(self) -> int:
         """Parameters of all feed-forward channels together; the down projections' biases are not theirs."""
         return sum(
-            parameter.numel()
+            view.numel()
             for index in range(len(self.blocks))
-            for name, linear in self.projections(index).items()
-            for kind, parameter in linear.named_parameters()
-            if (name, kind) != (self.architecture.feed_forward.down, "bias")
+            for bank in self.banks(index)
+            for member in range(len(bank.paths))
+            for name, view in bank.weights(member).items()
+            if view is not None and name != "down_bias"
         )
 
     def attention_parameters(self, index: int) -> int:
@@ -62,60 +135,18 @@ class Decoder:
         attention = self.blocks[index].get_submodule(self.architecture.attention)
         return sum(parameter.numel() for parameter in attention.parameters())
 
-    def projections(self, index: int) -> Mapping[str, nn.Linear]:
-        """The projections of block ``index``'s feed-forward by attribute name; a fused one is there once."""
-        layout = self.architecture.feed_forward
-        parent = self.blocks[index].get_submodule(layout.path)
-        return {name: _linear(parent, name) for name in (layout.gate, layout.up, layout.down) if name is not None}
 
-    def down_projection(self, index: int) -> nn.Linear:
-        """The projection whose input are block ``index``'s channel activations."""
-        return self.projections(index)[self.architecture.feed_forward.down]
-
-    def feed_forward(self, index: int, seed: int = 0) -> FeedForward:
-        """Block ``index``'s feed-forward in the common convention; ``seed`` is for components that draw."""
-        layout, projections = self.architecture.feed_forward, self.projections(index)
-        up, down = projections[layout.up], projections[layout.down]
-        gate_weight: Tensor | None = None
-        gate_bias: Tensor | None = None
-        up_weight: Tensor = up.weight
-        up_bias: Tensor | None = up.bias
-        if layout.fused:  # one projection of 2F rows: [gate; up]
-            gate_weight, up_weight = up.weight.chunk(2)  # each (F, D)
-            if up.bias is not None:
-                gate_bias, up_bias = up.bias.chunk(2)  # each (F,)
-        elif layout.gate is not None:
-            gate_weight, gate_bias = projections[layout.gate].weight, projections[layout.gate].bias  # (F, D), (F,)
-        return FeedForward(
-            block=index,
-            path=layout.path,
-            up=up_weight.detach(),
-            gate=_detached(gate_weight),
-            down=down.weight.detach(),
-            up_bias=_detached(up_bias),
-            gate_bias=_detached(gate_bias),
-            down_bias=_detached(down.bias),
-            activation=_activation(self.config),
-            seed=seed,
-        )
-
-
-def open_decoder(model: PreTrainedModel, plugins: Plugins) -> Decoder:
-    """See ``model`` through the architecture some plugin knows for its family.
+def open_decoder(model: PreTrainedModel, plugins: Plugins, resident: Residency | None = None) -> Decoder:
+    """See ``model`` through the architecture some plugin knows for its family, or that can be found in its modules.
 
     Raises:
-        ModelError: nobody knows the family, or its modules are not where its architecture says.
+        ModelError: the width of its feed-forwards cannot be changed, or they are not where its architecture says.
     """
     family = model.config.get_text_config().model_type
-    architecture = plugins.architecture(model.config)
-    if architecture is None:
-        raise ModelError(
-            f"no plugin knows where the family {family!r} keeps its feed-forwards; "
-            "one can tell with the hook cfsp_architecture."
-        )
-    decoder = Decoder(model, architecture)
+    architecture = plugins.architecture(model.config) or find_architecture(model)
+    decoder = Decoder(model, architecture, resident or InMemory())
     try:
-        modules = decoder.base, [decoder.feed_forward(index) for index in range(len(decoder.blocks))]
+        modules = decoder.base, [decoder.feed_forwards(index) for index in range(len(decoder.blocks))]
     except (AttributeError, TypeError) as error:
         raise ModelError(f"this {family} model has no feed-forward where {architecture.family} has: {error}") from error
     if not modules[1]:
@@ -123,17 +154,19 @@ def open_decoder(model: PreTrainedModel, plugins: Plugins) -> Decoder:
     return decoder
 
 
-def _linear(parent: nn.Module, name: str) -> nn.Linear:
-    module = parent.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{name} is a {type(module).__name__}, not a Linear")
-    return module
+def _submodule(block: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        return None
 
 
-def _detached(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.detach()
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+_OWN_GATES = frozenset({"gpt_oss"})  # a clamped gate that no name of ACT2FN stands for
 
 
 def _activation(config: PreTrainedConfig) -> str:
-    values = config.to_dict()  # getattr raises on the configuration of a pruned model
-    return str(values.get("hidden_act") or values.get("hidden_activation") or "unknown")
+    values: Mapping[str, object] = config.to_dict()  # getattr raises on the configuration of a pruned model
+    if values.get("model_type") in _OWN_GATES:
+        return "unknown"
+    return next((str(values[name]) for name in _ACTIVATIONS if values.get(name)), "unknown")

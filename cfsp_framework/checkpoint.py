@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .architectures import Decoder
+from .blocks import logits
 from .errors import CfspError, ModelError, OutputError
 from .heterogeneous import StandIn, finish_block
-from .models import LoadedModel, open_model
+from .models import LoadedModel
+from .streaming import ShardWriter
 
 PLAN_FILE = "pruning_plan.json"
 REPORT_FILE = "report.json"
@@ -25,6 +30,8 @@ PAGE_FILE = "report.html"
 CARD_FILE = "README.md"
 STATISTICS_FILE = "statistics.safetensors"
 CODE_FILE = "modeling_pruned.py"
+# How a model that also sees or hears prepares what it is given; nothing in them is about widths.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
@@ -41,40 +48,70 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
 def save_model(decoder: Decoder, loaded: LoadedModel, folder: Path, *, max_shard_size: str = "5GB") -> None:
     """Write weights, configuration, tokenizer and, where widths differ, the code that builds them."""
     model = decoder.model
-    model.config.__dict__.pop("auto_map", None)
-    code = _modeling_code(decoder) if decoder.config.to_dict().get("per_layer_config") else None
-    if code:
-        model.config.auto_map = {
-            "AutoModel": f"{CODE_FILE.removesuffix('.py')}.{type(decoder.base).__name__}",
-            "AutoModelForCausalLM": f"{CODE_FILE.removesuffix('.py')}.{type(model).__name__}",
-        }
+    code = _announce_code(decoder)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if code:
-        (folder / CODE_FILE).write_text(code, encoding="utf-8")
-    elif (folder / CODE_FILE).exists():  # copied by Transformers: the model was opened by the code of its checkpoint
+    if code is None and (folder / CODE_FILE).exists():
+        # Copied by Transformers: the model was opened by the code of its checkpoint.
         (folder / CODE_FILE).unlink()
         model.config.__dict__.pop("auto_map", None)
         model.config.save_pretrained(folder)
+    _save_beside(code, loaded, folder)
+
+
+def save_streamed(decoder: Decoder, loaded: LoadedModel, writer: ShardWriter, folder: Path) -> None:
+    """Write what belongs beside blocks that were written one by one: everything else."""
+    model: Any = decoder.model
+    code = _announce_code(decoder)
+    writer.write_rest()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    _save_beside(code, loaded, folder)
+
+
+def _announce_code(decoder: Decoder) -> str | None:
+    """The code the checkpoint needs, named in the configuration; None where widths are equal."""
+    model = decoder.model
+    model.config.__dict__.pop("auto_map", None)
+    if not decoder.config.to_dict().get("per_layer_config"):
+        return None
+    code = _modeling_code(decoder)
+    stem = CODE_FILE.removesuffix(".py")
+    causal = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    head = "AutoModelForCausalLM" if causal else "AutoModelForImageTextToText"
+    model.config.auto_map = {
+        "AutoModel": f"{stem}.{type(decoder.base).__name__}",
+        head: f"{stem}.{type(model).__name__}",
+    }
+    return code
+
+
+def _save_beside(code: str | None, loaded: LoadedModel, folder: Path) -> None:
+    if code:
+        (folder / CODE_FILE).write_text(code, encoding="utf-8")
     loaded.tokenizer.save_pretrained(folder)
+    for name in _PROCESSOR_FILES:
+        if (loaded.folder / name).exists():
+            shutil.copyfile(loaded.folder / name, folder / name)
 
 
 @torch.no_grad()
-def verify(folder: Path, decoder: Decoder, ids: Tensor) -> float:
-    """Open what was written and compare its logits on ``ids (1, T)``: the largest difference, near 0.
+def verify(written: Decoder, expected: Tensor, ids: Tensor, dtype: torch.dtype) -> float:
+    """Compare the logits of what was written, opened again, on ``ids (1, T)``: the largest difference, near 0.
+
+    ``expected (1, T, V)`` are those of the model before it was written.
 
     Raises:
-        CfspError: the checkpoint does not compute what the model in memory computes.
+        CfspError: the checkpoint does not compute what the model computed.
     """
-    model = decoder.model
-    written = open_model(folder, device=model.device)
-    ids = ids.to(model.device)
-    expected = model(ids, use_cache=False).logits  # (1, T, V)
-    found = written(ids, use_cache=False).logits
+    found = logits(written, ids)  # (1, T, V)
+    expected = expected.to(found.device)
     difference: float = (found.float() - expected.float()).abs().max().item()
-    if written.dtype != model.dtype or not difference <= 1e-3 * expected.float().abs().max().item():
+    if written.model.dtype != dtype or not difference <= 1e-3 * expected.float().abs().max().item():
         raise CfspError(
-            f"the checkpoint written does not compute what the model in memory does: dtype {written.dtype} against "
-            f"{model.dtype}, logits off by {difference:.3g}. Nothing was kept; please report this."
+            f"the checkpoint written does not compute what the model in memory does: dtype {written.model.dtype} "
+            f"against {dtype}, logits off by {difference:.3g}. Nothing was kept; please report this."
         )
     return difference
 
@@ -82,7 +119,10 @@ def verify(folder: Path, decoder: Decoder, ids: Tensor) -> float:
 def _modeling_code(decoder: Decoder) -> str:
     """The Python file that makes the checkpoint open where this package is not installed."""
     head, base = type(decoder.model), type(decoder.base)
+    blocks = decoder.architecture.blocks
     return Template(_CODE).substitute(
+        blocks=blocks,
+        base_blocks=blocks.removeprefix(f"{decoder.architecture.base}."),
         module=_native(head).__module__,
         head=head.__name__,
         base=base.__name__,
@@ -127,31 +167,26 @@ class _PerLayer:
         return False  # else Transformers skips the conversions of checkpoint keys this family needs
 
     def __init__(self, config, *args, **kwargs):
-        widths = config.to_dict().get("per_layer_config")
-        config.per_layer_config = None
+        decoder = config.get_text_config()
+        widths = decoder.to_dict().get("per_layer_config")
+        decoder.per_layer_config = None
         super().__init__(config, *args, **kwargs)
         if not widths:
             return
-        config.per_layer_config = widths
-        blocks = next(
-            module
-            for module in self.modules()
-            if isinstance(module, nn.ModuleList)
-            and len(module) == config.num_hidden_layers
-            and type(module[0]).__name__ in self._no_split_modules
-        )
+        decoder.per_layer_config = widths
+        blocks = self.get_submodule(self._blocks)
         for index, stock in enumerate(blocks):
-            layer_config = config.per_layer_config[index]
+            layer_config = decoder.per_layer_config[index]
             blocks[index] = type(stock)(layer_config, index)
-            finish_block(blocks[index], index, layer_config, config)
+            finish_block(blocks[index], index, layer_config, decoder)
         self.post_init()
 
 
 # The native names: conversions of checkpoint keys are looked up by class name.
 class $base(_PerLayer, _$base):
-    pass
+    _blocks = "$base_blocks"
 
 
 class $head(_PerLayer, _$head):
-    pass
+    _blocks = "$blocks"
 '''

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from itertools import chain
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from .algebra import removal_curve
 from .api import (
-    HELD_OUT_EVERY,
     BlockStatistics,
     BlockSummary,
     Collector,
     Criterion,
     FeedForward,
     Site,
-    Statistic,
 )
 from .architectures import Decoder
-from .blocks import Batch, embed
+from .blocks import Batch, Passage, embed, pass_block
 from .errors import PluginError
 from .gradients import measure_gradients
 from .measure import measure_block
@@ -30,28 +30,80 @@ from .progress import Progress
 from .statistics import DOWN_INPUT_GRAM
 
 
-@dataclass(frozen=True)
-class BlockMeasurement:
-    """What is kept of one block: its light statistics, and the scores of every criterion asked for."""
+class FinishedCollection(Protocol):
+    """What a collection that was cut short left behind."""
 
-    feed_forward: str
+    def load(self, count: int) -> Sequence[list[FeedForwardMeasurement]]:
+        """The measurements of the first blocks of ``count``, as far as there are any without a gap."""
+        ...
+
+    def resume(self, batches: Sequence[Batch]) -> int:
+        """Bring the batches as far as their hidden states were kept, and return the block they enter there."""
+        ...
+
+    def store(self, index: int, measured: list[FeedForwardMeasurement], batches: Sequence[Batch]) -> None:
+        """Keep what block ``index`` measured; the batches have passed it."""
+        ...
+
+
+@dataclass(frozen=True)
+class FeedForwardMeasurement:
+    """What is kept of one feed-forward: its light statistics, and the scores of every criterion asked for."""
+
+    block: int
+    path: str
     width: int
     statistics: BlockStatistics
     scores: Mapping[str, Tensor]  # label -> (F,) float32, CPU
     curves: Mapping[str, Tensor]  # label -> (F + 1,) float64, CPU; empty where no allocator asked
 
-    def summary(self, block: int, label: str) -> BlockSummary:
-        """What an allocator sees of this block under the criterion called ``label``."""
-        scalars = {s: value.item() for s, value in self.statistics.items() if value.ndim == 0}
-        return BlockSummary(
-            block,
-            self.feed_forward,
-            self.width,
-            self.statistics.tokens,
-            scalars,
-            self.scores[label],
-            self.curves.get(label),
-        )
+
+def summarise(
+    decoder: Decoder, measurements: Sequence[FeedForwardMeasurement], label: str
+) -> tuple[BlockSummary, ...]:
+    """What an allocator sees under the criterion called ``label``: one summary for every width that can be chosen."""
+    remaining, summaries = list(measurements), list[BlockSummary]()
+    for index in range(len(decoder.blocks)):
+        for group in decoder.groups(index):
+            count = sum(len(bank.paths) for bank in group.banks)
+            summaries.append(_summary(remaining[:count], label))
+            del remaining[:count]
+    return tuple(summaries)
+
+
+def _summary(members: Sequence[FeedForwardMeasurement], label: str) -> BlockSummary:
+    """Feed-forwards of one width seen as one; their scalars are averaged, each token counting once."""
+    first = members[0]
+    tokens = [member.statistics.tokens for member in members]
+    scalars = {
+        statistic: sum(m.statistics[statistic].item() * n for m, n in zip(members, tokens, strict=True)) / sum(tokens)
+        for statistic, value in first.statistics.items()
+        if value.ndim == 0
+    }
+    return BlockSummary(
+        block=first.block,
+        path=first.path,
+        width=sum(member.width for member in members),
+        tokens=max(tokens),
+        statistics=scalars if len(members) > 1 else {s: v.item() for s, v in first.statistics.items() if v.ndim == 0},
+        scores=torch.cat([member.scores[label] for member in members]),
+        curve=_joint_curve([member.curves[label] for member in members]) if label in first.curves else None,
+        members={member.path: member.width for member in members} if len(members) > 1 else {},
+    )
+
+
+def _joint_curve(curves: Sequence[Tensor]) -> Tensor:
+    """The error of ``k`` channels gone in all, the same share from each: ``(sum F + 1,)`` from ``(F + 1,)`` each."""
+    if len(curves) == 1:
+        return curves[0]
+    total = sum(len(curve) - 1 for curve in curves)
+    share = torch.linspace(0, 1, total + 1, dtype=torch.float64)  # (sum F + 1,)
+    joint = torch.zeros_like(share)
+    for curve in curves:
+        place = share * (len(curve) - 1)  # between two entries of this curve
+        left = place.long().clamp(max=len(curve) - 2)
+        joint += torch.lerp(curve[left], curve[left + 1], place - left)
+    return joint
 
 
 def collect(
@@ -61,51 +113,80 @@ def collect(
     collectors: Sequence[Chosen[Collector]],
     *,
     curve: Literal["plain", "compensated"] | None = None,
-    batch_size: int | None,
+    passage: Passage | None = None,
     seed: int,
     progress: Progress,
-) -> tuple[BlockMeasurement, ...]:
-    """Measure every block on ``windows (N, T)`` and score its channels with every criterion.
+    finished: FinishedCollection | None = None,
+) -> tuple[FeedForwardMeasurement, ...]:
+    """Measure every feed-forward on ``windows (N, T)`` and score its channels with every criterion.
 
     Each block runs exactly once per batch and the head never. Where no collector is needed nothing runs at all, and
-    the windows may be None.
+    the windows may be None. Blocks that are ``finished`` already are read, not measured.
     """
-    gradients: Sequence[Mapping[Statistic, Tensor]] = [{}] * len(decoder.blocks)
+    passage = passage or Passage()
+    count = len(decoder.blocks)
+    measurements = list(finished.load(count)) if finished else []
+    if len(measurements) == count:
+        return tuple(chain.from_iterable(measurements))
+    gradients: Sequence[Sequence[BlockStatistics]] | None = None
     batches: Sequence[Batch] = []
-    nothing = BlockStatistics({}, 0)
     if windows is not None:
         backward = [chosen for chosen in collectors if chosen.component.site is Site.GRADIENT]
         collectors = [chosen for chosen in collectors if chosen.component.site is not Site.GRADIENT]
         if backward:
-            gradients = measure_gradients(decoder, windows, backward, progress)
-            nothing = BlockStatistics({}, windows.numel(), windows[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY].numel())
-        batches = embed(decoder, windows, batch_size) if collectors else batches
-    measurements: list[BlockMeasurement] = []
-    with progress.bar("collect", total=len(decoder.blocks) * len(batches)) as step:
-        for index in range(len(decoder.blocks)):
-            # No name here holds what a block measured: it would live on while the next one is measured.
-            measurements.append(
-                _judge(
-                    decoder.feed_forward(index, seed),
-                    (measure_block(decoder, index, batches, collectors, step) if batches else nothing)
-                    | gradients[index],
-                    criteria,
-                    curve,
+            gradients = measure_gradients(decoder, windows, backward, progress, passage)
+        batches = embed(decoder, windows, passage) if collectors else batches
+    start = finished.resume(batches) if finished and batches else 0
+    with progress.bar("collect", total=count * len(batches)) as step:
+        for index in range(min(start, len(measurements)) if batches else len(measurements), count):
+            with decoder.resident(index) if criteria or batches else nullcontext():
+                if index < len(measurements):  # measured before, but the hidden states after it were not kept
+                    pass_block(decoder, index, batches, step)
+                    continue
+                # No name here holds what a block measured: it would live on while the next one is measured.
+                measurements.append(
+                    _judge(
+                        decoder.feed_forwards(index, seed),
+                        _measured(decoder, index, batches, collectors, gradients, passage, step),
+                        criteria,
+                        curve,
+                    )
                 )
-            )
-    return tuple(measurements)
+            if finished:
+                finished.store(index, measurements[index], batches)
+    return tuple(chain.from_iterable(measurements))
+
+
+def _measured(
+    decoder: Decoder,
+    index: int,
+    batches: Sequence[Batch],
+    collectors: Sequence[Chosen[Collector]],
+    gradients: Sequence[Sequence[BlockStatistics]] | None,
+    passage: Passage,
+    step: Callable[[], None],
+) -> Sequence[BlockStatistics]:
+    """Each feed-forward's statistics, those of gradients among them."""
+    nothing = [BlockStatistics({}, 0)] * len(decoder.feed_forwards(index))
+    forward = measure_block(decoder, index, batches, collectors, step, ranks=passage.ranks) if batches else nothing
+    if gradients is None:
+        return forward
+    return [before | one if batches else one for before, one in zip(forward, gradients[index], strict=True)]
 
 
 def _judge(
-    feed_forward: FeedForward,
-    statistics: BlockStatistics,
+    feed_forwards: Sequence[FeedForward],
+    statistics: Sequence[BlockStatistics],
     criteria: Mapping[str, Chosen[Criterion]],
     curve: Literal["plain", "compensated"] | None,
-) -> BlockMeasurement:
+) -> list[FeedForwardMeasurement]:
     """Score one block's channels with every criterion, and keep what may outlive the block."""
-    scores = {label: score(criterion, feed_forward, statistics) for label, criterion in criteria.items()}
-    curves = {label: error_curve(feed_forward, statistics, found, curve) for label, found in scores.items() if curve}
-    return BlockMeasurement(feed_forward.path, feed_forward.width, statistics.light(), scores, curves)
+    found: list[FeedForwardMeasurement] = []
+    for one, seen in zip(feed_forwards, statistics, strict=True):
+        scores = {label: score(criterion, one, seen) for label, criterion in criteria.items()}
+        curves = {label: error_curve(one, seen, order, curve) for label, order in scores.items() if curve}
+        found.append(FeedForwardMeasurement(one.block, one.path, one.width, seen.light(), scores, curves))
+    return found
 
 
 def score(criterion: Chosen[Criterion], feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from .config import PRESETS, RunConfig, layered
 from .errors import InputError, PlanError
 
-MODEL = ("trust_remote_code", "device", "dtype")
+MODEL = ("trust_remote_code", "device", "device_map", "dtype", "stream", "spill")
 COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
 AMOUNT = ("ratio", "budget", "round_to", "rebalance", "drop_attention")
-SECOND_PASS = ("resume",)
-CALIBRATION = ("calibration", "samples", "reuse_windows", "seqlen", "batch_size", "seed")
+RESUME = ("resume",)
+CALIBRATION = ("calibration", "samples", "reuse_windows", "seqlen", "skip_bos", "batch_size", "seed")
 EVALUATION = ("evaluate", "evaluate_windows")
 
 _COMPONENT_HELP = {
@@ -27,7 +27,7 @@ _COMPONENT_HELP = {
     "compensator": "How the kept weights change.",
     "recovery": "What is trained afterwards.",
 }
-_METAVARS = {"calibration": "SPEC", "evaluate": "SPEC", "device": "NAME"}
+_METAVARS = {"calibration": "SPEC", "evaluate": "SPEC", "device": "NAME", "spill": "FOLDER", "resume": "FOLDER"}
 _SPEC_HELP = """A data SPEC is `demo`; a well-known name (`wikitext2`, `c4`, `ptb`, `fineweb-edu`); a .txt, .jsonl,
 .parquet or .csv file or the folder of a data set, with :COLUMN where the column is not `text`;
 hf:REPO[:CONFIG][:SPLIT][:COLUMN]; or, for calibration, a mixture A=0.7,B=0.3."""
@@ -121,7 +121,7 @@ def _given(options: dict[str, Any]) -> dict[str, object]:
 @click.command(epilog=_SPEC_HELP)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *SECOND_PASS, *EVALUATION, *MODEL)
+@config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *RESUME, *EVALUATION, *MODEL)
 @preset_option
 @config_option
 @click.option(
@@ -171,20 +171,26 @@ def prune(
 
 @click.command(epilog=_SPEC_HELP)
 @click.argument("model")
-@click.argument("plan_file", type=click.Path(path_type=Path, dir_okay=False))
-@config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *MODEL)
+@click.argument("plan_file", type=click.Path(path_type=Path, dir_okay=False), required=False)
+@config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *RESUME, *MODEL)
 @preset_option
 @config_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing plan.")
+@click.option(
+    "--estimate",
+    is_flag=True,
+    help="Only tell, from MODEL's config.json, what time and memory a run takes; no PLAN_FILE is needed.",
+)
 @plugin_option
 @quiet_option
 @json_option
 @traceback_option
 def plan(
-    plan_file: Path,
+    plan_file: Path | None,
     preset: str | None,
     config_file: Path | None,
     overwrite: bool,
+    estimate: bool,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -194,6 +200,11 @@ def plan(
     from .files import check_parent, write_text
     from .progress import Progress
 
+    if estimate:
+        _estimate(layered(preset, config_file, _given(options)), quiet=quiet, as_json=as_json)
+        return
+    if plan_file is None:
+        raise click.MissingParameter(param_hint="'PLAN_FILE'", param_type="argument")
     check_parent(plan_file)
     if plan_file.exists() and not overwrite:
         raise InputError(f"{plan_file} exists; give another file or --overwrite.")
@@ -305,6 +316,17 @@ def plugins_show(name: str, plugins: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps({"components": found}, indent=2))
     else:
         console.show_details(found)
+
+
+def _estimate(config: RunConfig, *, quiet: bool, as_json: bool) -> None:
+    from . import console
+    from .estimate import estimate_run
+
+    found = estimate_run(config)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=2))
+    elif not quiet:
+        console.show_estimate(found)
 
 
 def _read_plan(path: Path) -> Any:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .api import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
 from .architectures import Decoder
-from .blocks import Batch, embed, run_block
+from .blocks import Passage, embed, pass_block
 from .errors import PluginError
+from .files import save_aside
 from .measure import Teacher, measure_block
 from .plugins import Chosen
 
@@ -24,7 +24,12 @@ from .plugins import Chosen
 def compensate(
     compensator: Chosen[Compensator], feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics
 ) -> Update:
-    """The compensator's answer for one feed-forward, checked: right shapes, all finite."""
+    """The compensator's answer for one feed-forward, checked: right shapes, all finite.
+
+    It is not asked about one that loses nothing, or whose tokens it would have to know and nobody saw.
+    """
+    if len(kept) == feed_forward.width or (statistics.unseen and compensator.component.required()):
+        return Update()
     with torch.no_grad(), compensator.blamed(f"compensate() at block {feed_forward.block}") as component:
         found: object = component.compensate(
             feed_forward,
@@ -64,7 +69,7 @@ class FirstPass:
     def __init__(
         self,
         decoder: Decoder,
-        statistics: Sequence[BlockStatistics],
+        statistics: Mapping[tuple[int, str], BlockStatistics],
         compensator: Chosen[Compensator],
         *,
         seed: int,
@@ -74,10 +79,15 @@ class FirstPass:
         self._compensator = compensator
         self._seed = seed
 
-    def __call__(self, index: int, kept: Tensor) -> Update:
-        """Compensate block ``index``, which is still dense, for keeping the channels ``kept (K,)``."""
-        feed_forward = self._decoder.feed_forward(index, self._seed)
-        return compensate(self._compensator, feed_forward, kept, self._statistics[index])
+    def __call__(self, index: int, kept: Sequence[Tensor]) -> list[Update]:
+        """Compensate block ``index``, which is still dense, for keeping the channels ``kept[i] (K,)`` of each part."""
+        return [
+            compensate(self._compensator, one, mine, self._statistics[one.block, one.path])
+            for one, mine in zip(self._decoder.feed_forwards(index, self._seed), kept, strict=True)
+        ]
+
+    def leave(self, index: int) -> None:
+        """Nothing passes the blocks."""
 
 
 class FinishedBlocks:
@@ -89,25 +99,30 @@ class FinishedBlocks:
     def __init__(self, folder: Path, key: str) -> None:
         self._folder = folder / key[:32]
 
-    def load(self, index: int) -> Update | None:
-        """Block ``index``'s answer, or None if it was not finished."""
+    def load(self, index: int, count: int) -> list[Update] | None:
+        """The answers for block ``index``'s ``count`` feed-forwards, or None if it was not finished."""
         path = self._path(index)
         if not path.exists():
             return None
+        values: list[dict[str, Any]] = [{} for _ in range(count)]
         with safe_open(path, framework="pt") as file:
-            values: dict[str, Any] = {name: float(value) for name, value in (file.metadata() or {}).items()}
-            values |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        return Update(**values)
+            found: dict[str, Any] = {name: float(value) for name, value in (file.metadata() or {}).items()}
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        for key, value in found.items():
+            member, _, name = key.partition(".")
+            values[int(member)][name] = value
+        return [Update(**one) for one in values]
 
-    def store(self, index: int, update: Update) -> None:
-        """File block ``index``'s answer, whole or not at all."""
-        values = {field.name: getattr(update, field.name) for field in fields(update)}
+    def store(self, index: int, updates: Sequence[Update]) -> None:
+        """File block ``index``'s answers, whole or not at all."""
+        values = {
+            f"{member}.{field.name}": getattr(update, field.name)
+            for member, update in enumerate(updates)
+            for field in fields(update)
+        }
         tensors = {name: value.contiguous().cpu() for name, value in values.items() if isinstance(value, Tensor)}
         errors = {name: repr(value) for name, value in values.items() if isinstance(value, float)}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        aside = self._path(index).with_suffix(".partial")
-        save_file(tensors, aside, errors)
-        aside.replace(self._path(index))
+        save_aside(self._path(index), tensors, errors)
 
     def _path(self, index: int) -> Path:
         return self._folder / f"block_{index}.safetensors"
@@ -127,8 +142,8 @@ class SecondPass:
         compensator: Chosen[Compensator],
         collectors: Sequence[Chosen[Collector]],
         *,
-        batch_size: int | None,
         seed: int,
+        passage: Passage | None = None,
         finished: FinishedBlocks | None = None,
     ) -> None:
         self._decoder = decoder
@@ -136,17 +151,18 @@ class SecondPass:
         self._collectors = collectors
         self._finished = finished
         self._seed = seed
+        self._ranks = (passage or Passage()).ranks
         with compensator.blamed("stream()") as component:
             self._pruned = component.stream() is Stream.PRUNED
-            mix = component.target_mix() if decoder.architecture.feed_forward.additive else 0.0
-        self._batches = embed(decoder, windows, batch_size)
-        self._teacher = Teacher(embed(decoder, windows, batch_size), mix) if self._pruned and mix else None
-        self._reached = self._teacher_reached = 0
+            additive = all(layout.additive and not layout.experts for layout in decoder.architecture.feed_forwards)
+            mix = component.target_mix() if additive else 0.0
+        self._batches = embed(decoder, windows, passage)
+        self._teacher = Teacher(embed(decoder, windows, passage), mix) if self._pruned and mix else None
+        self._passed = False
 
-    def __call__(self, index: int, kept: Tensor) -> Update:
-        """Measure block ``index``, which is still dense, and compensate it for keeping the channels ``kept (K,)``."""
-        self._catch_up(index)
-        known = self._finished.load(index) if self._finished else None
+    def __call__(self, index: int, kept: Sequence[Tensor]) -> list[Update]:
+        """Measure block ``index``, which is still dense, and compensate it for keeping ``kept[i] (K,)`` of each part."""
+        known = self._finished.load(index, len(kept)) if self._finished else None
         statistics = measure_block(
             self._decoder,
             index,
@@ -154,24 +170,22 @@ class SecondPass:
             self._collectors if known is None else (),  # the streams have to pass the dense block all the same
             advance=not self._pruned,
             teacher=self._teacher,
+            ranks=self._ranks,
         )
-        self._reached = index if self._pruned else index + 1
-        self._teacher_reached = index + 1
+        self._passed = True
         if known is not None:
             return known
-        update = compensate(self._compensator, self._decoder.feed_forward(index, self._seed), kept, statistics)
-        if self._finished:
-            self._finished.store(index, update)
-        return update
+        parts = zip(self._decoder.feed_forwards(index, self._seed), kept, statistics, strict=True)
+        updates = [compensate(self._compensator, one, mine, seen) for one, mine, seen in parts]
+        updates = self._ranks.agree(updates)
+        if self._finished and self._ranks.first:
+            self._finished.store(index, updates)
+        return updates
 
-    def _catch_up(self, index: int) -> None:
-        """Move the streams to block ``index``: through the block just cut, and through those that lose nothing."""
-        for block in range(self._reached, index):
-            self._run(block, self._batches)
-        if self._teacher is not None:  # it passed the block just cut while that was dense
-            for block in range(self._teacher_reached, index):
-                self._run(block, self._teacher.batches)
-
-    def _run(self, block: int, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            batch.hidden.copy_(run_block(self._decoder.blocks[block], block, batch))
+    def leave(self, index: int) -> None:
+        """Move the streams on through block ``index`` as it is now."""
+        if self._pruned or not self._passed:
+            pass_block(self._decoder, index, self._batches)
+        if self._teacher is not None and not self._passed:  # else it passed the block while that was dense
+            pass_block(self._decoder, index, self._teacher.batches)
+        self._passed = False

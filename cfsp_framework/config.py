@@ -59,6 +59,7 @@ class RunConfig(BaseModel):
     seqlen: int | None = Field(
         default=None, ge=2, description="Tokens per window; default: 1024, or the model's context."
     )
+    skip_bos: bool = Field(default=False, description="Leave the beginning-of-sequence token out of the statistics.")
     batch_size: int | None = Field(
         default=None, ge=1, description="Windows per batch; default: what keeps a batch small."
     )
@@ -67,8 +68,17 @@ class RunConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: the checkpoint's own."
     )
+    device_map: Literal["none", "auto"] = Field(
+        default="none", description="auto: spread the model over all GPUs with accelerate."
+    )
+    stream: bool = Field(default=False, description="Read one block at a time from the checkpoint, and write it so.")
+    spill: Path | None = Field(
+        default=None, description="Keep hidden states in a file in this folder, of which memory holds what fits."
+    )
     resume: Path | None = Field(
-        default=None, description="Keep finished blocks' compensation in this folder; a killed run goes on after them."
+        default=None,
+        description="Keep what is measured and compensated in this folder: a killed run goes on after the last "
+        "finished block, and another ratio measures nothing again.",
     )
     evaluate: tuple[str, ...] = Field(default=(), description="Data SPECs to report perplexity on.")
     evaluate_windows: int | None = Field(default=None, ge=1, description="Evaluate on the first N windows only.")

@@ -23,6 +23,7 @@ from .files import human_bytes
 from .plugins import Plugins
 
 if TYPE_CHECKING:
+    from .estimate import Estimate
     from .evaluation import EvaluationSet, Perplexity
     from .planning import PruningPlan
     from .report import BlockReport, Evaluation, Report
@@ -91,6 +92,67 @@ def show_perplexities(model: str, measured: Sequence[tuple[EvaluationSet, Perple
             f"{found.bits_per_byte:.4f}",
         )
     Console().print(table)
+
+
+def show_estimate(found: Estimate) -> None:
+    """What a run is made of, and a row for each way of running it."""
+    console = Console(highlight=False, markup=False)
+    console.print(_shape_table(found))
+    console.print(_way_table(found))
+    here = ", ".join(hardware.name for hardware in found.hardware if hardware.measured)
+    console.print(f"{here}: rates measured just now, for a second. *: nominal rates of H100s with 80 GB times assumed")
+    console.print("shares, not measured. Host memory is of each node.")
+    for note in found.workload.notes:
+        console.print(f"Note: {note}.")
+
+
+def _way_table(found: Estimate) -> Table:
+    table = Table(title=f"Pruning {_name(found.model)}, estimated", title_justify="left")
+    for heading in ("on", "weights"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("blocks", "total", "host", "each GPU"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("bound by", no_wrap=True)
+    for way in found.ways:
+        table.add_row(
+            way.hardware.partition(",")[0] + ("" if way.measured else " *"),
+            "stream" if way.streamed else "memory",
+            human_seconds(way.collect),
+            human_seconds(way.total),
+            rough_bytes(way.host_bytes),
+            rough_bytes(way.device_bytes) if way.device_bytes else "",
+            way.bound if way.fits else "too large",
+        )
+    return table
+
+
+def _shape_table(found: Estimate) -> Table:
+    shape, told = found.shape, found.describe()
+    table = Table(title=f"{_name(found.model)} ({shape.family}, {shape.dtype})", title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right", no_wrap=True)
+    for name, value in told.items():
+        if isinstance(value, int) and (value or name in ("hidden_state_bytes", "gram_bytes")):
+            label = name.replace("_bytes", "").replace("bytes", "weights").replace("_", " ")
+            table.add_row(label, human_bytes(value) if "bytes" in name else _count(value))
+    return table
+
+
+def human_seconds(value: float) -> str:
+    """Seconds as people read them."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if value >= 2 * size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.1f} s"
+
+
+def rough_bytes(value: int) -> str:
+    """Bytes in three digits."""
+    size, unit = next(
+        (size, unit) for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if value >= size or unit == "MB"
+    )
+    number = value / size
+    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f} {unit}"
 
 
 def continuations(folder: Path, prompts: Sequence[str] = ("Return the ", "The class ")) -> list[tuple[str, str]]:

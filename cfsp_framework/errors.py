@@ -37,6 +37,10 @@ class OutputError(InputError):
     """The output folder cannot be written."""
 
 
+class ResourceError(InputError):
+    """This machine does not have the memory that was asked for."""
+
+
 class PluginError(CfspError):
     """A plugin could not be loaded, or failed, or returned something unusable."""
 

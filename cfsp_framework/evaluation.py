@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from .architectures import Decoder
+from .blocks import Passage, embed, finish, pass_block
 from .calibration import tokenize
 from .data import mixture, read_text
 from .errors import DataError, ModelError
@@ -61,22 +63,68 @@ def evaluation_set(spec: str, tokenizer: Any, seqlen: int, limit: int | None = N
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, data: EvaluationSet, progress: Progress) -> Perplexity:
-    """``exp`` of the mean over windows of the mean cross-entropy of their T - 1 predictions, logits in float32."""
-    seqlen = data.windows.shape[1]
-    vocabulary = model.config.get_text_config().vocab_size
-    batches = data.windows.split(max(1, _LOGITS_PER_BATCH // (seqlen * vocabulary)))
-    losses: list[Tensor] = []
-    with progress.bar(f"perplexity on {data.spec}", total=len(batches)) as step:
-        for batch in batches:
-            ids = batch.to(model.device)  # (B, T)
-            logits = model(ids, use_cache=False).logits[:, :-1].float()  # (B, T - 1, V)
-            loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            losses.append(loss.view(len(ids), -1).mean(1).double().cpu())  # (B,)
-            step()
-    nll = torch.cat(losses).mean().item()
+def perplexity(
+    model: PreTrainedModel | Decoder, data: EvaluationSet, progress: Progress, passage: Passage | None = None
+) -> Perplexity:
+    """``exp`` of the mean over windows of the mean cross-entropy of their T - 1 predictions, logits in float32.
+
+    A ``Decoder`` is run with one block resident at a time. Several processes share the windows.
+    """
+    passage = passage or Passage()
+    mine = data.windows[passage.ranks.rank :: passage.ranks.world]  # (n, T)
+    losses = torch.empty(len(data.windows), dtype=torch.float64)  # (N,)
+    if isinstance(model, Decoder):
+        own = _losses_by_blocks(model, mine, progress, passage, data.spec)
+    else:
+        own = _losses(model, mine, progress, data.spec)
+    gathered = passage.ranks.gather(own)
+    start = 0
+    for rank in range(passage.ranks.world):
+        places = range(rank, len(losses), passage.ranks.world)
+        losses[rank :: passage.ranks.world] = gathered[start : start + len(places)]
+        start += len(places)
+    nll = losses.mean().item()
     if not math.isfinite(nll):
         raise ModelError(f"the model's loss on {data.spec!r} is {nll}: its weights or its dtype overflow.")
     return Perplexity(
         perplexity=math.exp(min(nll, 700)), nll=nll, bits_per_byte=nll / math.log(2) / data.bytes_per_token
     )
+
+
+def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress, name: str) -> Tensor:
+    """Mean cross-entropy of every window ``(N, T)``: ``(N,)`` float64, CPU."""
+    losses: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
+    batches = windows.split(_windows_per_batch(model, windows.shape[1]))
+    with progress.bar(f"perplexity on {name}", total=len(batches)) as step:
+        for ids in batches:
+            losses.append(_cross_entropy(model(ids.to(model.device), use_cache=False).logits, ids))
+            step()
+    return torch.cat(losses)
+
+
+def _losses_by_blocks(
+    decoder: Decoder, windows: Tensor, progress: Progress, passage: Passage, name: str
+) -> Tensor:
+    """The same with all windows passing one block after another, ``(N,)``."""
+    if not len(windows):
+        return torch.empty(0, dtype=torch.float64)
+    size = _windows_per_batch(decoder.model, windows.shape[1])
+    batches = embed(decoder, windows, Passage(batch_size=size, spill=passage.spill))
+    with progress.bar(f"perplexity on {name}", total=len(batches) * len(decoder.blocks)) as step:
+        for index in range(len(decoder.blocks)):
+            with decoder.resident(index):
+                pass_block(decoder, index, batches, step)
+    pairs = zip(batches, windows.split(size), strict=True)
+    return torch.cat([_cross_entropy(finish(decoder, ids, batch.hidden), ids) for batch, ids in pairs])
+
+
+def _windows_per_batch(model: PreTrainedModel, seqlen: int) -> int:
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return max(1, _LOGITS_PER_BATCH // (seqlen * vocabulary))
+
+
+def _cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of ``logits (B, T, V)`` against the next of ``ids (B, T)``, the mean of each window: ``(B,)`` float64, CPU."""
+    predicted, ids = logits[:, :-1].float(), ids.to(logits.device)  # (B, T - 1, V)
+    loss = functional.cross_entropy(predicted.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return loss.view(len(ids), -1).mean(1).double().cpu()

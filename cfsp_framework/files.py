@@ -7,11 +7,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _USERS_PROBLEM = frozenset(
     {
@@ -62,6 +66,21 @@ def write_text(path: Path, text: str) -> None:
         except BaseException:
             os.unlink(name)
             raise
+
+
+def save_aside(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write safetensors whole or not at all, so that whoever finds the file can trust it.
+
+    Raises:
+        OutputError: the place is not writable or full.
+    """
+    from safetensors.torch import save_file
+
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        save_file(dict(tensors), aside, dict(metadata))
+        os.replace(aside, path)
 
 
 def check_parent(path: Path) -> None:

@@ -10,60 +10,70 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .api import Collector, Statistic
+from .api import BlockStatistics, Collector, Site
 from .architectures import Decoder
-from .blocks import listening
-from .measure import feed, start
+from .banks import Heard
+from .blocks import PADDING, Batch, Passage
+from .measure import BlockTallies, listening
 from .plugins import Chosen
 from .progress import Progress
 
 
 def measure_gradients(
-    decoder: Decoder, windows: Tensor, collectors: Sequence[Chosen[Collector]], progress: Progress
-) -> tuple[dict[Statistic, Tensor], ...]:
-    """What the collectors measured in every block, one window ``(T,)`` of ``windows (N, T)`` at a time.
+    decoder: Decoder,
+    windows: Tensor,
+    collectors: Sequence[Chosen[Collector]],
+    progress: Progress,
+    passage: Passage | None = None,
+) -> tuple[tuple[BlockStatistics, ...], ...]:
+    """What the collectors measured of every block's feed-forwards, one window ``(T,)`` of ``windows (N, T)`` at a time.
 
     Their inputs are the channel activations ``(T, F)`` and their outputs the gradients of the window's mean next-token
     cross-entropy with respect to them, ``(T, F)``. No weight gradient is computed or stored.
     """
+    passage = passage or Passage()
     count = len(decoder.blocks)
-    running = [[(chosen, start(chosen)) for chosen in collectors] for _ in range(count)]
+    running = [BlockTallies(collectors, [one.path for one in decoder.feed_forwards(block)]) for block in range(count)]
     needing = [parameter for parameter in decoder.model.parameters() if parameter.requires_grad]
     for parameter in needing:
         parameter.requires_grad_(False)
+    numbers = passage.ranks.share(len(windows))
     try:
-        with progress.bar("gradients", total=len(windows)) as step:
-            for window in windows.split(1):  # (1, T)
-                activations, gradients = _backward(decoder, window.to(decoder.model.device))
-                for block in range(count):
-                    feed(running[block], collectors[0].component.site, activations[block], gradients[block])
+        with progress.bar("gradients", total=len(numbers)) as step:
+            for number in numbers:
+                ids = windows[number]  # (T,)
+                ids = ids[ids != PADDING].to(decoder.device)[None]  # (1, T)
+                _hear(_backward(decoder, ids), running, number, ids, passage)
                 step()
     finally:
         for parameter in needing:
             parameter.requires_grad_(True)
-    values: list[dict[Statistic, Tensor]] = [{} for _ in range(count)]
-    for block, accumulators in enumerate(running):
-        for chosen, accumulator in accumulators:
-            with chosen.blamed(f"value() at block {block}") as component:
-                values[block][component.provides] = accumulator.value(windows.numel()).float()
-    return tuple(values)
+    return tuple(tallies.values(block, passage.ranks) for block, tallies in enumerate(running))
 
 
-def _backward(decoder: Decoder, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Every block's channel activations ``(1, T, F)`` and the loss's gradients with respect to them."""
-    activations: list[Tensor] = []
+Gradients = Sequence[tuple[int, int, Heard, Tensor]]
+"""Block, feed-forward, what it saw, and the gradient with respect to its activations."""
 
-    def remember(inputs: Tensor, _: Tensor) -> None:
-        activations.append(inputs)
 
+def _hear(found: Gradients, running: Sequence[BlockTallies], number: int, ids: Tensor, passage: Passage) -> None:
+    skipped = torch.isin(ids, torch.tensor(sorted(passage.skip), dtype=ids.dtype, device=ids.device))  # (1, T)
+    counted = ~skipped if skipped.any() else None
+    batch = Batch(ids[..., None], (), (number,), counted)
+    for block, member, heard, gradient in found:
+        rows = heard.activations.detach().flatten(0, -2), gradient.flatten(0, -2)  # (n, F) each
+        running[block].hear(member, [(Site.GRADIENT, *rows, heard.tokens)], batch)
+
+
+def _backward(decoder: Decoder, ids: Tensor) -> Gradients:
+    """One window ``ids (1, T)`` forward and back: what every feed-forward saw, and the loss's gradient there."""
     embeddings: Any = decoder.model.get_input_embeddings()
     with torch.enable_grad(), ExitStack() as hooks:
         # Nothing else asks for gradients, so the graph starts at the embeddings' output.
         handle = embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         hooks.callback(handle.remove)
-        for index in range(len(decoder.blocks)):
-            hooks.enter_context(listening(decoder.down_projection(index), remember))
+        seen = [hooks.enter_context(listening(decoder, index)) for index in range(len(decoder.blocks))]
         logits = decoder.model(ids, use_cache=False).logits[0, :-1].float()  # (T - 1, V)
         loss = functional.cross_entropy(logits, ids[0, 1:])
-        gradients = torch.autograd.grad(loss, activations)
-    return [activation.detach() for activation in activations], list(gradients)
+        heard = [(block, member, one) for block, found in enumerate(seen) for member, one in found]
+        gradients = torch.autograd.grad(loss, [one.activations for _, _, one in heard], materialize_grads=True)
+    return [(*told, gradient) for told, gradient in zip(heard, gradients, strict=True)]

@@ -1,17 +1,22 @@
-"""Runs one block over all batches while collectors listen."""
+"""What collectors measure while one block runs on all its batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from .api import HELD_OUT_EVERY, Accumulator, BlockStatistics, Collector, Site, Statistic
+from .api import Accumulator, BlockStatistics, Collector, Site, Statistic, Windows
 from .architectures import Decoder
-from .blocks import Batch, listening, run_block
+from .banks import Heard, SingleBank
+from .blocks import Batch, run_block
 from .plugins import Chosen
+from .ranks import SOLO, Ranks
+
+_IN_FEED_FORWARDS = frozenset({Site.FEED_FORWARD, Site.DOWN_PROJECTION})
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,108 @@ class Teacher:
 
     batches: Sequence[Batch]
     mix: float
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window's rows at a site."""
+
+    number: int
+    inputs: Tensor  # (T, F or D)
+    outputs: Tensor  # (T, D or F)
+
+
+class Tokens:
+    """How many tokens were counted, and how many of them lie in held-out windows."""
+
+    def __init__(self) -> None:
+        self.all = 0
+        self.held_out = 0
+
+    def add(self, window: Window) -> None:
+        """Count one window's rows."""
+        self.all += len(window.inputs)
+        self.held_out += len(window.inputs) * Windows.HELD_OUT.include(window.number)
+
+    def of(self, windows: Windows) -> int:
+        """The tokens of some of the windows."""
+        return {Windows.ALL: self.all, Windows.HELD_OUT: self.held_out}.get(windows, self.all - self.held_out)
+
+
+class Tally:
+    """A running statistic."""
+
+    def __init__(self, chosen: Chosen[Collector]) -> None:
+        self.chosen = chosen
+        self._fed = False
+        with chosen.blamed("start()") as component:
+            self._accumulator: Accumulator = component.start()
+
+    def add(self, window: Window) -> None:
+        """Feed one window, if the collector wants it; without its rows the first time, so that sums exist."""
+        wanted = self.chosen.component.windows.include(window.number)
+        if not wanted and self._fed:
+            return
+        rows = slice(None) if wanted else slice(0)
+        with self.chosen.blamed("update()"):
+            self._accumulator.update(window.inputs[rows], window.outputs[rows])
+        self._fed = True
+
+    def value(self, tokens: Tokens, where: str, ranks: Ranks) -> Tensor:
+        """The statistic over all processes, float32; what it says of itself where no token was seen."""
+        ranks.add(self._accumulator.sums)
+        with self.chosen.blamed(f"value() at {where}") as component:
+            value = self._accumulator.value(max(tokens.of(component.windows), 1)).float()
+        return value if tokens.all else _unseen(component.provides, value)
+
+
+class BlockTallies:
+    """Everything that runs on one block: its own statistics, and those of each of its feed-forwards."""
+
+    def __init__(self, collectors: Sequence[Chosen[Collector]], paths: Sequence[str]) -> None:
+        self._paths = paths
+        self._block = [Tally(chosen) for chosen in collectors if chosen.component.site is Site.BLOCK]
+        self._members = [
+            [Tally(chosen) for chosen in collectors if chosen.component.site is not Site.BLOCK] for _ in paths
+        ]
+        self._tokens = [Tokens() for _ in paths]
+        self._block_tokens = Tokens()
+
+    def hear_block(self, batch: Batch, output: Tensor) -> None:
+        """Feed what entered and left the block."""
+        stream = batch.hidden.to(output.device)
+        if stream.ndim == 4:  # Gemma 3n predicts several streams beside the one it means, which is the first
+            stream, output = stream[0], output[0]
+        for window in split(stream.flatten(0, 1), output.flatten(0, 1), None, batch):
+            self._block_tokens.add(window)
+            for tally in self._block:
+                tally.add(window)
+
+    def hear(self, member: int, heard: Sequence[tuple[Site, Tensor, Tensor, Tensor | None]], batch: Batch) -> None:
+        """Feed what one feed-forward saw at its sites."""
+        for number, (site, inputs, outputs, places) in enumerate(heard):
+            for window in split(inputs, outputs, places, batch):
+                if number == 0:
+                    self._tokens[member].add(window)
+                for tally in self._members[member]:
+                    if tally.chosen.component.site is site:
+                        tally.add(window)
+
+    def values(self, index: int, ranks: Ranks = SOLO) -> tuple[BlockStatistics, ...]:
+        """What was measured of every feed-forward, the block's own statistics with each, over all processes."""
+        for tokens in (self._block_tokens, *self._tokens):
+            tokens.all, tokens.held_out = ranks.total((tokens.all, tokens.held_out))
+        own = {
+            tally.chosen.component.provides: tally.value(self._block_tokens, f"block {index}", ranks)
+            for tally in self._block
+        }
+        found: list[BlockStatistics] = []
+        for path, tallies, seen in zip(self._paths, self._members, self._tokens, strict=True):
+            tokens = seen if tallies else self._block_tokens
+            where = f"block {index}, {path}"
+            values = {tally.chosen.component.provides: tally.value(tokens, where, ranks) for tally in tallies}
+            found.append(BlockStatistics(own | values, tokens.all, tokens.held_out))
+        return tuple(found)
 
 
 def measure_block(
@@ -31,73 +138,82 @@ def measure_block(
     *,
     advance: bool = True,
     teacher: Teacher | None = None,
-) -> BlockStatistics:
-    """Run block ``index`` once per batch and return what the collectors measured, float32.
+    ranks: Ranks = SOLO,
+) -> tuple[BlockStatistics, ...]:
+    """Run block ``index`` once per batch and return what the collectors measured of each feed-forward, float32.
 
     ``advance`` moves the batches on to the next block. With a ``teacher`` the block also runs on the dense stream, and
-    the collectors of the feed-forward see targets: ``own output + mix * (dense block output - block output)``.
+    the collectors of a feed-forward see targets: ``own output + mix * (dense block output - block output)``; where the
+    block has several feed-forwards nobody could say which of them should give what, and they see their own output.
     """
-    block = decoder.blocks[index]
-    running = [(chosen, start(chosen)) for chosen in collectors]
-    lengths: list[int] = []  # of every window
+    banks = [bank for group in decoder.groups(index) for bank in group.banks]
+    paths = [path for bank in banks for path in bank.paths]
+    tallies = BlockTallies(collectors, paths)
+    sites = {chosen.component.site for chosen in collectors} & _IN_FEED_FORWARDS
+    alone = len(banks) == 1 and isinstance(banks[0], SingleBank)
     for number, batch in enumerate(batches):
-        with _watching(decoder, index, {chosen.component.site for chosen in collectors}) as seen:
-            output = run_block(block, index, batch)  # (B, T, D)
+        with listening(decoder, index, wanted=bool(sites)) as heard:
+            output = run_block(decoder, index, batch)  # (B, T, D)
         correction: Tensor | None = None
         if teacher is not None:
-            wanted = run_block(block, index, teacher.batches[number])  # (B, T, D)
-            correction = (wanted - output) * teacher.mix
+            wanted = run_block(decoder, index, teacher.batches[number])  # (B, T, D)
+            correction = ((wanted - output) * teacher.mix).flatten(0, 1) if alone else None
             teacher.batches[number].hidden.copy_(wanted)
-        feed(running, Site.BLOCK, batch.hidden, output)
-        bias = decoder.down_projection(index).bias
-        if bias is not None and Site.DOWN_PROJECTION in seen:
-            inputs, own = seen[Site.DOWN_PROJECTION]
-            seen[Site.DOWN_PROJECTION] = inputs, own - bias  # (B, T, D): the product alone
-        for site, (inputs, own) in seen.items():
-            feed(running, site, inputs, own if correction is None else own + correction)
+        tallies.hear_block(batch, output)
+        for member, one in heard:
+            seen = [(site, *one.at(site)) for site in sorted(sites, key=lambda site: site.value)]
+            tallies.hear(
+                member,
+                [(site, i, o if correction is None else o + correction, one.tokens) for site, i, o in seen],
+                batch,
+            )
         if advance:
             batch.hidden.copy_(output)
-        lengths += [output.shape[1]] * len(output)
         step()
-    tokens, held_out_tokens = sum(lengths), sum(lengths[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
-    values: dict[Statistic, Tensor] = {}
-    for chosen, accumulator in running:
-        with chosen.blamed(f"value() at block {index}") as component:
-            values[component.provides] = accumulator.value(tokens).float()
-    return BlockStatistics(values, tokens, held_out_tokens)
-
-
-def start(chosen: Chosen[Collector]) -> Accumulator:
-    """A fresh accumulator."""
-    with chosen.blamed("start()") as component:
-        return component.start()
+    return tallies.values(index, ranks)
 
 
 @contextmanager
-def _watching(decoder: Decoder, index: int, sites: set[Site]) -> Generator[dict[Site, tuple[Tensor, Tensor]]]:
-    """While open, what goes in and out at the feed-forward's sites lands in the yielded mapping; hooks only where asked."""
-    modules: dict[Site, nn.Module] = {
-        Site.FEED_FORWARD: decoder.blocks[index].get_submodule(decoder.architecture.feed_forward.path),
-        Site.DOWN_PROJECTION: decoder.down_projection(index),
-    }
-    seen: dict[Site, tuple[Tensor, Tensor]] = {}
+def listening(decoder: Decoder, index: int, *, wanted: bool = True) -> Generator[list[tuple[int, Heard]]]:
+    """While open, what block ``index``'s feed-forwards see lands in the yielded list, each with its number."""
+    seen: list[tuple[int, Heard]] = []
 
-    def hear(site: Site) -> Callable[[Tensor, Tensor], None]:
-        def remember(inputs: Tensor, outputs: Tensor) -> None:
-            seen[site] = inputs, outputs
-
-        return remember
+    def hear(first: int) -> Callable[[Heard], None]:
+        return lambda heard: seen.append((first + heard.member, heard))
 
     with ExitStack() as stack:
-        for site in sites & modules.keys():
-            stack.enter_context(listening(modules[site], hear(site)))
+        first = 0
+        for group in decoder.groups(index) if wanted else ():
+            for bank in group.banks:
+                stack.enter_context(bank.watching(hear(first)))
+                first += len(bank.paths)
         yield seen
 
 
-def feed(running: Sequence[tuple[Chosen[Collector], Accumulator]], site: Site, inputs: Tensor, outputs: Tensor) -> None:
-    """Hand one batch to the accumulators of a site, window by window: no batch size changes a statistic."""
-    for chosen, accumulator in running:
-        if chosen.component.site is site:
-            with chosen.blamed("update()"):
-                for window_in, window_out in zip(inputs, outputs, strict=True):  # (T, F or D), (T, D)
-                    accumulator.update(window_in, window_out)
+def split(inputs: Tensor, outputs: Tensor, places: Tensor | None, batch: Batch) -> Iterator[Window]:
+    """The rows of a batch window by window: no batch size changes a statistic.
+
+    ``places (n,)`` are the rows' places in the flattened batch, ascending; None where all are there. Rows of tokens
+    that do not count are left out.
+    """
+    windows = len(batch.numbers)
+    length = len(inputs) // windows if places is None else batch.hidden.shape[-2]
+    if places is None and batch.counted is None:
+        sizes = [length] * windows
+    else:
+        rows = torch.arange(len(inputs), device=inputs.device) if places is None else places  # (n,)
+        if batch.counted is not None:
+            counts = batch.counted.flatten().to(rows.device)[rows]  # (n,)
+            rows, inputs, outputs = rows[counts], inputs[counts], outputs[counts]
+        sizes = torch.bincount(rows // length, minlength=windows).tolist()
+    parts = zip(batch.numbers, inputs.split(sizes), outputs.split(sizes), strict=True)
+    return (Window(number, mine, its) for number, mine, its in parts)
+
+
+def _unseen(statistic: Statistic, like: Tensor) -> Tensor:
+    """What a statistic is taken for where nothing was seen, in the shape of ``like``."""
+    if like.ndim == 1:
+        return torch.full_like(like, statistic.unseen)
+    if like.ndim == 2 and like.shape[0] == like.shape[1] and statistic.unseen:
+        return torch.eye(len(like), dtype=like.dtype, device=like.device) * statistic.unseen
+    return like

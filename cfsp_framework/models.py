@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,26 +13,43 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 from transformers.utils import logging as transformers_logging
 
 from .config import RunConfig
 from .errors import CfspError, ConfigError, ModelError
 
 _CHUNK = 1 << 22
+_CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, its tokenizer, and where both came from."""
+    """A model, its tokenizer, where both came from, and the device it is for.
+
+    With ``--stream`` the model's parameters are not there yet.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     source: str
     folder: Path
     fingerprint: str
+    device: torch.device
 
 
 def load_model(config: RunConfig) -> LoadedModel:
@@ -46,11 +63,16 @@ def load_model(config: RunConfig) -> LoadedModel:
     device = pick_device(config.device)
     check_checkpoint(folder, trust_remote_code=config.trust_remote_code)
     with _opening(f"model {config.model!r}"):
-        model = open_model(folder, config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+        if config.stream:
+            model = open_skeleton(folder, config.dtype, trust_remote_code=config.trust_remote_code)
+        elif config.device_map == "auto":
+            model = open_spread(folder, config.dtype, trust_remote_code=config.trust_remote_code)
+        else:
+            model = open_model(folder, config.dtype, device=device, trust_remote_code=config.trust_remote_code)
         identity = fingerprint(folder)
     with _opening(f"the tokenizer of model {config.model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    return LoadedModel(model, tokenizer, config.model, folder, identity)
+    return LoadedModel(model, tokenizer, config.model, folder, identity, device)
 
 
 @contextmanager
@@ -70,23 +92,91 @@ def _opening(what: str) -> Generator[None]:
 def open_model(
     folder: Path, dtype: str = "auto", *, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The checkpoint in ``folder``, in evaluation mode; every parameter comes from it or it is refused.
+    """The checkpoint in ``folder``, in evaluation mode; every parameter comes from it or it is refused."""
+    opened: Any = _from_pretrained(folder, dtype, trust_remote_code).to(device)  # type: ignore[arg-type]
+    model: PreTrainedModel = opened.eval()
+    return model
 
-    Transformers re-initialises what a checkpoint lacks and only logs it; here that is an error.
+
+def open_spread(folder: Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The checkpoint in ``folder`` where accelerate puts it, on all GPUs there are.
+
+    Raises:
+        ModelError: they do not hold it.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+    model = _from_pretrained(folder, dtype, trust_remote_code, device_map="auto")
+    offloaded = sum(parameter.is_meta for parameter in model.parameters())
+    if offloaded:
+        raise ModelError(
+            f"--device-map auto: {offloaded} parameters do not fit on the devices; give --stream, "
+            "which reads one block at a time."
+        )
+    return model.eval()
+
+
+def open_skeleton(folder: Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint without its parameters, which are on the meta device; buffers are there."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    wanted = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
+    auto = _auto_class(config, own_code=trust_remote_code and hasattr(config, "auto_map"))
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype a checkpoint's configuration says its weights have."""
+    named = config.dtype or getattr(config.get_text_config(), "dtype", None)
+    dtype: torch.dtype = getattr(torch, named) if isinstance(named, str) else named or torch.float32
+    return dtype
+
+
+def _from_pretrained(folder: Path, dtype: str, trust_remote_code: bool, **more: Any) -> PreTrainedModel:
+    """Transformers re-initialises what a checkpoint lacks and only logs it; here that is an error."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    auto = _auto_class(config, own_code=trust_remote_code and hasattr(config, "auto_map"))
+    loaded: Any = auto.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **more
     )
     model, told = loaded
     wrong = [*told["missing_keys"], *told["mismatched_keys"], *told["unexpected_keys"]]
     if wrong:
         raise ModelError(f"the weights in {folder} do not fit the model, first of {len(wrong)}: {wrong[0]}.")
-    opened: PreTrainedModel = model.to(device).eval()
+    opened: PreTrainedModel = model
     return opened
 
 
-def resolve(source: str) -> Path:
-    """The local folder of a model; a Hub id is downloaded.
+def _auto_class(config: Any, *, own_code: bool) -> Any:
+    """A causal LM's, or that of a model that also sees, whose text decoder is the one to prune."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if sees and not own_code else AutoModelForCausalLM
+
+
+def sketch_model(config: RunConfig) -> tuple[PreTrainedModel, torch.dtype]:
+    """``config.model`` without its weights, on the meta device, and the dtype they are stored in.
+
+    A configuration is enough: ``config.model`` may also be its file, or a folder that holds nothing else.
+
+    Raises:
+        ModelError: it cannot be found, is no causal LM, or needs code that was not allowed.
+    """
+    quiet()
+    given = Path(config.model).expanduser()
+    path = given if given.is_file() else resolve(config.model, ("config.json",))
+    check_config(path, trust_remote_code=config.trust_remote_code)
+    trusted: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    with _opening(f"model {config.model!r}"):
+        settings: Any = AutoConfig.from_pretrained(path, **trusted)
+        stored = stored_dtype(settings)
+        auto = _auto_class(settings, own_code=config.trust_remote_code and hasattr(settings, "auto_map"))
+        with torch.device("meta"):
+            dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+            model: PreTrainedModel = auto.from_config(settings, dtype=dtype, **trusted)
+    return model, stored
+
+
+def resolve(source: str, files: Sequence[str] = _CHECKPOINT_FILES) -> Path:
+    """The local folder of a model; of a Hub id the ``files`` that fit these patterns are downloaded.
 
     Raises:
         ModelError: there is no such folder, and the Hub does not have it or cannot be reached.
@@ -103,9 +193,7 @@ def resolve(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"])
-        )
+        return Path(snapshot_download(source, allow_patterns=list(files)))
     except Exception as error:  # whatever the network and the Hub raise
         raise ModelError(f"model {source!r}: there is no such folder, and {_hub_refusal(error)}") from error
 
@@ -131,10 +219,21 @@ def _hub_refusal(error: Exception) -> str:
 
 def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Refuse, before anything is loaded, what is no causal LM in safetensors or needs code that was not allowed."""
-    if not (folder / "config.json").exists():
+    check_config(folder, trust_remote_code=trust_remote_code)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no safetensors. Pickled weights can run code when they are opened and are refused; "
+            "convert them with save_pretrained first."
+        )
+
+
+def check_config(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse a folder, or a configuration file, that is of no causal LM or needs code that was not allowed."""
+    path = folder if folder.is_file() else folder / "config.json"
+    if not path.exists():
         raise ModelError(f"{folder} is no model: it has no config.json.")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} is no model: its config.json cannot be read: {_one_line(error)}") from error
     if not isinstance(config, dict):
@@ -148,11 +247,6 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
         if config.get("auto_map"):
             raise ModelError(f"{folder} needs the Python code it brings along; read it, then give --trust-remote-code.")
         raise ModelError(f"{folder}: Transformers {transformers.__version__} does not know the family {family!r}.")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} has no safetensors. Pickled weights can run code when they are opened and are refused; "
-            "convert them with save_pretrained first."
-        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,26 +8,34 @@ from typing import TYPE_CHECKING
 from . import surgery
 from .api import Update
 from .planning import PruningPlan
+from .statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_INPUT_SQUARES, MAE_DISTANCE, MSE_DISTANCE
 
 if TYPE_CHECKING:
-    from .collect import BlockMeasurement
+    from .collect import FeedForwardMeasurement
     from .pipeline import Bench
 
 _ENOUGH_TOKENS = 10
 """Calibration tokens per channel below which second moments are not to be trusted."""
+_MASSIVE = 0.5
+"""Share of a feed-forward's squared activations in one channel that is told."""
+_NAMED = 8
+"""Places a note names."""
 
 
 def gather_notes(
     bench: Bench,
     plan: PruningPlan,
-    measurements: Sequence[BlockMeasurement],
-    updates: Mapping[int, Update],
+    measurements: Sequence[FeedForwardMeasurement],
+    updates: Mapping[tuple[int, str], Update],
     biases_before: Sequence[str],
 ) -> tuple[str, ...]:
     """All notes of a run whose model is cut and compensated."""
     return (
         *_on_attention(plan),
         *_on_tokens(bench, measurements),
+        *_on_experts(measurements),
+        *_on_channels(measurements),
+        *_on_blocks(measurements),
         *_on_biases(bench, biases_before),
         *_on_updates(bench, updates),
     )
@@ -45,12 +53,12 @@ def _on_biases(bench: Bench, before: Sequence[str]) -> list[str]:
     added = [path for path in surgery.added_biases(decoder.config) if path not in before]
     return [
         f"{name} gave {path} of every block a bias the family lacks: "
-        f"{sum(block.get_parameter(f'{path}.bias').numel() for block in decoder.blocks)} parameters in all"
+        f"{sum(getattr(b.get_submodule(path), 'bias').numel() for b in decoder.blocks)} parameters in all"
         for path in added
     ]
 
 
-def _on_tokens(bench: Bench, measurements: Sequence[BlockMeasurement]) -> list[str]:
+def _on_tokens(bench: Bench, measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
     """A warning where second moments are fitted on few tokens."""
     chosen = (*bench.selection.collectors, *bench.selection.second_pass)
     if not measurements or not any(c.component.provides.heavy for c in chosen) or bench.windows is None:
@@ -64,11 +72,66 @@ def _on_tokens(bench: Bench, measurements: Sequence[BlockMeasurement]) -> list[s
     ]
 
 
-def _on_updates(bench: Bench, updates: Mapping[int, Update]) -> list[str]:
+def _on_experts(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
+    """Experts whose channels were judged on nothing, or on little."""
+    experts = [one for one in measurements if one.path[-1:].isdigit() and one.statistics]
+    unseen = [f"{one.block} ({one.path})" for one in experts if one.statistics.unseen]
+    few = [f"{one.block} ({one.path})" for one in experts if not one.statistics.unseen and _few(one)]
+    notes: list[str] = []
+    if unseen:
+        notes.append(f"no calibration token reached {len(unseen)} experts, which are judged by weights alone: block {_some(unseen)}")
+    if few:
+        notes.append(f"fewer calibration tokens than channels reached {len(few)} experts: block {_some(few)}")
+    return notes
+
+
+def _few(measured: FeedForwardMeasurement) -> bool:
+    return measured.statistics.tokens < measured.width
+
+
+def _on_channels(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
+    """Channels that never fire, and single channels that carry most of what a feed-forward does."""
+    dead, massive = list[str](), list[str]()
+    for one in measurements:
+        squares = one.statistics.get(DOWN_INPUT_SQUARES)
+        if squares is None or one.statistics.unseen:
+            continue
+        silent = (squares == 0).nonzero()[:, 0].tolist()
+        if silent:
+            dead.append(f"{_where(one)}: {len(silent)} (first {silent[0]})")
+        share = squares.max() / squares.sum().clamp(min=1e-30)
+        if share > _MASSIVE and len(squares) > 2:
+            massive.append(f"{_where(one)} channel {int(squares.argmax())} ({share:.0%})")
+    notes = [f"channels that never fire on the calibration tokens, block {_some(dead)}"] if dead else []
+    return [*notes, f"massive activations, more than half of a feed-forward's: block {_some(massive)}"] if massive else notes
+
+
+def _on_blocks(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
+    """Blocks that change nothing."""
+    still = [
+        str(one.block)
+        for one in measurements
+        for statistic in (ANGULAR_DISTANCE, COSINE_DISTANCE, MSE_DISTANCE, MAE_DISTANCE)
+        if statistic in one.statistics and one.statistics[statistic].item() == 0
+    ]
+    return [f"block {_some(list(dict.fromkeys(still)))} does not change its input at all"] if still else []
+
+
+def _where(one: FeedForwardMeasurement) -> str:
+    return f"{one.block}, {one.path}" if one.path[-1:].isdigit() else str(one.block)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return "; ".join(names[:_NAMED]) + more
+
+
+def _on_updates(bench: Bench, updates: Mapping[tuple[int, str], Update]) -> list[str]:
     """Which blocks the compensator's guard left as they were."""
     refused = [
-        str(index)
-        for index, update in updates.items()
+        str(block) + (f" ({path})" if path[-1:].isdigit() else "")
+        for (block, path), update in updates.items()
         if update.error is not None and update.down is None and update.up is None
     ]
     name = bench.selection.compensator.component.name

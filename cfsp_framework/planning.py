@@ -45,7 +45,7 @@ class CalibrationIdentity(_Frozen):
 
 
 class BlockPlan(_Frozen):
-    """Which channels of one feed-forward stay."""
+    """Which channels of one feed-forward stay; every expert of a mixture has an entry."""
 
     block: int = Field(ge=0)
     path: str
@@ -98,16 +98,14 @@ class PruningPlan(_Frozen):
 
     @model_validator(mode="after")
     def _attention_can_go(self) -> Self:
-        dropped = self.dropped_attention
-        if list(dropped) != sorted({*dropped}) or any(not 0 < block < len(self.blocks) for block in dropped):
-            raise ValueError(
-                f"dropped_attention {list(dropped)}: not ascending blocks between 1 and {len(self.blocks) - 1}"
-            )
+        dropped, last = self.dropped_attention, self.blocks[-1].block
+        if list(dropped) != sorted({*dropped}) or any(not 0 < block <= last for block in dropped):
+            raise ValueError(f"dropped_attention {list(dropped)}: not ascending blocks between 1 and {last}")
         return self
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each block after the cut."""
+        """Channels of each entry after the cut."""
         return tuple(len(block.kept) for block in self.blocks)
 
     @property
@@ -165,45 +163,56 @@ def allocate(allocator: Chosen[Allocator], summaries: Sequence[BlockSummary], bu
     return shares
 
 
-def total_to_keep(widths: Sequence[int], budget: Budget) -> int:
-    """The number of channels all blocks keep together: the multiple of ``round_to`` nearest to what was asked for."""
+def total_to_keep(widths: Sequence[int], budget: Budget, counts: Sequence[int] | None = None) -> int:
+    """The number of channels all blocks keep together: the multiple of ``round_to`` nearest to what was asked for.
+
+    Width i stands for ``counts[i]`` channels at once, one in each expert of a mixture; by default for one.
+    """
+    counts = counts or [1] * len(widths)
+    all_channels = sum(width * count for width, count in zip(widths, counts, strict=True))
     if budget.ratio == 0:
-        return sum(widths)
-    step = budget.round_to
-    total = min(step * math.floor((1 - budget.ratio) * sum(widths) / step + 0.5), sum(widths))
-    least = sum(min(step, width) for width in widths)
+        return all_channels
+    step = budget.round_to * math.gcd(*counts)
+    total = min(step * math.floor((1 - budget.ratio) * all_channels / step + 0.5), all_channels)
+    least = sum(min(budget.round_to, width) * count for width, count in zip(widths, counts, strict=True))
     if total < least:
         raise ConfigError(
-            f"a ratio of {budget.ratio:.4g} of the feed-forward channels cannot be met with --round-to {step}: one multiple "
-            f"a block already keeps {least} of {sum(widths)}, so at most {1 - least / sum(widths):.4g} can go. "
-            "Choose a smaller ratio or a smaller --round-to."
+            f"a ratio of {budget.ratio:.4g} of the feed-forward channels cannot be met with --round-to "
+            f"{budget.round_to}: one multiple a block already keeps {least} of {all_channels}, so at most "
+            f"{1 - least / all_channels:.4g} can go. Choose a smaller ratio or a smaller --round-to."
         )
-    if total == sum(widths):
+    if total == all_channels:
         raise ConfigError(
-            f"a ratio of {budget.ratio:.4g} of the feed-forward channels removes nothing with --round-to {step}: "
-            f"{sum(widths)} channels would all stay. Choose a larger ratio or a smaller --round-to."
+            f"a ratio of {budget.ratio:.4g} of the feed-forward channels removes nothing with --round-to "
+            f"{budget.round_to}: {all_channels} channels would all stay. Choose a larger ratio or a smaller --round-to."
         )
     return total
 
 
 def round_widths(
-    shares: Sequence[float], widths: Sequence[int], budget: Budget, *, rebalance: bool = True
+    shares: Sequence[float],
+    widths: Sequence[int],
+    budget: Budget,
+    *,
+    rebalance: bool = True,
+    counts: Sequence[int] | None = None,
 ) -> list[int]:
     """Whole widths for real shares: the nearest allowed one per block, then single steps until the total is exact.
 
     Allowed are the multiples of ``round_to`` below a block's width, and the width itself; the larger one on a tie. A
-    step is taken by the block furthest beyond its share, the first one on a tie. Where widths are no multiples and the
-    exact total cannot be reached, the steps end as near to it as they get.
+    step is taken by the block furthest beyond its share, the first one on a tie. Where widths are no multiples, or
+    stand for different ``counts`` of channels, and the exact total cannot be reached, the steps end as near as they get.
     """
     if budget.ratio == 0:
         return list(widths)
+    counts = counts or [1] * len(widths)
     targets = [width * min(share, 1.0) for width, share in zip(widths, shares, strict=True)]
     chosen = [_nearest(width, target, budget.round_to) for width, target in zip(widths, targets, strict=True)]
     if not rebalance:
         return chosen
-    total = total_to_keep(widths, budget)
-    while (excess := sum(chosen) - total) != 0:
-        step = _best_step(chosen, targets, widths, budget.round_to, excess)
+    total = total_to_keep(widths, budget, counts)
+    while (excess := sum(width * count for width, count in zip(chosen, counts, strict=True)) - total) != 0:
+        step = _best_step(chosen, targets, widths, counts, budget.round_to, excess)
         if step is None:
             break
         block, width = step
@@ -221,9 +230,11 @@ def keep_highest(scores: Tensor, count: int) -> tuple[int, ...]:
 def plan_blocks(
     summaries: Sequence[BlockSummary], allocator: Chosen[Allocator], budget: Budget, *, rebalance: bool = True
 ) -> tuple[BlockPlan, ...]:
-    """Widths by the allocator, channels by the scores."""
+    """Widths by the allocator, channels by the scores; one entry for every feed-forward."""
     shares = allocate(allocator, summaries, budget)
-    widths = round_widths(shares, [summary.width for summary in summaries], budget, rebalance=rebalance)
+    units = [_unit(summary) for summary in summaries]
+    counts = [summary.width // unit for summary, unit in zip(summaries, units, strict=True)]
+    widths = round_widths(shares, units, budget, rebalance=rebalance, counts=counts)
     with allocator.blamed("importance()") as component:
         found = component.importance(summaries)
         importance = [None] * len(summaries) if found is None else [float(value) for value in found]
@@ -232,13 +243,25 @@ def plan_blocks(
     return tuple(
         BlockPlan(
             block=summary.block,
-            path=summary.path,
-            width=summary.width,
+            path=path,
+            width=len(scores),
             importance=value,
-            kept=keep_highest(summary.scores, width),
+            kept=keep_highest(scores, width * len(scores) // unit),
         )
-        for summary, width, value in zip(summaries, widths, importance, strict=True)
+        for summary, unit, width, value in zip(summaries, units, widths, importance, strict=True)
+        for path, scores in _members(summary)
     )
+
+
+def _unit(summary: BlockSummary) -> int:
+    """The width the configuration gives: of one expert, where shared experts may be several of them wide."""
+    return min(summary.members.values(), default=summary.width)
+
+
+def _members(summary: BlockSummary) -> list[tuple[str, Tensor]]:
+    """Path and scores ``(F,)`` of every feed-forward of a summary."""
+    members = summary.members or {summary.path: summary.width}
+    return list(zip(members, summary.scores.split(list(members.values())), strict=True))
 
 
 def _nearest(full: int, target: float, step: int) -> int:
@@ -256,14 +279,19 @@ def _neighbour(width: int, full: int, step: int, direction: Literal[-1, 1]) -> i
 
 
 def _best_step(
-    chosen: Sequence[int], targets: Sequence[float], full: Sequence[int], step: int, excess: int
+    chosen: Sequence[int],
+    targets: Sequence[float],
+    full: Sequence[int],
+    counts: Sequence[int],
+    step: int,
+    excess: int,
 ) -> tuple[int, int] | None:
     """The block to move by one step toward the total, and its new width; None where no step brings it nearer."""
     direction: Literal[-1, 1] = -1 if excess > 0 else 1
     steps: list[tuple[float, int, int]] = []
     for block, width in enumerate(chosen):
         after = _neighbour(width, full[block], step, direction)
-        if after is not None and abs(excess + after - width) < abs(excess):
+        if after is not None and abs(excess + (after - width) * counts[block]) < abs(excess):
             steps.append(((width - targets[block]) * direction, block, after))
     if not steps:
         return None

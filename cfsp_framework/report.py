@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,15 +13,16 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .api import Update
 from .evaluation import Perplexity
-from .planning import PruningPlan
+from .planning import BlockPlan, PruningPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .collect import BlockMeasurement
+    from .collect import FeedForwardMeasurement
 
 
 class _Frozen(BaseModel):
@@ -48,9 +50,12 @@ class Evaluation(_Frozen):
 
 
 class BlockReport(_Frozen):
-    """One block's widths."""
+    """The width of a block's feed-forward, or of each expert of a mixture."""
 
     block: int
+    path: str
+    experts: int
+    """Feed-forwards of this width: the experts of a mixture, or one."""
     importance: float | None
     width_before: int
     width_after: int
@@ -70,6 +75,9 @@ class Report(_Frozen):
     family: str
     dtype: str
     device: str
+    processes: int
+    streamed: bool
+    """Whether blocks were read one at a time."""
     calibration: str | None
     samples: int
     seqlen: int
@@ -105,7 +113,7 @@ class Report(_Frozen):
 def measure_size(model: PreTrainedModel) -> Size:
     """Parameters (tied ones once), their bytes, and FLOPs per token."""
     parameters = list(model.parameters())
-    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    products = sum(_products(module, model) for module in model.modules())
     return Size(
         parameters=sum(parameter.numel() for parameter in parameters),
         bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
@@ -113,20 +121,49 @@ def measure_size(model: PreTrainedModel) -> Size:
     )
 
 
-def block_reports(plan: PruningPlan, updates: Mapping[int, Update] | None = None) -> tuple[BlockReport, ...]:
-    """The plan's blocks without their indices, and what their compensation was worth."""
+def _products(module: nn.Module, model: PreTrainedModel) -> int:
+    """Multiplications a token needs in a module's own matrices, an expert's for its share of the tokens."""
+    if isinstance(module, nn.Linear | Conv1D):
+        weight: torch.Tensor = module.weight
+        return weight.numel()
+    own = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+    values = model.config.get_text_config().to_dict()
+    chosen = values.get("num_experts_per_tok") or values.get("top_k") or 1
+    return sum(int(parameter.numel() * min(1.0, chosen / len(parameter))) for parameter in own)
+
+
+def block_reports(
+    plan: PruningPlan, updates: Mapping[tuple[int, str], Update] | None = None
+) -> tuple[BlockReport, ...]:
+    """The plan's widths without the indices, and what compensation was worth; experts of a mixture together."""
     updates = updates or {}
+    together: dict[tuple[int, str], list[BlockPlan]] = {}
+    for entry in plan.blocks:
+        together.setdefault((entry.block, bank_path(entry.path)), []).append(entry)
     return tuple(
         BlockReport(
-            block=index,
-            importance=block.importance,
-            width_before=block.width,
-            width_after=len(block.kept),
-            error_plain=updates[index].error_plain if index in updates else None,
-            error=updates[index].error if index in updates else None,
+            block=block,
+            path=path,
+            experts=len(entries),
+            importance=entries[0].importance,
+            width_before=entries[0].width,
+            width_after=len(entries[0].kept),
+            error_plain=_mean([u.error_plain for e in entries if (u := updates.get((e.block, e.path)))]),
+            error=_mean([u.error for e in entries if (u := updates.get((e.block, e.path)))]),
         )
-        for index, block in enumerate(plan.blocks)
+        for (block, path), entries in together.items()
     )
+
+
+def bank_path(path: str) -> str:
+    """A feed-forward's path without the number an expert has."""
+    module, _, last = path.rpartition(".")
+    return module if last.isdigit() else path
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 def peak_memory() -> int:
@@ -136,10 +173,12 @@ def peak_memory() -> int:
     return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
-def save_statistics(path: Path, measurements: Sequence[BlockMeasurement], metadata: Mapping[str, str]) -> None:
-    """Every block's light statistics and scores, named ``blocks.INDEX.NAME``."""
+def save_statistics(path: Path, measurements: Sequence[FeedForwardMeasurement], metadata: Mapping[str, str]) -> None:
+    """Light statistics and scores, named ``blocks.INDEX.NAME``, or ``blocks.INDEX.PATH.NAME`` in blocks with several."""
+    several = {block for block, count in Counter(one.block for one in measurements).items() if count > 1}
     tensors: dict[str, torch.Tensor] = {}
-    for index, measured in enumerate(measurements):
-        tensors |= {f"blocks.{index}.{s.name}": value.contiguous() for s, value in measured.statistics.items()}
-        tensors |= {f"blocks.{index}.scores.{label}": value.contiguous() for label, value in measured.scores.items()}
+    for one in measurements:
+        place = f"blocks.{one.block}.{one.path}" if one.block in several else f"blocks.{one.block}"
+        tensors |= {f"{place}.{s.name}": value.contiguous() for s, value in one.statistics.items()}
+        tensors |= {f"{place}.scores.{label}": value.contiguous() for label, value in one.scores.items()}
     save_file(tensors, path, dict(metadata))

@@ -6,14 +6,18 @@ from typing import Final
 
 from .api import Statistic
 
-DOWN_INPUT_SQUARES: Final = Statistic("down_input_squares", summary="sum of h² over tokens")
+DOWN_INPUT_SQUARES: Final = Statistic("down_input_squares", summary="sum of h² over tokens", unseen=1.0)
 DOWN_INPUT_MEAN: Final = Statistic("down_input_mean", summary="mean of h over tokens")
-DOWN_INPUT_VARIANCE: Final = Statistic("down_input_variance", summary="variance of h over tokens, divisor n")
+DOWN_INPUT_VARIANCE: Final = Statistic(
+    "down_input_variance", summary="variance of h over tokens, divisor n", unseen=1.0
+)
 DOWN_INPUT_FLUCTUATION: Final = Statistic(
-    "down_input_fluctuation", summary="FLAP's released running fluctuation of h, window by window"
+    "down_input_fluctuation", summary="FLAP's released running fluctuation of h, window by window", unseen=1.0
 )
 
-DOWN_INPUT_GRAM: Final = Statistic("down_input_gram", "(F, F)", "sum of h hᵀ over tokens", heavy=True)
+DOWN_INPUT_GRAM: Final = Statistic(
+    "down_input_gram", "(F, F)", "sum of h hᵀ over tokens", heavy=True, unseen=1.0
+)
 DOWN_INPUT_GRAM_HELD_OUT: Final = Statistic(
     "down_input_gram_held_out", "(F, F)", "sum of h hᵀ over the tokens of held-out windows", heavy=True
 )
@@ -26,9 +30,17 @@ DOWN_TARGET_SQUARES: Final = Statistic("down_target_squares", "()", "sum of squa
 DOWN_TARGET_SQUARES_HELD_OUT: Final = Statistic(
     "down_target_squares_held_out", "()", "sum of squares of the target over held-out windows"
 )
-FEED_FORWARD_INPUTS: Final = Statistic("feed_forward_inputs", "(N, T, D)", "inputs of the feed-forward", heavy=True)
+FEED_FORWARD_INPUTS: Final = Statistic(
+    "feed_forward_inputs", "(n, D)", "inputs of the feed-forward, token by token", heavy=True
+)
+FEED_FORWARD_INPUTS_HELD_OUT: Final = Statistic(
+    "feed_forward_inputs_held_out", "(n, D)", "inputs of the feed-forward in held-out windows", heavy=True
+)
 FEED_FORWARD_TARGETS: Final = Statistic(
-    "feed_forward_targets", "(N, T, D)", "what the feed-forward should give for its inputs", heavy=True
+    "feed_forward_targets", "(n, D)", "what the feed-forward should give for its inputs", heavy=True
+)
+FEED_FORWARD_TARGETS_HELD_OUT: Final = Statistic(
+    "feed_forward_targets_held_out", "(n, D)", "what it should give in held-out windows", heavy=True
 )
 
 BLOCK_OUTPUT_SQUARES: Final = Statistic("block_output_squares", "()", "sum of squares of the block's output")

@@ -4,49 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from .api import Update
 from .architectures import Decoder
+from .banks import Bank, ExpertBank, SingleBank, matrix
 from .errors import ConfigError, ModelError, PlanError
 from .heterogeneous import StandIn
-from .planning import PruningPlan
+from .planning import BlockPlan, PruningPlan
+
+
+Compensate = Callable[[int, Sequence[Tensor]], Sequence[Update]]
+"""Answers ``(block, kept channels of each of its feed-forwards)`` with a change for each."""
 
 
 def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
     """Refuse a plan for a model of other shapes."""
-    if plan.model.family != decoder.architecture.family or len(plan.blocks) != len(decoder.blocks):
+    if plan.model.family != decoder.architecture.family or plan.blocks[-1].block != len(decoder.blocks) - 1:
         raise PlanError(
-            f"the plan is for a {plan.model.family} model of {len(plan.blocks)} blocks; "
+            f"the plan is for a {plan.model.family} model of {plan.blocks[-1].block + 1} blocks; "
             f"this is a {decoder.architecture.family} model of {len(decoder.blocks)}."
         )
-    for index, (block, width) in enumerate(zip(plan.blocks, decoder.widths, strict=True)):
-        if (block.block, block.path, block.width) != (index, decoder.architecture.feed_forward.path, width):
+    places = decoder.places
+    for entry, planned in enumerate(plan.blocks):
+        place = places[entry] if entry < len(places) else None
+        if (planned.block, planned.path, planned.width) != place:
+            there = f"{place[1] or 'the block itself'} of width {place[2]} in block {place[0]}" if place else "nothing"
             raise PlanError(
-                f"the plan's entry {index} is block {block.block}, {block.path}, width {block.width}; "
-                f"the model has {decoder.architecture.feed_forward.path} of width {width} there."
+                f"the plan's entry {entry} is block {planned.block}, {planned.path}, width {planned.width}; "
+                f"the model has {there} there."
             )
+    if len(places) != len(plan.blocks):
+        raise PlanError(f"the plan has {len(plan.blocks)} feed-forwards; the model has {len(places)}.")
+    for index, entries in _by_block(plan).items():
+        for group in decoder.groups(index):
+            mine = [entries.pop(0) for bank in group.banks for _ in bank.paths]
+            if len({Fraction(len(entry.kept), entry.width) for entry in mine}) > 1:
+                raise PlanError(
+                    f"the plan keeps different shares of {mine[0].path} and others in block {index}, whose width is one "
+                    f"value, {group.key}."
+                )
 
 
-def apply_plan(decoder: Decoder, plan: PruningPlan, compensate: Callable[[int, Tensor], Update]) -> None:
+def _by_block(plan: PruningPlan) -> dict[int, list[BlockPlan]]:
+    """The entries of every block."""
+    entries: dict[int, list[BlockPlan]] = {}
+    for entry in plan.blocks:
+        entries.setdefault(entry.block, []).append(entry)
+    return entries
+
+
+def apply_plan(
+    decoder: Decoder, plan: PruningPlan, compensate: Compensate, leave: Callable[[int], None] = lambda index: None
+) -> None:
     """Cut every block to its kept channels and write what ``compensate(block, kept)`` answers, block by block.
+
+    ``leave(block)`` is called while the block is still resident and is what it will be.
 
     Raises:
         PlanError: the plan is for a model of other shapes; nothing is changed.
     """
     check_fits(decoder, plan)
-    lacking = [name for name, linear in decoder.projections(0).items() if linear.bias is None]
-    for index, block in enumerate(plan.blocks):
-        if len(block.kept) < block.width:
-            kept = torch.tensor(block.kept)  # (K,)
-            update = compensate(index, kept)
-            cut_block(decoder, index, kept)
-            apply_update(decoder, index, update)
+    lacking = _lacking_biases(decoder)
+    for index, entries in _by_block(plan).items():
+        with decoder.resident(index):
+            if any(len(entry.kept) < entry.width for entry in entries):
+                kept = [torch.tensor(entry.kept) for entry in entries]  # (K,) each
+                updates = compensate(index, kept)
+                cut_block(decoder, index, kept)
+                apply_updates(decoder, index, updates)
+            leave(index)
     _align_biases(decoder, lacking)
-    _describe_widths(decoder)
+    describe_widths(decoder)
 
 
 def drop_attention(decoder: Decoder, blocks: Sequence[int]) -> None:
@@ -86,84 +120,185 @@ def added_biases(config: PreTrainedConfig) -> list[str]:
 
 
 @torch.no_grad()
-def cut_block(decoder: Decoder, index: int, kept: Tensor) -> None:
-    """Keep the channels ``kept (K,)`` of block ``index``'s feed-forward: ``F`` becomes ``K`` in every projection."""
-    layout, width = decoder.architecture.feed_forward, decoder.widths[index]
-    for name, linear in decoder.projections(index).items():
-        where = kept.to(linear.weight.device)
+def cut_block(decoder: Decoder, index: int, kept: Sequence[Tensor]) -> None:
+    """Keep the channels ``kept[i] (K,)`` of block ``index``'s feed-forward ``i``: ``F`` becomes ``K`` everywhere."""
+    remaining = list(kept)
+    for group in decoder.groups(index):
+        for bank in group.banks:
+            mine, width = remaining[: len(bank.paths)], bank.width
+            del remaining[: len(bank.paths)]
+            if isinstance(bank, SingleBank):
+                _cut_single(bank, mine[0])
+            elif isinstance(bank, ExpertBank):
+                _cut_experts(bank, mine)
+            _tell_width(bank.module, width, len(mine[0]))
+
+
+def _cut_single(bank: SingleBank, kept: Tensor) -> None:
+    layout, width = bank.layout, bank.width
+    for name, projection in bank.projections.items():
+        where = kept.to(projection.weight.device)
         if name == layout.down:
-            linear.weight = _parameter(linear.weight[:, where], linear.weight)  # (D, K)
-            linear.in_features = len(kept)
-            continue
-        rows = torch.cat([where, where + width]) if layout.fused else where  # [gate; up], or one of them
-        linear.weight = _parameter(linear.weight[rows], linear.weight)  # (K or 2K, D)
-        if linear.bias is not None:
-            linear.bias = _parameter(linear.bias[rows], linear.bias)  # (K or 2K,)
-        linear.out_features = len(rows)
-    parent = decoder.blocks[index].get_submodule(layout.path)
-    if getattr(parent, decoder.architecture.width_key, None) == width:
-        setattr(parent, decoder.architecture.width_key, len(kept))
+            narrow = matrix(projection)[:, where]  # (D, K)
+        else:
+            where = torch.cat([where, where + width]) if layout.fused else where  # [gate; up], or one of them
+            narrow = matrix(projection)[where]  # (K or 2K, D)
+            if projection.bias is not None:
+                projection.bias = _parameter(projection.bias[where], projection.bias)  # (K or 2K,)
+        stored = narrow.mT if isinstance(projection, Conv1D) else narrow
+        projection.weight = _parameter(stored, projection.weight)
+        if isinstance(projection, Conv1D):
+            projection.nx, projection.nf = projection.weight.shape
+        else:
+            projection.out_features, projection.in_features = projection.weight.shape
+
+
+def _cut_experts(bank: ExpertBank, kept: Sequence[Tensor]) -> None:
+    layout, width, module = bank.layout, bank.width, bank.module
+    down = module.get_parameter(layout.down)
+    where = torch.stack(list(kept)).to(down.device)  # (E, K)
+    rows = where
+    if layout.fused:
+        rows = (
+            torch.cat([where, where + width], 1) if bank.concatenated else torch.stack([2 * where, 2 * where + 1], 2)
+        ).flatten(1)  # (E, 2K)
+    up_axis, down_axis = (1, 0) if bank.transposed else (0, 1)  # of one expert's matrix
+    setattr(module, layout.up, _taken(module.get_parameter(layout.up), rows, up_axis))
+    if bank.biased:
+        name = f"{layout.up}_bias"
+        setattr(module, name, _taken(module.get_parameter(name), rows, 0))
+    setattr(module, layout.down, _taken(down, where, down_axis))
+
+
+def _taken(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
+    """The entries ``index (E, K)`` of every expert along ``axis`` of its own part of ``parameter (E, ...)``."""
+    return _parameter(
+        torch.stack([one.index_select(axis, mine) for one, mine in zip(parameter, index, strict=True)]), parameter
+    )
+
+
+_WIDTH_ATTRIBUTES = ("intermediate_size", "ffn_dim", "hidden_dim", "expert_dim", "intermediate_dim", "ffn_hidden_size")
+
+
+def _tell_width(module: nn.Module, width: int, kept: int) -> None:
+    """Where a module keeps its width as an attribute, that changes too."""
+    for name in _WIDTH_ATTRIBUTES:
+        if module.__dict__.get(name) == width:
+            setattr(module, name, kept)
 
 
 @torch.no_grad()
-def apply_update(decoder: Decoder, index: int, update: Update) -> None:
-    """Write a compensator's change into block ``index``, which is cut already, in the model's dtype."""
-    layout, projections = decoder.architecture.feed_forward, decoder.projections(index)
-    up = projections[layout.up]
-    first = len(up.weight) // 2 if layout.fused else 0  # of the rows [gate; up], or of up alone
-    _write(projections[layout.down], update.down, update.down_bias)
-    _write(up, update.up, update.up_bias, slice(first, None))
-    if layout.gate is not None:
-        rows = slice(first) if layout.fused else slice(None)
-        _write(projections[layout.gate], update.gate, update.gate_bias, rows)
+def apply_updates(decoder: Decoder, index: int, updates: Sequence[Update]) -> None:
+    """Write a compensator's changes into block ``index``, which is cut already, in the model's dtype."""
+    remaining = list(updates)
+    for group in decoder.groups(index):
+        for bank in group.banks:
+            for member in range(len(bank.paths)):
+                _write(bank, member, remaining.pop(0))
 
 
-def _write(linear: nn.Linear, weight: Tensor | None, bias: Tensor | None, rows: slice = slice(None)) -> None:
-    if weight is not None:
-        linear.weight[rows].copy_(weight)
-    if bias is not None:
-        if linear.bias is None:
-            linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))  # (out,)
-        linear.bias[rows].copy_(bias)
+def _write(bank: Bank, member: int, update: Update) -> None:
+    for name in ("down", "down_bias", "up", "gate", "up_bias", "gate_bias"):
+        value: Tensor | None = getattr(update, name)
+        if value is None:
+            continue
+        if bank.weights(member).get(name) is None:
+            _give_bias(bank, name)
+        view = bank.weights(member)[name]
+        assert view is not None, "biases were added, and the host checked that there is a gate"
+        view.copy_(value)
 
 
-def _align_biases(decoder: Decoder, lacking: Sequence[str]) -> None:
+def _give_bias(bank: Bank, name: str) -> None:
+    """Give a projection the bias ``name`` that its family lacks, of zeros."""
+    if not isinstance(bank, SingleBank):
+        raise ConfigError(
+            f"{bank.layout.path}: these experts have no biases and cannot be given any; choose a compensator without."
+        )
+    projection = bank.projections[_projection_of(bank, name)]
+    projection.bias = nn.Parameter(torch.zeros_like(matrix(projection)[:, 0]))  # (out,)
+
+
+def _projection_of(bank: Bank, name: str) -> str:
+    """The attribute of the projection that a bias called as in ``Update`` belongs to."""
+    attribute = {"down_bias": bank.layout.down, "up_bias": bank.layout.up}.get(name, bank.layout.gate)
+    assert attribute is not None, "a feed-forward without a gate has no gate bias"
+    return attribute
+
+
+def _lacking_biases(decoder: Decoder) -> set[tuple[str, str]]:
+    """Path and attribute of every projection without a bias."""
+    return {
+        (bank.layout.path, name)
+        for index in range(len(decoder.blocks))
+        for bank in decoder.banks(index)
+        if isinstance(bank, SingleBank)
+        for name, projection in bank.projections.items()
+        if projection.bias is None
+    }
+
+
+def _align_biases(decoder: Decoder, lacking: set[tuple[str, str]]) -> None:
     """Where a compensator gave some block a bias the family lacks, give a zero one to the others, and say so.
 
     A configuration describes one setting for all blocks: either all of them have the bias or none.
     """
     added = added_biases(decoder.config)
-    for name in lacking:
-        linears = [decoder.projections(index)[name] for index in range(len(decoder.blocks))]
-        if all(linear.bias is None for linear in linears):
-            continue
-        for linear in linears:
-            if linear.bias is None:
-                linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))  # (out,)
-        added.append(f"{decoder.architecture.feed_forward.path}.{name}")
+    for path, name in sorted(lacking - _lacking_everywhere(decoder, lacking)):
+        for index in range(len(decoder.blocks)):
+            for bank in decoder.banks(index):
+                if isinstance(bank, SingleBank) and bank.layout.path == path:
+                    projection = bank.projections[name]
+                    if projection.bias is None:
+                        rows = matrix(projection)[:, 0]  # (out,), perhaps of a block that is not resident
+                        device = "cpu" if rows.is_meta else rows.device
+                        projection.bias = nn.Parameter(torch.zeros_like(rows, device=device))
+        added.append(f"{path}.{name}".removeprefix("."))
     if added:
         decoder.config.added_biases = added
 
 
-def _describe_widths(decoder: Decoder) -> None:
+def _lacking_everywhere(decoder: Decoder, lacking: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    there = {
+        (bank.layout.path, name)
+        for index in range(len(decoder.blocks))
+        for bank in decoder.banks(index)
+        if isinstance(bank, SingleBank)
+        for name, projection in bank.projections.items()
+        if projection.bias is not None
+    }
+    return lacking - there
+
+
+def describe_widths(decoder: Decoder) -> None:
     """Write the widths the modules have into the configuration.
 
-    Equal widths make an ordinary configuration. Else the global value stays what it was and every block that differs
-    from it is listed, so that a program that cannot read the list fails loudly. The same is done where biases were
+    Equal widths make an ordinary configuration. Else the global values stay what they were and every block that differs
+    from them is listed, so that a program that cannot read the list fails loudly. The same is done where biases were
     added or attention dropped: else such a checkpoint would load as something else and nobody would be told.
     """
-    config, key = decoder.config, decoder.architecture.width_key
-    widths = decoder.widths
+    config = decoder.config
+    blocks = [{group.key: group.width for group in decoder.groups(index)} for index in range(len(decoder.blocks))]
+    widths: dict[str, set[int]] = {}
+    for block in blocks:
+        for key, width in block.items():
+            widths.setdefault(key, set()).add(width)
     config.per_layer_config = None
+    own = config.to_dict()
     special = added_biases(config) or dropped_attention(config)
-    if special and set(widths) == {config.to_dict()[key]}:
+    if special and all(found == {own[key]} for key, found in widths.items()):
         raise ConfigError(
             "a model without some attention needs a narrower feed-forward too, or nothing tells it apart."
         )
-    if len(set(widths)) == 1 and not special:
-        setattr(config, key, widths[0])
+    lists = [key for key in widths if isinstance(own[key], list)]
+    if lists:  # Gemma 3n has a width per block of its own accord
+        for key in lists:
+            setattr(config, key, [block[key] for block in blocks])
+    elif all(len(found) == 1 for found in widths.values()) and not special:
+        for key, (width,) in widths.items():
+            setattr(config, key, width)
     else:
-        config.per_layer_config = {index: {key: width} for index, width in enumerate(widths)}
+        config.per_layer_config = dict(enumerate(blocks))
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -116,12 +116,11 @@ def open_tiny() -> Callable[..., tuple[LoadedModel, Decoder]]:
 
 @pytest.fixture(scope="session")
 def make_plan() -> Callable[..., PruningPlan]:
-    """``make_plan(decoder, widths, fingerprint="")``: a plan that keeps that many random channels of each block."""
+    """``make_plan(decoder, widths, fingerprint="")``: a plan that keeps so many random channels of each feed-forward."""
     from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
 
     def make(decoder: Decoder, widths: Sequence[int], fingerprint: str = "") -> PruningPlan:
         draw = torch.Generator().manual_seed(sum(widths))
-        layout = decoder.architecture.feed_forward
         return PruningPlan(
             model=ModelIdentity(
                 source="tiny", family=decoder.architecture.family, fingerprint=fingerprint, parameters=0
@@ -136,11 +135,11 @@ def make_plan() -> Callable[..., PruningPlan]:
             blocks=tuple(
                 BlockPlan(
                     block=block,
-                    path=layout.path,
+                    path=path,
                     width=width,
                     kept=tuple(torch.randperm(width, generator=draw)[:count].sort().values.tolist()),
                 )
-                for block, (width, count) in enumerate(zip(decoder.widths, widths, strict=True))
+                for (block, path, width), count in zip(decoder.places, widths, strict=True)
             ),
         )
 

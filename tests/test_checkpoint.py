@@ -128,14 +128,15 @@ print(json.dumps(told))
 """
 
 
-def add_biases(decoder: Decoder, names: Sequence[str]) -> Callable[[int, Tensor], Update]:
+def add_biases(decoder: Decoder, names: Sequence[str]) -> Callable[[int, Sequence[Tensor]], list[Update]]:
     """A compensator that sets biases a family may not have."""
 
-    def compensate(index: int, kept: Tensor) -> Update:
+    def compensate(index: int, kept: Sequence[Tensor]) -> list[Update]:
         draw = torch.Generator().manual_seed(index)
-        hidden = decoder.feed_forward(index).hidden
-        biases = {name: torch.randn(hidden if name == "down_bias" else len(kept), generator=draw) for name in names}
-        return Update(**biases)  # type: ignore[arg-type]
+        (feed_forward,), (mine,) = decoder.feed_forwards(index), kept
+        sizes = {name: feed_forward.hidden if name == "down_bias" else len(mine) for name in names}
+        biases = {name: torch.randn(size, generator=draw) for name, size in sizes.items()}
+        return [Update(**biases)]  # type: ignore[arg-type]
 
     return compensate
 
@@ -385,7 +386,7 @@ def test_a_pruned_checkpoint_can_be_pruned_again(
         if not biased:
             for index, block in enumerate(plan.blocks):
                 removed = sorted(set(range(block.width)) - set(block.kept))
-                before.down_projection(index).weight[:, removed] = 0
+                before.blocks[index].get_parameter("mlp.down_proj.weight")[:, removed] = 0
             torch.testing.assert_close(after.model(IDS).logits, before.model(IDS).logits, rtol=1e-4, atol=1e-5)
         remote = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=not ordinary)
         assert torch.equal(remote(IDS).logits, after.model(IDS).logits)

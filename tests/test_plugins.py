@@ -484,9 +484,9 @@ def test_the_built_in_architectures_answer_for_their_families_only() -> None:
     plugins = load_plugins()
     llama, phi3 = plugins.architecture(config("llama")), plugins.architecture(config("phi3"))
     assert llama is not None
-    assert (llama.family, llama.feed_forward.fused) == ("llama", False)
+    assert (llama.family, [layout.fused for layout in llama.feed_forwards]) == ("llama", [False])
     assert phi3 is not None
-    assert phi3.feed_forward.fused
+    assert [layout.fused for layout in phi3.feed_forwards] == [True]
     assert plugins.architecture(config("no-such-family")) is None
 
 

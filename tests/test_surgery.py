@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfsp_framework import Budget, Compensator, Criterion, PruningPlan, RunConfig, Update, prune
 from cfsp_framework.api import Allocator
 from cfsp_framework.architectures import Decoder
-from cfsp_framework.collect import collect
+from cfsp_framework.banks import SingleBank
+from cfsp_framework.blocks import embed
+from cfsp_framework.collect import collect, summarise
 from cfsp_framework.compensation import FirstPass
 from cfsp_framework.errors import PlanError
+from cfsp_framework.measure import measure_block
 from cfsp_framework.models import LoadedModel
 from cfsp_framework.planning import plan_blocks
 from cfsp_framework.plugins import Chosen, Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_GRAM, DOWN_INPUT_MEAN
-from cfsp_framework.surgery import added_biases, apply_plan, apply_update, check_fits, cut_block
+from cfsp_framework.surgery import added_biases, apply_plan, apply_updates, check_fits, cut_block
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]
 MakePlan = Callable[..., PruningPlan]
@@ -35,8 +38,15 @@ def plugins() -> Plugins:
     return load_plugins()
 
 
-def nothing(index: int, kept: Tensor) -> Update:
-    return Update()
+def nothing(index: int, kept: Sequence[Tensor]) -> list[Update]:
+    return [Update() for _ in kept]
+
+
+def bank(decoder: Decoder, index: int) -> SingleBank:
+    """Block ``index``'s only feed-forward."""
+    (found,) = decoder.banks(index)
+    assert isinstance(found, SingleBank)
+    return found
 
 
 @torch.no_grad()
@@ -50,7 +60,7 @@ def zero_removed(decoder: Decoder, plan: PruningPlan) -> None:
     """Silence the removed channels of the dense model."""
     for index, block in enumerate(plan.blocks):
         removed = sorted(set(range(block.width)) - set(block.kept))
-        decoder.down_projection(index).weight[:, removed] = 0
+        bank(decoder, index).down.weight[:, removed] = 0
 
 
 def test_a_cut_model_is_the_dense_one_with_removed_columns_zeroed(
@@ -71,15 +81,16 @@ def test_widths_are_right_wherever_a_module_or_the_configuration_keeps_them(
     family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model(family))
-    layout = decoder.architecture.feed_forward
+    (layout,) = decoder.architecture.feed_forwards
     apply_plan(decoder, make_plan(decoder, WIDTHS), nothing)
     assert decoder.widths == WIDTHS
     for index, width in enumerate(WIDTHS):
-        feed_forward = decoder.feed_forward(index)
+        (feed_forward,) = decoder.feed_forwards(index)
         gate = feed_forward.gate
         assert gate is not None
         assert feed_forward.width == len(feed_forward.up) == len(gate) == width
-        for name, linear in decoder.projections(index).items():
+        for name, linear in bank(decoder, index).projections.items():
+            assert isinstance(linear, nn.Linear)
             assert linear.weight.shape == (linear.out_features, linear.in_features)
             assert linear.weight.is_contiguous()
             assert linear.weight.requires_grad
@@ -123,7 +134,7 @@ def permute_channels(decoder: Decoder) -> list[list[int]]:
     draw = torch.Generator().manual_seed(3)
     for index, width in enumerate(decoder.widths):
         order = torch.randperm(width, generator=draw)
-        own = decoder.feed_forward(index)
+        (own,) = decoder.feed_forwards(index)
         update = Update(
             down=own.down[:, order].clone(),
             up=own.up[order].clone(),
@@ -131,7 +142,7 @@ def permute_channels(decoder: Decoder) -> list[list[int]]:
             up_bias=None if own.up_bias is None else own.up_bias[order].clone(),
             gate_bias=None if own.gate_bias is None else own.gate_bias[order].clone(),
         )
-        apply_update(decoder, index, update)
+        apply_updates(decoder, index, [update])
         orders.append(order.tolist())
     return orders
 
@@ -156,17 +167,11 @@ def test_permuting_the_channels_permutes_the_plan(
             WINDOWS,
             criteria,
             plugins.collectors_for(required),
-            batch_size=None,
             seed=0,
             progress=Progress(),
         )
         plans.append(
-            {
-                name: plan_blocks(
-                    [measured.summary(block, name) for block, measured in enumerate(found)], allocator, Budget(0.5)
-                )
-                for name in criteria
-            }
+            {name: plan_blocks(summarise(decoder, found, name), allocator, Budget(0.5)) for name in criteria}
         )
     for name in criteria:
         for block, (before, after) in enumerate(zip(plans[0][name], plans[1][name], strict=True)):
@@ -235,7 +240,7 @@ def test_cutting_twice_is_cutting_once(make_model: Callable[..., Path], open_tin
     assert not twice.config.is_heterogeneous
     for index in range(3):
         kept = [first.blocks[index].kept[channel] for channel in second.blocks[index].kept]
-        cut_block(once, index, torch.tensor(kept))
+        cut_block(once, index, [torch.tensor(kept)])
     assert torch.equal(logits(twice), logits(once))
 
 
@@ -251,25 +256,24 @@ def test_bias_gives_back_what_removed_channels_gave_on_average(
         WINDOWS,
         {},
         plugins.collectors_for({DOWN_INPUT_MEAN}),
-        batch_size=None,
         seed=0,
         progress=Progress(),
     )
-    statistics = [measured.statistics for measured in found]
+    statistics = {(measured.block, measured.path): measured.statistics for measured in found}
     apply_plan(cut, plan, FirstPass(cut, statistics, compensator, seed=0))
 
-    native = dense.down_projection(0).bias is not None
+    native = bank(dense, 0).down.bias is not None
     for index, block in enumerate(plan.blocks):
         removed = sorted(set(range(block.width)) - set(block.kept))
-        down = dense.down_projection(index)
-        lost = down.weight.detach()[:, removed] @ statistics[index][DOWN_INPUT_MEAN][removed]
-        down.bias = torch.nn.Parameter(lost if down.bias is None else down.bias.detach() + lost)
+        down = bank(dense, index).down
+        lost = down.weight.detach()[:, removed] @ statistics[index, block.path][DOWN_INPUT_MEAN][removed]
+        down.bias = nn.Parameter(lost if down.bias is None else down.bias.detach() + lost)
     zero_removed(dense, plan)
     torch.testing.assert_close(logits(cut), logits(dense), rtol=1e-4, atol=1e-5)
     assert added_biases(cut.config) == ([] if native else ["mlp.down_proj"])
-    assert all(cut.down_projection(index).bias is not None for index in range(3))
+    assert all(bank(cut, index).down.bias is not None for index in range(3))
     if not native:
-        assert torch.equal(cut.down_projection(1).bias, torch.zeros(32))
+        assert torch.equal(bank(cut, 1).down.bias, torch.zeros(32))
 
     outputs = [record_output(decoder, 0).mean((0, 1)) for decoder in (cut, untouched)]  # the same stream enters there
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
@@ -279,12 +283,12 @@ def test_biases_that_are_added_one_after_another_are_all_told(
     make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model("llama"))
-    apply_plan(decoder, make_plan(decoder, (40, 64, 24)), lambda _, kept: Update(down_bias=torch.ones(32)))
+    apply_plan(decoder, make_plan(decoder, (40, 64, 24)), lambda _, kept: [Update(down_bias=torch.ones(32))])
     assert added_biases(decoder.config) == ["mlp.down_proj"]
-    apply_plan(decoder, make_plan(decoder, (40, 32, 16)), lambda _, kept: Update(up_bias=torch.ones(len(kept))))
+    apply_plan(decoder, make_plan(decoder, (40, 32, 16)), lambda _, kept: [Update(up_bias=torch.ones(len(kept[0])))])
     assert added_biases(decoder.config) == ["mlp.down_proj", "mlp.up_proj"]
     for index, down, up in ((0, 1, 0), (1, 0, 1), (2, 1, 1)):  # zero where a block lost nothing
-        feed_forward = decoder.feed_forward(index)
+        (feed_forward,) = decoder.feed_forwards(index)
         assert feed_forward.down_bias is not None
         assert feed_forward.up_bias is not None
         assert feed_forward.gate_bias is None
@@ -296,10 +300,10 @@ def record_output(decoder: Decoder, index: int) -> Tensor:
     """What the feed-forward of block ``index`` gives on the windows, ``(N, T, D)``."""
     outputs: list[Tensor] = []
 
-    def hear(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+    def hear(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         outputs.append(output)
 
-    handle = decoder.down_projection(index).register_forward_hook(hear)
+    handle = bank(decoder, index).down.register_forward_hook(hear)
     logits(decoder)
     handle.remove()
     return outputs[0]
@@ -314,13 +318,13 @@ def test_whatever_a_compensator_changes_is_written_and_nothing_else(
     name: str, parts: tuple[str, ...], make_model: Callable[..., Path], open_tiny: Open
 ) -> None:
     _, decoder = open_tiny(make_model(name))
-    before = decoder.feed_forward(1)
+    (before,) = decoder.feed_forwards(1)
     old = {part: None if getattr(before, part) is None else getattr(before, part).clone() for part in PARTS}
     draw = torch.Generator().manual_seed(4)
     shapes = {"down": (32, 64), "up": (64, 32), "gate": (64, 32), "down_bias": (32,)}
     new = {part: torch.randn(shapes.get(part, (64,)), generator=draw) for part in parts}
-    apply_update(decoder, 1, Update(**new))  # type: ignore[arg-type]
-    after = decoder.feed_forward(1)
+    apply_updates(decoder, 1, [Update(**new)])  # type: ignore[arg-type]
+    (after,) = decoder.feed_forwards(1)
     for part in PARTS:
         value, expected = getattr(after, part), new.get(part, old[part])
         if expected is None:  # the other half of a bias that one half needs
@@ -331,8 +335,8 @@ def test_whatever_a_compensator_changes_is_written_and_nothing_else(
 
 def test_an_update_is_written_in_the_models_dtype(make_model: Callable[..., Path], open_tiny: Open) -> None:
     _, decoder = open_tiny(make_model("phi3", dtype="bfloat16"))
-    apply_update(decoder, 0, Update(down=torch.ones(32, 64), down_bias=torch.ones(32), up=torch.ones(64, 32)))
-    feed_forward = decoder.feed_forward(0)
+    apply_updates(decoder, 0, [Update(down=torch.ones(32, 64), down_bias=torch.ones(32), up=torch.ones(64, 32))])
+    (feed_forward,) = decoder.feed_forwards(0)
     for tensor in (feed_forward.down, feed_forward.down_bias, feed_forward.up):
         assert tensor is not None
         assert tensor.dtype == torch.bfloat16
@@ -342,13 +346,11 @@ def test_an_update_is_written_in_the_models_dtype(make_model: Callable[..., Path
 def test_a_gram_matrix_of_a_cut_block_is_the_kept_part_of_the_dense_one(
     make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan, plugins: Plugins
 ) -> None:
-    from cfsp_framework.blocks import embed
-    from cfsp_framework.measure import measure_block
-
     _, decoder = open_tiny(make_model("phi3"))
     collectors = plugins.collectors_for({DOWN_INPUT_GRAM})
-    dense = measure_block(decoder, 0, embed(decoder, WINDOWS), collectors)[DOWN_INPUT_GRAM]
+    (dense,) = measure_block(decoder, 0, embed(decoder, WINDOWS), collectors)
     kept = torch.tensor(make_plan(decoder, WIDTHS).blocks[0].kept)
-    cut_block(decoder, 0, kept)
-    narrow = measure_block(decoder, 0, embed(decoder, WINDOWS), collectors)[DOWN_INPUT_GRAM]
-    torch.testing.assert_close(narrow, dense[kept][:, kept], rtol=1e-4, atol=1e-5)
+    cut_block(decoder, 0, [kept])
+    (narrow,) = measure_block(decoder, 0, embed(decoder, WINDOWS), collectors)
+    expected = dense[DOWN_INPUT_GRAM][kept][:, kept]
+    torch.testing.assert_close(narrow[DOWN_INPUT_GRAM], expected, rtol=1e-4, atol=1e-5)

@@ -28,7 +28,9 @@ from .second_order import (
     DownTargetSquares,
     DownTargetSquaresHeldOut,
     FeedForwardInputs,
+    FeedForwardInputsHeldOut,
     FeedForwardTargets,
+    FeedForwardTargetsHeldOut,
 )
 
 __all__ = ["cfsp_architecture", "cfsp_collectors", "cfsp_compensators", "cfsp_recovery_schedulers"]
@@ -55,7 +57,9 @@ def cfsp_collectors() -> list[type[Collector]]:
         DownTargetSquares,
         DownTargetSquaresHeldOut,
         FeedForwardInputs,
+        FeedForwardInputsHeldOut,
         FeedForwardTargets,
+        FeedForwardTargetsHeldOut,
         BlockOutputSquares,
     ]
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cfsp_framework import HELD_OUT_EVERY, Accumulator, Collector, Site, Statistic
+from cfsp_framework import Accumulator, Collector, Site, Statistic, Windows
 from cfsp_framework.statistics import (
     DOWN_INPUT_FLUCTUATION,
     DOWN_INPUT_MEAN,
@@ -47,10 +47,10 @@ class DownInputMeanHeldOut(Collector):
     name: ClassVar[str] = "down-input-mean-held-out"
     provides: ClassVar[Statistic] = DOWN_INPUT_MEAN_HELD_OUT
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    ordered: ClassVar[bool] = True
+    windows: ClassVar[Windows] = Windows.HELD_OUT
 
     def start(self) -> Accumulator:
-        return _MeanHeldOut()
+        return _Mean()
 
 
 class DownInputVariance(Collector):
@@ -141,22 +141,6 @@ class _Mean(_Sums):
         return self.sums["sum"] / tokens
 
 
-class _MeanHeldOut(_Sums):
-    def __init__(self) -> None:
-        super().__init__()
-        self._windows = 0
-
-    def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        self._windows += 1
-        held_out = self._windows % HELD_OUT_EVERY == 0
-        self._add("sum", inputs.sum(0, dtype=torch.float32) * held_out)  # (F,)
-        tokens = torch.tensor(len(inputs) * held_out, dtype=torch.float64, device=inputs.device)
-        self._add("tokens", tokens)  # ()
-
-    def value(self, tokens: int) -> Tensor:
-        return self.sums["sum"] / self.sums["tokens"].clamp(min=1)
-
-
 class _Variance(_Sums):
     """The two moments are taken in float64: their difference loses the digits their squares share."""
 
@@ -176,6 +160,8 @@ class _Fluctuation(_Sums):
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         activation = inputs.float()  # (T, F)
+        if not len(activation):  # an expert none of the window's tokens went to
+            activation = activation.new_zeros(1, activation.shape[1])
         self._add("means", activation.mean(0))  # (F,)
         mean = (self.sums["means"] / (self._windows + 1)).float()  # (F,) mean of the windows so far, this one included
         weight = self._windows / (self._windows + 1)

@@ -22,7 +22,13 @@ from cfsp_framework import (
     Update,
 )
 from cfsp_framework.algebra import least_squares
-from cfsp_framework.statistics import FEED_FORWARD_INPUTS, FEED_FORWARD_TARGETS
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.statistics import (
+    FEED_FORWARD_INPUTS,
+    FEED_FORWARD_INPUTS_HELD_OUT,
+    FEED_FORWARD_TARGETS,
+    FEED_FORWARD_TARGETS_HELD_OUT,
+)
 
 _CHUNK = 8192
 
@@ -36,7 +42,9 @@ class LocalReconstruction(Compensator):
     """
 
     name: ClassVar[str] = "local-reconstruction"
-    requires: ClassVar[frozenset[Statistic]] = frozenset({FEED_FORWARD_INPUTS, FEED_FORWARD_TARGETS})
+    requires: ClassVar[frozenset[Statistic]] = frozenset(
+        {FEED_FORWARD_INPUTS, FEED_FORWARD_INPUTS_HELD_OUT, FEED_FORWARD_TARGETS, FEED_FORWARD_TARGETS_HELD_OUT}
+    )
 
     steps: int = Field(default=300, ge=1, description="optimiser steps a block")
     learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW, decaying linearly to 0")
@@ -52,7 +60,7 @@ class LocalReconstruction(Compensator):
         return self.mix
 
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
-        tokens = _split(statistics[FEED_FORWARD_INPUTS], statistics[FEED_FORWARD_TARGETS])
+        tokens = _tokens(statistics)
         plain = Weights.of(feed_forward, kept)
         whole = tokens.held_out_targets.square().mean().item() or 1.0  # targets of 0 leave nothing to lose
         before = plain.error(tokens.held_out_inputs, tokens.held_out_targets)
@@ -110,18 +118,32 @@ class Tokens:
     held_out_targets: Tensor
 
 
-def _split(inputs: Tensor, targets: Tensor) -> Tokens:
-    """Flatten the windows ``(N, T, D)``, every tenth held out; with fewer than ten the last one is."""
-    held_out = torch.arange(1, len(inputs) + 1) % HELD_OUT_EVERY == 0  # (N,)
-    if not held_out.any():
-        held_out[-1] = True
-    fit = ~held_out if len(inputs) > 1 else held_out
-    return Tokens(
-        inputs[fit].flatten(0, 1),
-        targets[fit].flatten(0, 1),
-        inputs[held_out].flatten(0, 1),
-        targets[held_out].flatten(0, 1),
+def _tokens(statistics: BlockStatistics) -> Tokens:
+    """The tokens to fit on and those to judge by; where none are held out the last tenth is."""
+    tokens = Tokens(
+        statistics[FEED_FORWARD_INPUTS],
+        statistics[FEED_FORWARD_TARGETS],
+        statistics[FEED_FORWARD_INPUTS_HELD_OUT],
+        statistics[FEED_FORWARD_TARGETS_HELD_OUT],
     )
+    if len(tokens.inputs) and len(tokens.held_out_inputs):
+        return tokens
+    inputs = torch.cat([tokens.inputs, tokens.held_out_inputs])  # (n, D)
+    targets = torch.cat([tokens.targets, tokens.held_out_targets])
+    fit = max(1, len(inputs) - -(-len(inputs) // HELD_OUT_EVERY))
+    held_out = slice(fit if fit < len(inputs) else 0, None)
+    return Tokens(inputs[:fit], targets[:fit], inputs[held_out], targets[held_out])
+
+
+def _function(feed_forward: FeedForward) -> Callable[[Tensor], Tensor]:
+    """The activation between up and down, if it is one that has a name."""
+    if feed_forward.activation not in ACT2FN:
+        raise ConfigError(
+            f"local-reconstruction cannot train {feed_forward.path}: what its family computes between gate, up and down "
+            "has no name; choose sequential or least-squares."
+        )
+    function: Callable[[Tensor], Tensor] = ACT2FN[feed_forward.activation]
+    return function
 
 
 @dataclass(frozen=True)
@@ -144,7 +166,7 @@ class Weights:
             return None if tensor is None else tensor[kept].float()
 
         return cls(
-            activation=ACT2FN[feed_forward.activation],
+            activation=_function(feed_forward),
             up=feed_forward.up[kept].float(),
             down=feed_forward.down[:, kept].float(),
             gate=rows(feed_forward.gate),

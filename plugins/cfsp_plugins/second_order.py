@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cfsp_framework import HELD_OUT_EVERY, Accumulator, Collector, Site, Statistic
+from cfsp_framework import Accumulator, Collector, Site, Statistic, Windows
 from cfsp_framework.statistics import (
     BLOCK_OUTPUT_SQUARES,
     DOWN_CROSS,
@@ -17,7 +17,9 @@ from cfsp_framework.statistics import (
     DOWN_TARGET_SQUARES,
     DOWN_TARGET_SQUARES_HELD_OUT,
     FEED_FORWARD_INPUTS,
+    FEED_FORWARD_INPUTS_HELD_OUT,
     FEED_FORWARD_TARGETS,
+    FEED_FORWARD_TARGETS_HELD_OUT,
 )
 
 _PANELS = 8
@@ -31,7 +33,7 @@ class DownInputGram(Collector):
     site: ClassVar[Site] = Site.DOWN_PROJECTION
 
     def start(self) -> Accumulator:
-        return _Gram(every=1)
+        return _Gram()
 
 
 class DownInputGramHeldOut(Collector):
@@ -40,10 +42,10 @@ class DownInputGramHeldOut(Collector):
     name: ClassVar[str] = "down-input-gram-held-out"
     provides: ClassVar[Statistic] = DOWN_INPUT_GRAM_HELD_OUT
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    ordered: ClassVar[bool] = True
+    windows: ClassVar[Windows] = Windows.HELD_OUT
 
     def start(self) -> Accumulator:
-        return _Gram(every=HELD_OUT_EVERY)
+        return _Gram()
 
 
 class DownCross(Collector):
@@ -54,7 +56,7 @@ class DownCross(Collector):
     site: ClassVar[Site] = Site.DOWN_PROJECTION
 
     def start(self) -> Accumulator:
-        return _Cross(every=1)
+        return _Cross()
 
 
 class DownCrossHeldOut(Collector):
@@ -63,10 +65,10 @@ class DownCrossHeldOut(Collector):
     name: ClassVar[str] = "down-cross-held-out"
     provides: ClassVar[Statistic] = DOWN_CROSS_HELD_OUT
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    ordered: ClassVar[bool] = True
+    windows: ClassVar[Windows] = Windows.HELD_OUT
 
     def start(self) -> Accumulator:
-        return _Cross(every=HELD_OUT_EVERY)
+        return _Cross()
 
 
 class DownTargetSquares(Collector):
@@ -77,7 +79,7 @@ class DownTargetSquares(Collector):
     site: ClassVar[Site] = Site.DOWN_PROJECTION
 
     def start(self) -> Accumulator:
-        return _OutputSquares(every=1)
+        return _OutputSquares()
 
 
 class DownTargetSquaresHeldOut(Collector):
@@ -86,18 +88,32 @@ class DownTargetSquaresHeldOut(Collector):
     name: ClassVar[str] = "down-target-squares-held-out"
     provides: ClassVar[Statistic] = DOWN_TARGET_SQUARES_HELD_OUT
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    ordered: ClassVar[bool] = True
+    windows: ClassVar[Windows] = Windows.HELD_OUT
 
     def start(self) -> Accumulator:
-        return _OutputSquares(every=HELD_OUT_EVERY)
+        return _OutputSquares()
 
 
 class FeedForwardInputs(Collector):
-    """The feed-forward's inputs themselves, window by window."""
+    """The feed-forward's inputs themselves, in the windows that are not held out."""
 
     name: ClassVar[str] = "feed-forward-inputs"
     provides: ClassVar[Statistic] = FEED_FORWARD_INPUTS
     site: ClassVar[Site] = Site.FEED_FORWARD
+    windows: ClassVar[Windows] = Windows.FITTED
+    ordered: ClassVar[bool] = True
+
+    def start(self) -> Accumulator:
+        return _Kept(outputs=False)
+
+
+class FeedForwardInputsHeldOut(Collector):
+    """The feed-forward's inputs themselves, in held-out windows."""
+
+    name: ClassVar[str] = "feed-forward-inputs-held-out"
+    provides: ClassVar[Statistic] = FEED_FORWARD_INPUTS_HELD_OUT
+    site: ClassVar[Site] = Site.FEED_FORWARD
+    windows: ClassVar[Windows] = Windows.HELD_OUT
     ordered: ClassVar[bool] = True
 
     def start(self) -> Accumulator:
@@ -105,11 +121,25 @@ class FeedForwardInputs(Collector):
 
 
 class FeedForwardTargets(Collector):
-    """What the feed-forward should give for its inputs, window by window."""
+    """What the feed-forward should give for its inputs, in the windows that are not held out."""
 
     name: ClassVar[str] = "feed-forward-targets"
     provides: ClassVar[Statistic] = FEED_FORWARD_TARGETS
     site: ClassVar[Site] = Site.FEED_FORWARD
+    windows: ClassVar[Windows] = Windows.FITTED
+    ordered: ClassVar[bool] = True
+
+    def start(self) -> Accumulator:
+        return _Kept(outputs=True)
+
+
+class FeedForwardTargetsHeldOut(Collector):
+    """What the feed-forward should give for its inputs, in held-out windows."""
+
+    name: ClassVar[str] = "feed-forward-targets-held-out"
+    provides: ClassVar[Statistic] = FEED_FORWARD_TARGETS_HELD_OUT
+    site: ClassVar[Site] = Site.FEED_FORWARD
+    windows: ClassVar[Windows] = Windows.HELD_OUT
     ordered: ClassVar[bool] = True
 
     def start(self) -> Accumulator:
@@ -124,56 +154,40 @@ class BlockOutputSquares(Collector):
     site: ClassVar[Site] = Site.BLOCK
 
     def start(self) -> Accumulator:
-        return _OutputSquares(every=1)
+        return _OutputSquares()
 
 
-class _Products:
-    """A float32 sum of products over every so many windows: float64 would double what one block holds."""
+class _Gram:
+    """Float32: float64 would double what one block holds. Only the upper triangle is summed, in panels of rows: little
+    more than half of the products."""
 
-    def __init__(self, every: int) -> None:
+    def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self._every = every
-        self._windows = 0
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        self._windows += 1
-        if self._windows % self._every == 0:
-            self._add(inputs.float(), outputs.float())
-        elif not self.sums:
-            self.sums["products"] = self._empty(inputs, outputs)
-
-    def _empty(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _add(self, inputs: Tensor, outputs: Tensor) -> None:
-        raise NotImplementedError
-
-
-class _Gram(_Products):
-    """Only the upper triangle is summed, in panels of rows: little more than half of the products."""
-
-    def _empty(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        return inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)  # (F, F)
-
-    def _add(self, inputs: Tensor, outputs: Tensor) -> None:
-        gram = self.sums.setdefault("products", self._empty(inputs, outputs))
-        width = inputs.shape[1]
+        activations, width = inputs.float(), inputs.shape[1]  # (T, F)
+        if not self.sums:
+            self.sums["products"] = activations.new_zeros(width, width)  # (F, F)
         height = -(-width // _PANELS)
         for start in range(0, width, height):
-            rows = inputs[:, start : start + height]  # (T, panel)
-            gram[start : start + height, start:].addmm_(rows.mT, inputs[:, start:])
+            rows = activations[:, start : start + height]  # (T, panel)
+            self.sums["products"][start : start + height, start:].addmm_(rows.mT, activations[:, start:])
 
     def value(self, tokens: int) -> Tensor:
         gram = self.sums["products"]
         return gram.triu() + gram.triu(1).mT
 
 
-class _Cross(_Products):
-    def _empty(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        return inputs.new_zeros(outputs.shape[1], inputs.shape[1], dtype=torch.float32)  # (D, F)
+class _Cross:
+    """Float32 sum of products of outputs and inputs."""
 
-    def _add(self, inputs: Tensor, outputs: Tensor) -> None:
-        self.sums.setdefault("products", self._empty(inputs, outputs)).addmm_(outputs.mT, inputs)
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        if not self.sums:
+            self.sums["products"] = inputs.new_zeros(outputs.shape[1], inputs.shape[1], dtype=torch.float32)  # (D, F)
+        self.sums["products"].addmm_(outputs.float().mT, inputs.float())
 
     def value(self, tokens: int) -> Tensor:
         return self.sums["products"]
@@ -189,19 +203,15 @@ class _Kept:
         self._windows.append((outputs if self._outputs else inputs).clone())
 
     def value(self, tokens: int) -> Tensor:
-        return torch.stack(self._windows)  # (N, T, D)
+        return torch.cat(self._windows)  # (n, D)
 
 
 class _OutputSquares:
-    def __init__(self, every: int) -> None:
+    def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self._every = every
-        self._windows = 0
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        self._windows += 1
-        counted = self._windows % self._every == 0
-        squares = outputs.float().square().sum(dtype=torch.float64) * counted  # ()
+        squares = outputs.float().square().sum(dtype=torch.float64)  # ()
         self.sums["squares"] = self.sums["squares"] + squares if "squares" in self.sums else squares
 
     def value(self, tokens: int) -> Tensor:

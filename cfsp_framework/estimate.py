@@ -1,0 +1,462 @@
+"""How long a pruning run takes and how much memory it needs, worked out before anything is loaded (docs/scale.md).
+
+``N`` windows of ``T`` tokens, hidden size ``D``, ``F`` channels of a feed-forward, ``K`` processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from .api import HELD_OUT_EVERY, Collector, Site, Stream
+from .errors import ConfigError
+from .hardware import BATCH_TOKENS, NOMINAL, Hardware, this_machine
+from .shapes import BlockShape, ModelShape, measure_shape
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .plugins import Chosen
+    from .selection import Selection
+
+LISTENING = 1.08
+"""A block that is measured beside one that just runs (docs/benchmarks.md)."""
+GRAM_SHARE = 9 / 16
+"""Of the products of a Gram matrix, those its collector computes: panels of the upper triangle."""
+RANK = 4.0
+"""Cubes of F, in float64 FLOPs, that a criterion or allocator spends on a Gram matrix: removal orders, error curves."""
+REFIT = 2.0
+"""The same of a compensator."""
+SQUARES = 8
+"""Float64 matrices (F, F) that are there at once while it is spent."""
+BACKWARD = 3.0
+"""A forward with its backward, in forwards."""
+INTERPRETER = 420 * 10**6
+"""Bytes of a process that has imported everything."""
+AHEAD = 2
+"""Blocks that are there at once while a model is streamed: one computes, one comes."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One way of calibration windows through the blocks, and what is measured on it in every feed-forward."""
+
+    windows: int = 0
+    forwards: float = 0.0
+    """Of every block, per token."""
+    streams: int = 1
+    """Copies of the hidden states."""
+    grams: int = 0
+    """Matrices (F, F) over all windows."""
+    held_out_grams: int = 0
+    crosses: int = 0
+    """Matrices (D, F) over all windows."""
+    held_out_crosses: int = 0
+    copies: int = 0
+    """Inputs or outputs (N, T, D) that are kept."""
+    vectors: int = 0
+    """Sums (F,) or smaller."""
+    cubes: float = 0.0
+    """Of F, in float64 FLOPs: the algebra on Gram matrices."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run does, whatever the model."""
+
+    seqlen: int
+    select: Pass
+    """The pass that channels are chosen by."""
+    compensate: Pass = Pass()
+    """The compensator's own pass, if it needs one."""
+    ratio: float = 0.5
+    """Share to remove of the feed-forwards' parameters, or of all."""
+    of_all_parameters: bool = False
+    batch_size: int | None = None
+    """Windows; None: what the device takes."""
+    notes: tuple[str, ...] = ()
+    """What is not counted."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running it: on what, from where, at which price."""
+
+    hardware: str
+    measured: bool
+    streamed: bool
+    processes: int
+    seconds: Mapping[str, float]
+    """Per phase, as ``report.json`` calls them."""
+    causes: Mapping[str, float]
+    """The same seconds by what they are spent on: compute, disk, transfer, all-reduce."""
+    host_bytes: int
+    """Peak of one node."""
+    device_bytes: int
+    """Peak of one GPU; 0 without."""
+    fits: bool
+
+    @property
+    def total(self) -> float:
+        """Seconds of the run."""
+        return sum(self.seconds.values())
+
+    @property
+    def collect(self) -> float:
+        """Seconds of the blocks: while they are measured, and again while they are compensated."""
+        return self.seconds["collect"] + self.seconds["cut"]
+
+    @property
+    def bound(self) -> str:
+        """What most of the time is spent on."""
+        return max(self.causes, key=self.causes.__getitem__)
+
+
+def plan_workload(config: RunConfig, selection: Selection, context: int | None) -> Workload:
+    """What a run with this configuration does; ``context`` is the model's longest sequence.
+
+    Raises:
+        ConfigError: windows longer than that were asked for.
+    """
+    if config.seqlen is not None and context is not None and config.seqlen > context:
+        raise ConfigError(f"--seqlen {config.seqlen} is longer than the model's context of {context}.")
+    twice = bool(selection.second_pass)
+    split = twice and not config.reuse_windows and config.samples > 1
+    first = -(-config.samples // 2) if split else config.samples
+    return Workload(
+        seqlen=config.seqlen or min(1024, context or 1024),
+        select=_first_pass(selection, first),
+        compensate=_second_pass(selection, config.samples - first if split else config.samples) if twice else Pass(),
+        ratio=config.ratio,
+        of_all_parameters=config.budget == "parameters",
+        batch_size=config.batch_size,
+        notes=tuple(_not_counted(config, selection)),
+    )
+
+
+def _first_pass(selection: Selection, windows: int) -> Pass:
+    sites = [chosen.component.site for chosen in selection.collectors]
+    backward = Site.GRADIENT in sites
+    forwards = BACKWARD * backward + any(site is not Site.GRADIENT for site in sites)
+    readers = [selection.criterion.component.required(), selection.allocator.component.required()]
+    ranking = sum(any(s.shape == "(F, F)" for s in read) for read in readers)
+    ranking += selection.allocator.component.curve() is not None
+    return _pass(selection.collectors, windows if sites else 0, forwards, cubes=RANK * ranking)
+
+
+def _second_pass(selection: Selection, windows: int) -> Pass:
+    """On the pruned stream a block runs dense and cut, and dense on the other stream where targets lean to it."""
+    component = selection.compensator.component
+    pruned, teacher = component.stream() is Stream.PRUNED, component.target_mix() > 0
+    cubes = REFIT * any(s.shape == "(F, F)" for s in component.required())
+    forwards, streams = (2.0 + teacher, 1 + teacher) if pruned else (1.0, 1)
+    return _pass(selection.second_pass, windows, forwards, streams=streams, cubes=cubes)
+
+
+def _pass(
+    collectors: Iterable[Chosen[Collector]], windows: int, forwards: float, *, streams: int = 1, cubes: float = 0.0
+) -> Pass:
+    provided = [chosen.component.provides for chosen in collectors]
+    shapes = [(statistic.shape, statistic.name.endswith("held_out")) for statistic in provided]
+    return Pass(
+        windows,
+        forwards,
+        streams,
+        grams=shapes.count(("(F, F)", False)),
+        held_out_grams=shapes.count(("(F, F)", True)),
+        crosses=shapes.count(("(D, F)", False)),
+        held_out_crosses=shapes.count(("(D, F)", True)),
+        copies=sum(shape == "(N, T, D)" for shape, _ in shapes),
+        vectors=sum(not statistic.heavy for statistic in provided),
+        cubes=cubes,
+    )
+
+
+def _not_counted(config: RunConfig, selection: Selection) -> Iterable[str]:
+    if any(chosen.component.provides.shape == "(N, T, D)" for chosen in selection.second_pass):
+        yield f"what {selection.compensator.component.name} trains in every feed-forward is not counted"
+    if any(chosen.component.site is Site.GRADIENT for chosen in selection.collectors):
+        yield "gradients need the whole model at once; what their backward keeps is not counted, nor is it streamed"
+    if config.drop_attention:
+        yield "choosing the attentions to drop is not counted"
+
+
+def estimate(shape: ModelShape, workload: Workload, hardware: Hardware) -> tuple[Way, Way]:
+    """The run with the whole model in memory, and streamed block by block, with one process on each device."""
+    return _Run(shape, workload, hardware, streamed=False).way(), _Run(shape, workload, hardware, streamed=True).way()
+
+
+@dataclass(frozen=True)
+class _Run:
+    shape: ModelShape
+    workload: Workload
+    hardware: Hardware
+    streamed: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+    causes: dict[str, float] = field(default_factory=dict)
+
+    def way(self) -> Way:
+        self.causes.update(dict.fromkeys(("compute", "disk", "transfer", "all-reduce"), 0.0))
+        self._load()
+        self._run("collect", self.workload.select)
+        self._run("cut", self.workload.compensate)
+        self._save()
+        hardware = self.hardware
+        host, device = self._memory()
+        return Way(
+            hardware=hardware.name,
+            measured=hardware.measured,
+            streamed=self.streamed,
+            processes=hardware.processes,
+            seconds=self.seconds,
+            causes=self.causes,
+            host_bytes=host,
+            device_bytes=device,
+            fits=host <= hardware.host_memory and device <= hardware.device_memory,
+        )
+
+    def _spend(self, phase: str, cause: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.causes[cause] += seconds
+
+    def _load(self) -> None:
+        """The weights, or what is in no block, and the fingerprint over all of the file."""
+        shape, stored = self.shape, self.shape.stored_bytes
+        first = shape.outside_stored_bytes if self.streamed else stored
+        self._spend("load", "disk", self._read(stored, again=False) + self._read(first, again=True))
+        self._spend("load", "disk", stored / self.hardware.hashing)
+        self._spend("load", "transfer", (shape.outside_bytes if self.streamed else shape.bytes) / self._to_device)
+
+    def _run(self, phase: str, part: Pass) -> None:
+        """One pass over the blocks; while they are cut a streamed model is read once more, whatever is measured."""
+        for index, block in enumerate(self.shape.blocks):
+            compute = self._compute(block, part)
+            self._spend(phase, "all-reduce", self._all_reduce(block, part))
+            if not self.streamed:
+                self._spend(phase, "compute", compute)
+                continue
+            disk, transfer = self._read(block.stored_bytes, again=True), block.bytes / self._to_device
+            if not self.hardware.has_gpu:
+                self._spend(phase, "compute", compute)
+                self._spend(phase, "disk", disk)
+                continue
+            if index == 0:  # nothing runs yet while the first block comes
+                self._spend(phase, "disk", disk)
+                self._spend(phase, "transfer", transfer)
+            slower = "compute" if compute >= disk + transfer else "disk" if disk >= transfer else "transfer"
+            self._spend(phase, slower, max(compute, disk + transfer))
+
+    def _save(self) -> None:
+        """Write the checkpoint, read it again, and run both on one window, head included."""
+        shape, written, seqlen = self.shape, self._written, self.workload.seqlen
+        self._spend("save", "disk", written / self.hardware.disk_write)
+        self._spend("save", "transfer", written / self._to_device)
+        self._spend("verify", "disk", self._read(written, again=True) / self.hardware.devices)
+        self._spend("verify", "transfer", written / self._to_device)
+        flops = shape.flops_per_token(seqlen) * written / shape.bytes + 2 * shape.hidden * shape.vocabulary
+        self._spend("verify", "compute", 2 * seqlen * flops / self.hardware.rate(shape.dtype))
+
+    @property
+    def _to_device(self) -> float:
+        return self.hardware.to_device if self.hardware.has_gpu else math.inf
+
+    def _read(self, size: int, *, again: bool) -> float:
+        """Seconds until every process of a node has read ``size`` bytes: one from the disk, others from its cache.
+
+        The system holds a checkpoint in memory that takes at most half of it.
+        """
+        hardware = self.hardware
+        cached = self.shape.stored_bytes <= hardware.host_memory / 2
+        later = size / (hardware.cached_read if cached else hardware.disk_read)
+        return hardware.devices * later if again else size / hardware.disk_read + (hardware.devices - 1) * later
+
+    def _compute(self, block: BlockShape, part: Pass) -> float:
+        """Seconds one process computes for one block: forwards and products for its windows, algebra for all."""
+        shape, hardware = self.shape, self.hardware
+        tokens = self._windows(part) * self.workload.seqlen
+        grams = GRAM_SHARE * (part.grams + part.held_out_grams / HELD_OUT_EVERY)
+        crosses = part.crosses + part.held_out_crosses / HELD_OUT_EVERY
+        forward = LISTENING * part.forwards * tokens * shape.block_flops(block, self.workload.seqlen)
+        products = algebra = 0.0
+        for found in block.feed_forwards:
+            per_token = 2 * found.width**2 * grams + 2 * shape.hidden * found.width * crosses
+            products += tokens * found.share * found.count * per_token
+            algebra += part.cubes * found.count * found.width**3
+        return (
+            forward / hardware.rate(shape.dtype)
+            + products / hardware.rate("float32")
+            + algebra / hardware.rate("float64")
+        )
+
+    def _windows(self, part: Pass) -> int:
+        """Of the process that has most of them."""
+        return -(-part.windows // self.hardware.processes)
+
+    def _all_reduce(self, block: BlockShape, part: Pass) -> float:
+        """Seconds until every process has the block's sums of all, in float64, around a ring."""
+        count = self.hardware.processes
+        if part.windows == 0 or count == 1:
+            return 0.0
+        values = sum(
+            found.count * (self._heavy(found.width, part) + part.vectors * found.width) for found in block.feed_forwards
+        )
+        return 2 * (count - 1) / count * 8 * values / self.hardware.link
+
+    def _heavy(self, width: int, part: Pass) -> int:
+        """Values of the matrices of one feed-forward."""
+        grams, crosses = part.grams + part.held_out_grams, part.crosses + part.held_out_crosses
+        return grams * width**2 + crosses * self.shape.hidden * width
+
+    @property
+    def _written(self) -> int:
+        return pruned_bytes(self.shape, self.workload)
+
+    @property
+    def _cut_bytes(self) -> int:
+        """Of the feed-forwards after the cut."""
+        shape = self.shape
+        inside = sum(
+            f.parameters * block.bytes // block.parameters for block in shape.blocks for f in block.feed_forwards
+        )
+        return self._written - (shape.bytes - inside)
+
+    def _memory(self) -> tuple[int, int]:
+        """Peak bytes of one node's host memory and of one GPU."""
+        shape, devices = self.shape, self.hardware.devices
+        working = max(self._working(part) for part in (self.workload.select, self.workload.compensate))
+        logits = self.workload.seqlen * shape.vocabulary * (12 + 2 * shape.element_size)
+        if self.streamed:
+            ahead = min(AHEAD, len(shape.blocks))
+            dense = ahead * max(block.bytes for block in shape.blocks)
+            pruned = ahead * max(_pruned_block(shape, self.workload, block) for block in shape.blocks)
+            peak = shape.outside_bytes + max(dense + working, pruned + logits)
+            passing = dense
+        else:
+            # On a CPU the dense weights are the checkpoint's pages, which stay mapped when others take their place.
+            narrower = 2 * self._written if self.hardware.has_gpu else shape.bytes + self._cut_bytes + self._written
+            peak = max(shape.bytes + working, narrower + logits)
+            passing = shape.bytes
+        if not self.hardware.has_gpu:
+            return INTERPRETER + peak, 0
+        return devices * (INTERPRETER + passing), peak
+
+    def _working(self, part: Pass) -> int:
+        """Bytes beside the weights while blocks are measured: hidden states, a batch, and one block's statistics."""
+        shape, windows = self.shape, self._windows(part)
+        if windows == 0:
+            return 0
+        hidden = windows * self.workload.seqlen * shape.hidden * shape.element_size
+        heavy = max(
+            sum(found.count * 4 * self._heavy(found.width, part) for found in block.feed_forwards)
+            for block in shape.blocks
+        )
+        finishing = 4 * shape.widest**2 * 2 if part.grams else 0  # both triangles, while a matrix is put together
+        algebra = 8 * shape.widest**2 * SQUARES if part.cubes else 0
+        batch = activation_bytes(shape, self.workload, windows, self.hardware.batch_tokens)
+        return hidden * (part.streams + part.copies) + batch + heavy + max(finishing, algebra)
+
+
+def pruned_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Of the checkpoint that is written."""
+    return shape.outside_bytes + sum(_pruned_block(shape, workload, block) for block in shape.blocks)
+
+
+def _pruned_block(shape: ModelShape, workload: Workload, block: BlockShape) -> int:
+    """Bytes of a block whose feed-forwards lost the same share as all others."""
+    inside = sum(found.parameters for block in shape.blocks for found in block.feed_forwards)
+    wanted = workload.ratio * (shape.parameters if workload.of_all_parameters else inside)
+    share = min(1.0, wanted / inside) if inside else 0.0
+    return block.bytes - round(share * sum(f.parameters for f in block.feed_forwards) * block.bytes / block.parameters)
+
+
+def activation_bytes(shape: ModelShape, workload: Workload, windows: int, batch_tokens: int) -> int:
+    """Of one batch inside a block: what projections and attention give, and a collector's float32 copies."""
+    batch = workload.batch_size or max(1, batch_tokens // workload.seqlen)
+    tokens = min(batch, windows) * workload.seqlen
+    width = max((sum(f.share * f.count * f.width for f in b.feed_forwards) for b in shape.blocks), default=0)
+    own = tokens * (3 * width + 4 * shape.attention + 4 * shape.hidden) * shape.element_size
+    return round(own + 8 * workload.seqlen * shape.widest)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What ``cfsp plan --estimate`` tells."""
+
+    model: str
+    shape: ModelShape
+    workload: Workload
+    hardware: tuple[Hardware, ...]
+    ways: tuple[Way, ...]
+
+    def describe(self) -> dict[str, int | str]:
+        """What the model and its run amount to; bytes are of one process that has all windows."""
+        shape, workload = self.shape, self.workload
+        block = max(shape.blocks, key=lambda block: block.bytes)
+        part = max(workload.select, workload.compensate, key=lambda part: part.grams + part.held_out_grams)
+        matrices = part.grams + part.held_out_grams
+        windows = max(workload.select.windows, workload.compensate.windows)
+        return {
+            "family": shape.family,
+            "dtype": shape.dtype,
+            "parameters": shape.parameters,
+            "bytes": shape.bytes,
+            "blocks": len(shape.blocks),
+            "parameters_per_block": block.parameters,
+            "bytes_per_block": block.bytes,
+            "read_bytes_per_block": block.stored_bytes,
+            "parameters_outside": shape.outside_parameters,
+            "bytes_outside": shape.outside_bytes,
+            "hidden_size": shape.hidden,
+            "feed_forward_width": shape.widest,
+            "experts": shape.experts,
+            "experts_per_token": shape.experts_per_token,
+            "seqlen": workload.seqlen,
+            "windows": windows,
+            "flops_per_token": shape.flops_per_token(workload.seqlen),
+            "hidden_state_bytes": windows * workload.seqlen * shape.hidden * shape.element_size,
+            "activation_bytes_cpu": activation_bytes(shape, workload, windows, BATCH_TOKENS["cpu"]),
+            "activation_bytes_gpu": activation_bytes(shape, workload, windows, BATCH_TOKENS["cuda"]),
+            "gram_bytes": max(
+                sum(f.count * 4 * f.width**2 * matrices for f in block.feed_forwards) for block in shape.blocks
+            ),
+            "written_bytes": pruned_bytes(shape, workload),
+        }
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as one JSON object; rates are FLOP/s and bytes/s."""
+        return {
+            "model": self.model,
+            "shape": self.describe(),
+            "workload": asdict(self.workload),
+            "hardware": [asdict(hardware) | _finite(hardware) for hardware in self.hardware],
+            "ways": [{**asdict(way), "total_seconds": way.total, "bound": way.bound} for way in self.ways],
+        }
+
+
+def _finite(hardware: Hardware) -> dict[str, float | None]:
+    """What JSON has no number for."""
+    rates = {"to_device": hardware.to_device, "link": hardware.link}
+    return {name: rate if math.isfinite(rate) else None for name, rate in rates.items()}
+
+
+def estimate_run(config: RunConfig) -> Estimate:
+    """The time and memory a run with this configuration takes: here, and on machines with GPUs.
+
+    Reads the model's configuration, no weights and no data; measures this machine, which takes about a second.
+
+    Raises:
+        InputError: the model's configuration or the options cannot be used.
+    """
+    from .models import pick_device, sketch_model
+    from .plugins import load_plugins
+    from .selection import select
+
+    selection = select(config, load_plugins(config.plugins))
+    device = pick_device(config.device)
+    shape = measure_shape(*sketch_model(config))
+    workload = plan_workload(config, selection, shape.context)
+    algebra = {"float64"} if workload.select.cubes + workload.compensate.cubes else set[str]()
+    machines = (this_machine(device, {shape.dtype, *algebra}), *NOMINAL)
+    ways = tuple(way for machine in machines for way in estimate(shape, workload, machine))
+    return Estimate(config.model, shape, workload, machines, ways)

@@ -1,0 +1,254 @@
+"""How fast machines compute, read and write: this one as it measures itself, others as their makers say.
+
+Rates are FLOP/s and bytes/s; a multiplication with an addition counts as two FLOPs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
+"""Tokens of one batch, as runs take them."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One or more like machines ("nodes"), each with the same GPUs, or with none.
+
+    ``measured`` tells rates found by running from nominal ones times an assumed share.
+    """
+
+    name: str
+    flops: Mapping[str, float]
+    """FLOP/s that matrix products reach on one device, by dtype; one that is missing counts as float32."""
+    disk_read: float
+    """Bytes/s per node of files not read lately, weights as safetensors give them."""
+    disk_write: float
+    cached_read: float
+    """Bytes/s of files that the system still holds in memory."""
+    hashing: float
+    """Bytes/s of SHA-256."""
+    host_memory: int
+    """Bytes per node."""
+    measured: bool
+    device_memory: int = 0
+    """Bytes per GPU; 0: the CPU computes."""
+    to_device: float = float("inf")
+    """Bytes/s between the memories of host and GPU."""
+    link: float = float("inf")
+    """Bytes/s of each process while sums are added over all of them."""
+    devices: int = 1
+    """GPUs per node, with one process each."""
+    nodes: int = 1
+
+    @property
+    def processes(self) -> int:
+        return self.devices * self.nodes
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.device_memory > 0
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per batch where nothing else is said."""
+        return BATCH_TOKENS["cuda" if self.has_gpu else "cpu"]
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s of one device in ``dtype``."""
+        return self.flops.get(dtype, self.flops["float32"])
+
+
+_H100 = {"bfloat16": 0.4 * 989e12, "float16": 0.4 * 989e12, "float32": 0.7 * 67e12, "float64": 0.3 * 67e12}
+"""Data sheet of the H100 SXM, dense products on tensor cores where there are some, times an assumed share."""
+
+NOMINAL = (
+    Hardware(
+        name="1 GPU",
+        flops=_H100,
+        disk_read=0.7 * 7e9,  # one PCIe 4.0 solid-state drive
+        disk_write=0.5 * 5e9,
+        cached_read=8e9,
+        hashing=1.8e9,
+        host_memory=256 * 10**9,
+        measured=False,
+        device_memory=80 * 10**9,
+        to_device=0.4 * 64e9,  # PCIe 5.0 x16, from memory that is not pinned
+    ),
+    Hardware(
+        name="8 GPUs",
+        flops=_H100,
+        disk_read=0.4 * 50e9,  # eight drives striped
+        disk_write=0.4 * 25e9,
+        cached_read=40e9,  # by eight processes together
+        hashing=1.8e9,
+        host_memory=2 * 10**12,
+        measured=False,
+        device_memory=80 * 10**9,
+        to_device=0.4 * 64e9,
+        link=0.7 * 450e9,  # NVLink 4, one direction
+        devices=8,
+    ),
+    Hardware(
+        name="4x8 GPUs",
+        flops=_H100,
+        disk_read=0.4 * 50e9,
+        disk_write=0.4 * 25e9,
+        cached_read=40e9,
+        hashing=1.8e9,
+        host_memory=2 * 10**12,
+        measured=False,
+        device_memory=80 * 10**9,
+        to_device=0.4 * 64e9,
+        link=0.7 * 50e9,  # one 400 Gb/s adapter for each GPU
+        devices=8,
+        nodes=4,
+    ),
+)
+"""Machines with GPUs as of an H100 with 80 GB. Nominal rates times assumed shares; nothing of it was measured."""
+
+
+def this_machine(device: torch.device, dtypes: Collection[str], folder: Path | None = None) -> Hardware:
+    """This machine, as it is now: measured in about a second, so its rates scatter.
+
+    ``dtypes`` are those of the products; files are written to and read from ``folder``, else that of temporary files.
+    """
+    import torch
+
+    gpu = device.type == "cuda"
+    write, cold, cached = disk_rates(folder, megabytes=64)
+    name = "this GPU" if gpu else f"this CPU, {torch.get_num_threads()} threads"
+    return Hardware(
+        name=name.removesuffix("s") if name.endswith(" 1 threads") else name,
+        flops={dtype: product_rate(dtype, device, seconds=0.15) for dtype in sorted({*dtypes, "float32"})},
+        disk_read=cold,
+        disk_write=write,
+        cached_read=cached,
+        hashing=hash_rate(),
+        host_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        measured=True,
+        device_memory=torch.cuda.get_device_properties(device).total_memory if gpu else 0,
+        to_device=copy_rate(device) if gpu else float("inf"),
+    )
+
+
+def product_rate(dtype: str, device: torch.device, *, hidden: int = 1024, seconds: float = 1.0) -> float:
+    """FLOP/s of a gated feed-forward, ``D -> 3 D -> D``, on one batch; matrix products alone in float64."""
+    import torch
+    from torch.nn.functional import linear, silu
+
+    hidden = 4 * hidden if device.type == "cuda" else hidden
+    width, tokens = 3 * hidden, BATCH_TOKENS[device.type]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(getattr(torch, dtype))
+
+    inputs, gate, up, down = draw(tokens, hidden), draw(width, hidden), draw(width, hidden), draw(hidden, width)
+
+    @torch.no_grad()
+    def run() -> None:
+        if dtype == "float64":
+            linear(linear(inputs, up), down)
+        else:
+            linear(silu(linear(inputs, gate)) * linear(inputs, up), down)
+
+    products = 2 if dtype == "float64" else 3
+    return 2.0 * products * tokens * hidden * width / _time(run, device, seconds)
+
+
+def gram_rate(device: torch.device, *, width: int = 4096, tokens: int = 512, seconds: float = 1.0) -> float:
+    """FLOP/s of adding the products of ``tokens`` activations ``(T, F)`` to a Gram matrix ``(F, F)``, float32."""
+    import torch
+
+    inputs, gram = torch.randn(tokens, width, device=device), torch.zeros(width, width, device=device)
+    return 2.0 * tokens * width**2 / _time(lambda: gram.addmm_(inputs.mT, inputs), device, seconds)
+
+
+def disk_rates(folder: Path | None = None, *, megabytes: int = 512) -> tuple[float, float, float]:
+    """Bytes/s of writing safetensors through to the disk, of reading them after they left memory, and of again.
+
+    Nobody can be sure that a file left memory: the system is asked to forget it, and a virtual disk may know it still.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    size = megabytes * 10**6
+    with tempfile.TemporaryDirectory(prefix="cfsp-rates-", dir=folder) as scratch:
+        path = Path(scratch, "weights.safetensors")
+        weights = {f"{i}": torch.randint(0, 255, (size // 8,), dtype=torch.uint8) for i in range(8)}
+        start = time.perf_counter()
+        save_file(weights, path)
+        sync(path)
+        write = size / (time.perf_counter() - start)
+        forget(path)
+        return write, size / _read(path), size / _read(path)
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def forget(path: Path) -> None:
+    """Ask the system to keep nothing of a file in memory; where it cannot be asked, nothing happens."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read(path: Path) -> float:
+    """Seconds until every tensor of a file has been copied to memory."""
+    from safetensors import safe_open
+
+    start = time.perf_counter()
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+            file.get_tensor(name).clone()
+    return time.perf_counter() - start
+
+
+def hash_rate(megabytes: int = 32) -> float:
+    """Bytes/s of SHA-256, as a model's fingerprint is made with."""
+    content = bytes(megabytes * 10**6)
+    start = time.perf_counter()
+    hashlib.sha256(content)
+    return len(content) / (time.perf_counter() - start)
+
+
+def copy_rate(device: torch.device, megabytes: int = 256) -> float:
+    """Bytes/s from the host's memory, not pinned, to a GPU's."""
+    import torch
+
+    content = torch.ones(megabytes * 10**6, dtype=torch.uint8)
+    return len(content) / _time(lambda: content.to(device), device, 0.2)
+
+
+def _time(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Seconds of one ``run``, the mean of all that fit into ``seconds`` after two that warm up."""
+    import torch
+
+    def finish() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    for _ in range(2):
+        run()
+    start, count = finish(), 0
+    while True:
+        run()
+        count += 1
+        passed = finish() - start
+        if passed >= seconds:
+            return passed / count

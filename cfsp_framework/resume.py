@@ -1,0 +1,133 @@
+"""What a collection finds out, kept block by block, so that a killed run goes on and another ratio needs no forward."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .api import BlockStatistics, Component, Statistic
+from .blocks import Batch
+from .collect import FeedForwardMeasurement
+from .files import save_aside
+from .plugins import Chosen
+from .ranks import SOLO, Ranks
+
+HIDDEN_SHARE = 0.05
+"""The share of the time that may go into keeping hidden states."""
+_BYTES_PER_SECOND = 2e8
+"""Writing speed assumed before one was measured."""
+
+
+class KeptCollection:
+    """Measurements of finished blocks in a folder, and the hidden states some block left, filed under a key.
+
+    The key is a hash of all that decides a measurement: another model, data, seed, plugin or option finds nothing.
+    Hidden states are written so rarely that it costs less than a twentieth of the time.
+    """
+
+    def __init__(self, folder: Path, key: str, ranks: Ranks = SOLO, share: float = HIDDEN_SHARE) -> None:
+        self._folder = folder / f"collection-{key[:32]}"
+        self._ranks = ranks
+        self._share = share
+        self._hidden = self._folder / f"hidden_{ranks.rank}.safetensors"
+        self._since = time.monotonic()
+        self._cost: float | None = None
+        self._count = 0
+
+    def load(self, count: int) -> Sequence[list[FeedForwardMeasurement]]:
+        """The measurements of the first blocks of ``count``, as far as there are any without a gap."""
+        self._count = count
+        found: list[list[FeedForwardMeasurement]] = []
+        while self._ranks.first and len(found) < count and self._path(len(found)).exists():
+            found.append(_read(self._path(len(found)), len(found)))
+        return self._ranks.agree(found)
+
+    def resume(self, batches: Sequence[Batch]) -> int:
+        """Bring the batches as far as their hidden states were kept, and return the block they enter there."""
+        self._since = time.monotonic()
+        if not self._hidden.exists():
+            return 0
+        try:
+            with safe_open(self._hidden, framework="pt") as file:
+                for number, batch in enumerate(batches):
+                    batch.hidden.copy_(file.get_tensor(str(number)))
+                return int((file.metadata() or {})["entering"])
+        except (SafetensorError, KeyError, RuntimeError):  # not ours, or not whole: begin again
+            self._hidden.unlink(missing_ok=True)
+            raise
+
+    def store(self, index: int, measured: list[FeedForwardMeasurement], batches: Sequence[Batch]) -> None:
+        """Keep what block ``index`` measured; the batches have passed it."""
+        if self._ranks.first:
+            _write(self._path(index), measured)
+        if batches and index + 1 < self._count and self._ranks.agree(self._worth_it(batches)):
+            start = time.monotonic()
+            tensors = {str(number): batch.hidden.contiguous().cpu() for number, batch in enumerate(batches)}
+            save_aside(self._hidden, tensors, {"entering": str(index + 1)})
+            self._since = time.monotonic()
+            self._cost = self._since - start
+        elif index + 1 == self._count:
+            self._hidden.unlink(missing_ok=True)
+
+    def _worth_it(self, batches: Sequence[Batch]) -> bool:
+        size = sum(batch.hidden.numel() * batch.hidden.element_size() for batch in batches)
+        cost = size / _BYTES_PER_SECOND if self._cost is None else self._cost
+        return cost <= self._share * (time.monotonic() - self._since)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"block_{index}.safetensors"
+
+
+def identity_of(chosen: Chosen[Component]) -> dict[str, str]:
+    """What decides how a component behaves: its options, the version of its distribution, and its source."""
+    component = chosen.component
+    source = inspect.getsourcefile(type(component))
+    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source and Path(source).exists() else ""
+    return {
+        "name": f"{component.kind}:{component.name}",
+        "options": component.model_dump_json(),
+        "distribution": f"{chosen.origin.distribution} {chosen.origin.version}",
+        "source": digest,
+    }
+
+
+def _write(path: Path, measured: Sequence[FeedForwardMeasurement]) -> None:
+    tensors: dict[str, Tensor] = {}
+    told: list[dict[str, object]] = []
+    for number, one in enumerate(measured):
+        tensors |= {f"{number}/statistics/{s.name}": value.contiguous() for s, value in one.statistics.items()}
+        tensors |= {f"{number}/scores/{label}": value.contiguous() for label, value in one.scores.items()}
+        tensors |= {f"{number}/curves/{label}": value.contiguous() for label, value in one.curves.items()}
+        seen = one.statistics
+        tokens = 0 if seen.unseen else seen.tokens
+        told.append({"path": one.path, "width": one.width, "tokens": tokens, "held_out": seen.held_out_tokens})
+    save_aside(path, tensors, {"feed_forwards": json.dumps(told)})
+
+
+def _read(path: Path, block: int) -> list[FeedForwardMeasurement]:
+    with safe_open(path, framework="pt") as file:
+        told = json.loads((file.metadata() or {})["feed_forwards"])
+        kinds: list[dict[str, dict[str, Tensor]]] = [{"statistics": {}, "scores": {}, "curves": {}} for _ in told]
+        for key in file.keys():  # noqa: SIM118  (not a mapping)
+            number, kind, name = key.split("/", 2)
+            kinds[int(number)][kind][name] = file.get_tensor(key)
+    return [
+        FeedForwardMeasurement(
+            block,
+            one["path"],
+            one["width"],
+            BlockStatistics(
+                {Statistic(name): value for name, value in found["statistics"].items()}, one["tokens"], one["held_out"]
+            ),
+            found["scores"],
+            found["curves"],
+        )
+        for one, found in zip(told, kinds, strict=True)
+    ]

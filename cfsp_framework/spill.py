@@ -1,0 +1,41 @@
+"""Hidden states of all windows: in memory, or in a file mapped into it that the system keeps in memory as it can."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from .errors import OutputError, ResourceError
+from .files import human_bytes
+
+
+def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor:
+    """An uninitialised tensor of ``shape`` and the dtype of ``like``: beside it, or in a file in the folder ``spill``.
+
+    The file has no name any more when this returns: it goes with the tensor, however the process ends.
+
+    Raises:
+        ResourceError: it does not fit into memory and there is nowhere to spill it.
+        OutputError: the folder cannot be written to.
+    """
+    size = math.prod(shape) * like.element_size()
+    if spill is None:
+        if like.device.type == "cpu" and size > psutil.virtual_memory().available:
+            raise ResourceError(
+                f"the hidden states of all windows take {human_bytes(size)} and "
+                f"{human_bytes(psutil.virtual_memory().available)} are free; give --spill FOLDER, or fewer --samples."
+            )
+        return like.new_empty(shape)
+    try:
+        spill.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=spill, prefix="hidden-states-") as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a crash later
+            return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
+    except OSError as error:
+        raise OutputError(f"hidden states cannot be spilled to {spill}: {error.strerror}.") from error
