@@ -187,7 +187,7 @@ class BlockSummary:
     """The block's scalar statistics, among them the distances between its input and output."""
     scores: Tensor  # (F,) float32, CPU: the chosen criterion's
     curve: Tensor | None = None  # (F + 1,) float64, CPU: see Allocator.curve
-    members: Mapping[str, int] = field(default_factory=dict)
+    members: Mapping[str, int] = field(default_factory=dict[str, int])
     """Path and width of every feed-forward of a mixture, in the order of ``scores``; empty for a single one."""
 
 

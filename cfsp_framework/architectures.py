@@ -77,7 +77,9 @@ class Decoder:
             if stacked is layout.experts:
                 found.append((ExpertBank if stacked else SingleBank)(module, layout))
         if not found:
-            raise AttributeError(f"block {index} has none of {[layout.path for layout in self.architecture.feed_forwards]}")
+            raise AttributeError(
+                f"block {index} has none of {[layout.path for layout in self.architecture.feed_forwards]}"
+            )
         return tuple(found)
 
     def groups(self, index: int) -> tuple[WidthGroup, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .architectures import Decoder
+from .blocks import PADDING
 from .errors import ConfigError
 from .progress import Progress
 from .surgery import dropped_attention, without_attention
@@ -57,7 +58,7 @@ def _loss(decoder: Decoder, windows: Tensor, dropped: Sequence[int]) -> float:
     total = 0.0
     with without_attention(decoder, dropped):
         for window in windows:
-            ids = window.to(decoder.model.device)  # (T,)
+            ids = window[window != PADDING].to(decoder.model.device)  # (T,)
             logits = decoder.model(ids[None], use_cache=False).logits[0, :-1].float()  # (T - 1, V)
             total += functional.cross_entropy(logits, ids[1:]).item()
     return total / len(windows)

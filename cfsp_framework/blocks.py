@@ -164,7 +164,7 @@ def _recording(
     record: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def stub(block: nn.Module) -> Callable[..., Any]:
-        as_tuple = _returns_tuple(type(block))
+        as_tuple = _returns_tuple(type(block).forward)
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
             record.append((arguments, keywords))
@@ -187,10 +187,10 @@ def _recording(
 
 
 @cache
-def _returns_tuple(block: type[nn.Module]) -> bool:
+def _returns_tuple(forward: Callable[..., Any]) -> bool:
     """Whether a block's caller unpacks what it returns; annotations are missing where it does, so the code decides."""
     try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(block.forward)))
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
     except (OSError, TypeError):
         return False
     returned = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return)][-1:]

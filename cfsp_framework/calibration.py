@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .data import mixture, read_text, shares
+from .blocks import PADDING
+from .data import mixture, read_documents, read_text, shares
 from .errors import DataError
 from .planning import CalibrationIdentity
 
@@ -29,8 +32,30 @@ def draw_windows(ids: Tensor, samples: int, seqlen: int, seed: int) -> Tensor:
     return torch.stack([ids[start : start + seqlen] for start in starts])
 
 
-def calibration_windows(spec: str, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
+def draw_documents(documents: Sequence[str], tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
+    """The first ``seqlen`` tokens of ``samples`` documents drawn from one seed, ``(samples, seqlen)``.
+
+    Shorter ones end with ``PADDING``; documents of fewer than two tokens are passed over.
+
+    Raises:
+        DataError: there are too few.
+    """
+    windows: list[Tensor] = []
+    for number in random.Random(seed).sample(range(len(documents)), len(documents)):
+        ids = tokenize(documents[number], tokenizer)[:seqlen]
+        if len(ids) > 1:
+            windows.append(functional.pad(ids, (0, seqlen - len(ids)), value=PADDING))
+        if len(windows) == samples:
+            return torch.stack(windows)
+    raise DataError(f"it has {len(windows)} documents; {samples} windows of one each need more. Give fewer --samples.")
+
+
+def calibration_windows(
+    spec: str, tokenizer: Any, samples: int, seqlen: int, seed: int, *, pack: bool = True
+) -> Tensor:
     """The calibration windows of a data SPEC, ``(samples, seqlen)``; a mixture's parts come one after another.
+
+    Without ``pack`` every window is one document, ending with ``PADDING`` where that is shorter.
 
     Raises:
         DataError: a part cannot be read, or is shorter than one window.
@@ -39,6 +64,12 @@ def calibration_windows(spec: str, tokenizer: Any, samples: int, seqlen: int, se
     windows: list[Tensor] = []
     for (name, _), count in zip(parts, shares([weight for _, weight in parts], samples), strict=True):
         if not count:
+            continue
+        if not pack:
+            try:
+                windows.append(draw_documents(read_documents(name, "calibration"), tokenizer, count, seqlen, seed))
+            except DataError as error:
+                raise DataError(f"data {name!r}: {error}") from error
             continue
         ids = tokenize(read_text(name, "calibration"), tokenizer)
         if len(ids) <= seqlen:

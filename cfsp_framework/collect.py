@@ -58,9 +58,7 @@ class FeedForwardMeasurement:
     curves: Mapping[str, Tensor]  # label -> (F + 1,) float64, CPU; empty where no allocator asked
 
 
-def summarise(
-    decoder: Decoder, measurements: Sequence[FeedForwardMeasurement], label: str
-) -> tuple[BlockSummary, ...]:
+def summarise(decoder: Decoder, measurements: Sequence[FeedForwardMeasurement], label: str) -> tuple[BlockSummary, ...]:
     """What an allocator sees under the criterion called ``label``: one summary for every width that can be chosen."""
     remaining, summaries = list(measurements), list[BlockSummary]()
     for index in range(len(decoder.blocks)):

@@ -18,7 +18,7 @@ MODEL = ("trust_remote_code", "device", "device_map", "dtype", "stream", "spill"
 COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
 AMOUNT = ("ratio", "budget", "round_to", "rebalance", "drop_attention")
 RESUME = ("resume",)
-CALIBRATION = ("calibration", "samples", "reuse_windows", "seqlen", "skip_bos", "batch_size", "seed")
+CALIBRATION = ("calibration", "samples", "reuse_windows", "seqlen", "pack", "skip_bos", "batch_size", "seed")
 EVALUATION = ("evaluate", "evaluate_windows")
 
 _COMPONENT_HELP = {
@@ -153,6 +153,7 @@ def prune(
     """
     from . import console, pipeline
     from .progress import Progress
+    from .ranks import is_first
 
     config = layered(preset, config_file, _given(options))
     result = pipeline.prune(
@@ -161,8 +162,10 @@ def prune(
         plan=_read_plan(plan_file) if plan_file else None,
         overwrite=overwrite,
         keep_statistics=keep_statistics,
-        progress=Progress(visible=not (quiet or as_json)),
+        progress=Progress(visible=is_first() and not (quiet or as_json)),
     )
+    if not is_first():
+        return
     if as_json:
         click.echo(result.report.to_json(), nl=False)
     elif not quiet:
@@ -199,6 +202,7 @@ def plan(
     from . import console, pipeline
     from .files import check_parent, write_text
     from .progress import Progress
+    from .ranks import is_first
 
     if estimate:
         _estimate(layered(preset, config_file, _given(options)), quiet=quiet, as_json=as_json)
@@ -209,7 +213,9 @@ def plan(
     if plan_file.exists() and not overwrite:
         raise InputError(f"{plan_file} exists; give another file or --overwrite.")
     config = layered(preset, config_file, _given(options))
-    made = pipeline.plan_only(config, Progress(visible=not (quiet or as_json)))
+    made = pipeline.plan_only(config, Progress(visible=is_first() and not (quiet or as_json)))
+    if not is_first():
+        return
     write_text(plan_file, made.to_json())
     if as_json:
         click.echo(made.to_json(), nl=False)
@@ -236,9 +242,12 @@ def evaluate(evaluate: tuple[str, ...], quiet: bool, as_json: bool, **options: A
     """Report the perplexity of MODEL, dense or pruned, on each data SPEC."""
     from . import console, pipeline
     from .progress import Progress
+    from .ranks import is_first
 
     config = RunConfig.build(evaluate=evaluate or ("demo",), **_given(options))
-    measured = pipeline.evaluate_only(config, Progress(visible=not (quiet or as_json)))
+    measured = pipeline.evaluate_only(config, Progress(visible=is_first() and not (quiet or as_json)))
+    if not is_first():
+        return
     if as_json:
         rows = [
             {"data": data.spec, "seqlen": data.windows.shape[1], "windows": len(data.windows), **found.model_dump()}
@@ -262,6 +271,7 @@ def demo(out: Path | None, overwrite: bool, quiet: bool, as_json: bool, **option
 
     from . import console, pipeline
     from .progress import Progress
+    from .ranks import is_first
 
     few = {"samples": 64, "seqlen": 256, "evaluate_windows": 100}
     config = RunConfig.build(model="demo", evaluate=("demo",), **few, **_given(options))
@@ -270,9 +280,11 @@ def demo(out: Path | None, overwrite: bool, quiet: bool, as_json: bool, **option
             config,
             out or Path(scratch, "pruned"),
             overwrite=overwrite,
-            progress=Progress(visible=not (quiet or as_json)),
+            progress=Progress(visible=is_first() and not (quiet or as_json)),
         )
-        samples = console.continuations(result.folder) if not (quiet or as_json) else []
+        samples = console.continuations(result.folder) if is_first() and not (quiet or as_json) else []
+    if not is_first():
+        return
     if as_json:
         click.echo(result.report.to_json(), nl=False)
     elif not quiet:

@@ -59,6 +59,9 @@ class RunConfig(BaseModel):
     seqlen: int | None = Field(
         default=None, ge=2, description="Tokens per window; default: 1024, or the model's context."
     )
+    pack: bool = Field(
+        default=True, description="Cut windows anywhere from all text; else every window is one document, padded."
+    )
     skip_bos: bool = Field(default=False, description="Leave the beginning-of-sequence token out of the statistics.")
     batch_size: int | None = Field(
         default=None, ge=1, description="Windows per batch; default: what keeps a batch small."

@@ -100,8 +100,10 @@ def show_estimate(found: Estimate) -> None:
     console.print(_shape_table(found))
     console.print(_way_table(found))
     here = ", ".join(hardware.name for hardware in found.hardware if hardware.measured)
-    console.print(f"{here}: rates measured just now, for a second. *: nominal rates of H100s with 80 GB times assumed")
-    console.print("shares, not measured. Host memory is of each node.")
+    console.print(
+        f"{here}: rates measured just now, for a second. *: nominal rates of H100s with 80 GB times assumed shares, "
+        "not measured. host: memory of each node. blocks: measuring and cutting them, without loading and saving."
+    )
     for note in found.workload.notes:
         console.print(f"Note: {note}.")
 
@@ -304,9 +306,12 @@ def _type_name(annotation: Any) -> str:
 
 def _block_table(blocks: Sequence[BlockReport], console: Console) -> Table:
     table = Table(title="Blocks", title_justify="left")
-    for heading in ("block", "importance", "width", "kept", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    length = min(24, console.width - 52)
+    from .report import is_mixed, place
+
+    mixed = is_mixed(blocks)
+    for heading in ("block", *(("feed-forward",) if mixed else ()), "importance", "width", "kept", "share"):
+        table.add_column(heading, justify="left" if heading == "feed-forward" else "right", no_wrap=True)
+    length = min(24, console.width - 52 - (3 + max(len(place(block)) for block in blocks) if mixed else 0))
     drawn = length >= 8 and console.encoding.startswith("utf")
     if drawn:
         table.add_column("", no_wrap=True)
@@ -314,7 +319,14 @@ def _block_table(blocks: Sequence[BlockReport], console: Console) -> Table:
         share = block.width_after / block.width_before
         importance = "" if block.importance is None else f"{block.importance:#.4g}"
         bar = "█" * round(share * length) + "░" * (length - round(share * length))
-        row = [str(block.block), importance, str(block.width_before), str(block.width_after), f"{share:.1%}"]
+        row = [
+            str(block.block),
+            *([place(block)] if mixed else []),
+            importance,
+            str(block.width_before),
+            str(block.width_after),
+            f"{share:.1%}",
+        ]
         table.add_row(*row, *([bar] if drawn else []))
     return table
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,25 +90,52 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     return counts
 
 
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one part of a SPEC, and what stands between two of them in a joint text."""
+
+    texts: tuple[str, ...]
+    joint: str
+
+
 def read_text(spec: str, role: Role) -> str:
     """The text of one part of a SPEC.
 
     Raises:
         DataError: it cannot be found or read, or holds no text.
     """
-    if spec == "demo":
-        from .demo import corpus
-
-        text = corpus.text("calibration" if role == "calibration" else "test")
-    elif spec in WELL_KNOWN:
-        text = _read_hub(spec, WELL_KNOWN[spec], role)
-    elif spec.startswith("hf:"):
-        text = _read_hub(spec, _hub_corpus(spec), role)
-    else:
-        text = _read_local(spec, role)
+    found = _read(spec, role)
+    text = found.joint.join(found.texts)
     if not text.strip():
         raise DataError(f"data {spec!r} holds no text.")
     return text
+
+
+def read_documents(spec: str, role: Role) -> list[str]:
+    """The documents of one part of a SPEC, empty ones left out; those of a .txt file have blank lines between.
+
+    Raises:
+        DataError: it cannot be found or read, or holds no text.
+    """
+    texts = _read(spec, role).texts
+    if len(texts) == 1:
+        texts = tuple(re.split(r"\n\s*\n", texts[0]))
+    documents = [text for text in texts if text.strip()]
+    if not documents:
+        raise DataError(f"data {spec!r} holds no text.")
+    return documents
+
+
+def _read(spec: str, role: Role) -> Documents:
+    if spec == "demo":
+        from .demo import corpus
+
+        return Documents(tuple(corpus.documents("calibration" if role == "calibration" else "test")), "\n\n")
+    if spec in WELL_KNOWN:
+        return _read_hub(spec, WELL_KNOWN[spec], role)
+    if spec.startswith("hf:"):
+        return _read_hub(spec, _hub_corpus(spec), role)
+    return _read_local(spec, role)
 
 
 def _hub_corpus(spec: str) -> HubCorpus:
@@ -119,7 +147,7 @@ def _hub_corpus(spec: str) -> HubCorpus:
     return HubCorpus(repository, config or None, calibration, evaluation, column or "text")
 
 
-def _read_hub(spec: str, corpus: HubCorpus, role: Role) -> str:
+def _read_hub(spec: str, corpus: HubCorpus, role: Role) -> Documents:
     from datasets import load_dataset
 
     split = corpus.calibration_split if role == "calibration" else corpus.evaluation_split
@@ -131,7 +159,7 @@ def _read_hub(spec: str, corpus: HubCorpus, role: Role) -> str:
             )
             if role == "evaluation" and corpus.evaluation_skip:
                 rows = rows.skip(corpus.evaluation_skip)
-            return _join(spec, rows, corpus.column, joint, STREAM_CHARACTERS if corpus.streamed else None)
+            return _collect(spec, rows, corpus.column, joint, STREAM_CHARACTERS if corpus.streamed else None)
     except (DataError, MemoryError):
         raise
     except ConnectionError as error:
@@ -140,7 +168,7 @@ def _read_hub(spec: str, corpus: HubCorpus, role: Role) -> str:
         raise DataError(f"data {spec!r} cannot be read from the Hub: {_one_line(error)}") from error
 
 
-def _read_local(spec: str, role: Role) -> str:
+def _read_local(spec: str, role: Role) -> Documents:
     path, column = Path(spec), "text"
     if not path.exists() and ":" in spec:
         path, column = Path(spec.rpartition(":")[0]), spec.rpartition(":")[2]
@@ -148,9 +176,9 @@ def _read_local(spec: str, role: Role) -> str:
         raise DataError(f"data {spec!r}: there is no such file or name.{did_you_mean(spec, ['demo', *WELL_KNOWN])}")
     try:
         if path.suffix == ".txt":
-            return path.read_text(encoding="utf-8")
+            return Documents((path.read_text(encoding="utf-8"),), "")
         with _silent_datasets():
-            return _join(spec, _load_local(path, role), column, "\n\n")
+            return _collect(spec, _load_local(path, role), column, "\n\n")
     except UnicodeDecodeError as error:
         raise DataError(f"data {spec!r} is not UTF-8 text: byte {error.start} cannot be decoded.") from error
     except (DataError, MemoryError):
@@ -178,14 +206,14 @@ def _load_local(path: Path, role: Role) -> Any:
     return loaded[name]
 
 
-def _join(spec: str, rows: Any, column: str, joint: str, characters: int | None = None) -> str:
+def _collect(spec: str, rows: Any, column: str, joint: str, characters: int | None = None) -> Documents:
     """The rows' texts in order, up to about ``characters``."""
     names = rows.column_names
     if names is not None and column not in names:
         raise DataError(f"data {spec!r} has no column {column!r}.{did_you_mean(column, names)}")
     values = rows[column][:] if characters is None else (row.get(column) for row in rows)
     texts = _texts(spec, column, values)
-    return joint.join(texts if characters is None else _take(texts, characters))
+    return Documents(tuple(texts if characters is None else _take(texts, characters)), joint)
 
 
 def _texts(spec: str, column: str, values: Iterable[object]) -> Iterator[str]:

@@ -54,7 +54,7 @@ class Pass:
     """Matrices (D, F) over all windows."""
     held_out_crosses: int = 0
     copies: int = 0
-    """Inputs or outputs (N, T, D) that are kept."""
+    """Inputs or targets (n, D) that are kept token by token, those of fitted and held-out windows as one."""
     vectors: int = 0
     """Sums (F,) or smaller."""
     cubes: float = 0.0
@@ -167,17 +167,20 @@ def _pass(
         held_out_grams=shapes.count(("(F, F)", True)),
         crosses=shapes.count(("(D, F)", False)),
         held_out_crosses=shapes.count(("(D, F)", True)),
-        copies=sum(shape == "(N, T, D)" for shape, _ in shapes),
+        copies=shapes.count(("(n, D)", False)),
         vectors=sum(not statistic.heavy for statistic in provided),
         cubes=cubes,
     )
 
 
 def _not_counted(config: RunConfig, selection: Selection) -> Iterable[str]:
-    if any(chosen.component.provides.shape == "(N, T, D)" for chosen in selection.second_pass):
+    if any(chosen.component.provides.shape == "(n, D)" for chosen in selection.second_pass):
         yield f"what {selection.compensator.component.name} trains in every feed-forward is not counted"
     if any(chosen.component.site is Site.GRADIENT for chosen in selection.collectors):
         yield "gradients need the whole model at once; what their backward keeps is not counted, nor is it streamed"
+    ordered = [c.component.name for c in (*selection.collectors, *selection.second_pass) if c.component.ordered]
+    if ordered:
+        yield f"{ordered[0]} depends on the order of all windows: only one process can run"
     if config.drop_attention:
         yield "choosing the attentions to drop is not counted"
 
@@ -250,8 +253,9 @@ class _Run:
     def _save(self) -> None:
         """Write the checkpoint, read it again, and run both on one window, head included."""
         shape, written, seqlen = self.shape, self._written, self.workload.seqlen
-        self._spend("save", "disk", written / self.hardware.disk_write)
-        self._spend("save", "transfer", written / self._to_device)
+        save = "cut" if self.streamed else "save"  # a streamed block is written as soon as it is cut
+        self._spend(save, "disk", written / self.hardware.disk_write)
+        self._spend(save, "transfer", written / self._to_device)
         self._spend("verify", "disk", self._read(written, again=True) / self.hardware.devices)
         self._spend("verify", "transfer", written / self._to_device)
         flops = shape.flops_per_token(seqlen) * written / shape.bytes + 2 * shape.hidden * shape.vocabulary
@@ -354,7 +358,8 @@ class _Run:
         finishing = 4 * shape.widest**2 * 2 if part.grams else 0  # both triangles, while a matrix is put together
         algebra = 8 * shape.widest**2 * SQUARES if part.cubes else 0
         batch = activation_bytes(shape, self.workload, windows, self.hardware.batch_tokens)
-        return hidden * (part.streams + part.copies) + batch + heavy + max(finishing, algebra)
+        kept = part.copies * max(shape.experts_per_token, 1)  # each expert's own
+        return hidden * (part.streams + kept) + batch + heavy + max(finishing, algebra)
 
 
 def pruned_bytes(shape: ModelShape, workload: Workload) -> int:

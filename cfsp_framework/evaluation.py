@@ -102,9 +102,7 @@ def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress, name: s
     return torch.cat(losses)
 
 
-def _losses_by_blocks(
-    decoder: Decoder, windows: Tensor, progress: Progress, passage: Passage, name: str
-) -> Tensor:
+def _losses_by_blocks(decoder: Decoder, windows: Tensor, progress: Progress, passage: Passage, name: str) -> Tensor:
     """The same with all windows passing one block after another, ``(N,)``."""
     if not len(windows):
         return torch.empty(0, dtype=torch.float64)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,18 +37,22 @@ _USERS_PROBLEM = frozenset(
 def staged_folder(folder: Path) -> Generator[Path]:
     """A folder beside ``folder`` to write into; renamed to it at the end, removed if anything fails.
 
+    What killed runs left there is removed.
+
     Raises:
         OutputError: the place is not writable or full.
     """
     with _writing(folder):
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.absolute().parent))
+        aside, lock = _begin(folder, tempfile.mkdtemp)
     with _writing(folder, aside):
         try:
             yield aside
             _make_readable(aside)
             _put_in_place(aside, folder)
+            _sweep(folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+            os.close(lock)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,9 +83,16 @@ def save_aside(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        save_file(dict(tensors), aside, dict(metadata))
-        os.replace(aside, path)
+        aside, lock = _begin(path, _make_file)
+        try:
+            save_file(dict(tensors), aside, dict(metadata))
+            os.chmod(aside, 0o666 & ~_umask())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(lock)
 
 
 def check_parent(path: Path) -> None:
@@ -114,6 +126,67 @@ def _writing(path: Path, inside: Path | None = None) -> Generator[None]:
         raise OutputError(f"{path} cannot be written: {os.strerror(int(hidden[1]))}.") from error
 
 
+def _begin(path: Path, make: Callable[[str, str, Path], str]) -> tuple[Path, int]:
+    """Something beside ``path`` to write into, and a lock on it that the system takes away when this process ends.
+
+    The folder is locked for that moment: nobody sweeps what is made but not locked yet.
+    """
+    parent = path.absolute().parent
+    handle = os.open(parent, os.O_RDONLY)
+    try:
+        if _locked(handle, fcntl.LOCK_EX):
+            _sweep(path)
+        aside = Path(make(".partial", f".{path.name}.", parent))
+        lock = os.open(aside, os.O_RDONLY)
+        _locked(lock, fcntl.LOCK_EX)
+    finally:
+        os.close(handle)
+    return aside, lock
+
+
+def _make_file(suffix: str, prefix: str, parent: Path) -> str:
+    handle, name = tempfile.mkstemp(suffix, prefix, parent)
+    os.close(handle)
+    return name
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left beside ``path``: unfinished things, and what a finished one has replaced."""
+    names = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(partial|old)")
+    for left in path.absolute().parent.iterdir():
+        found = names.fullmatch(left.name)
+        if found and (path.exists() if found[1] == "old" else _abandoned(left)):
+            _remove(left)
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether nobody alive is writing here, as far as the file system can tell."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return _locked(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int, how: int) -> bool:
+    """Lock what is open; False where somebody else has it, or the file system knows no locks."""
+    try:
+        fcntl.flock(handle, how)
+    except OSError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _put_in_place(aside: Path, folder: Path) -> None:
     if not folder.exists():
         aside.rename(folder)
@@ -125,10 +198,7 @@ def _put_in_place(aside: Path, folder: Path) -> None:
     except BaseException:
         old.rename(folder)
         raise
-    if old.is_symlink():
-        old.unlink()
-    else:
-        shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _make_readable(folder: Path) -> None:

@@ -49,8 +49,10 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     if model.config.get_text_config().to_dict().get("per_layer_config"):
         model = _rebuilt(model) or model  # the dense one: the values of this one's configuration are not its widths
     if not layouts:
-        raise ModelError(f"no feed-forward is recognised in the blocks of this {family} model; a plugin can describe it.")
-    keyed = tuple(_with_key(model, path, layout) for layout in layouts.values())
+        raise ModelError(
+            f"no feed-forward is recognised in the blocks of this {family} model; a plugin can describe it."
+        )
+    keyed = tuple(_with_key(model, path, layout, tuple(layouts.values())) for layout in layouts.values())
     for layout in keyed:
         if min(other.times for other in keyed if other.width_key == layout.width_key) > 1:
             raise ModelError(
@@ -58,10 +60,10 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
                 "any other number."
             )
     if not _widths_can_differ(model, path, keyed):
-        raise ModelError(f"Transformers cannot build a {family} model whose blocks differ in width; a plugin can describe it.")
-    return Architecture(
-        family=family, base=_base(model, path), blocks=path, feed_forwards=keyed, attention=None
-    )
+        raise ModelError(
+            f"Transformers cannot build a {family} model whose blocks differ in width; a plugin can describe it."
+        )
+    return Architecture(family=family, base=_base(model, path), blocks=path, feed_forwards=keyed, attention=None)
 
 
 def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -99,24 +101,8 @@ def _layouts(block: nn.Module) -> Iterator[FeedForwardLayout]:
                 yield replace(layout, experts=True)
                 break
             if _fits(module, layout):
-                _check_channels_apart(module, layout)
                 yield layout
                 break
-
-
-def _check_channels_apart(module: nn.Module, layout: FeedForwardLayout) -> None:
-    """Refuse a feed-forward with anything else along its channels, such as a norm over them: cutting would change it."""
-    width = matrix(getattr(module, layout.down)).shape[1]
-    known = {id(p) for name in (layout.gate, layout.up, layout.down) if name for p in getattr(module, name).parameters()}
-    for name, parameter in module.named_parameters():
-        inside = name.partition(".")[0] not in _NOT_FEED_FORWARD or layout.path
-        if id(parameter) not in known and parameter.ndim == 1 and len(parameter) == width and inside:
-            raise ModelError(
-                f"{layout.path or 'the feed-forward'} has {name} over all of its channels; it cannot be cut exactly."
-            )
-
-
-_NOT_FEED_FORWARD = frozenset({"self_attn", "attn", "attention"})
 
 
 def _fits(module: nn.Module, layout: FeedForwardLayout) -> bool:
@@ -146,7 +132,9 @@ def _width_of(block: nn.Module, layout: FeedForwardLayout) -> int | None:
     return ExpertBank(module, layout).width if layout.experts else matrix(down).shape[1]
 
 
-def _with_key(model: PreTrainedModel, blocks: str, layout: FeedForwardLayout) -> FeedForwardLayout:
+def _with_key(
+    model: PreTrainedModel, blocks: str, layout: FeedForwardLayout, layouts: Sequence[FeedForwardLayout]
+) -> FeedForwardLayout:
     """The layout with the configuration key that sets its width, found by changing one key after another."""
     config = model.config.get_text_config()
     width = _width(model, blocks, layout)
@@ -155,14 +143,38 @@ def _with_key(model: PreTrainedModel, blocks: str, layout: FeedForwardLayout) ->
         base = width if value is None else value
         changed = _rebuilt(model, key, base + _TRIED)
         found = None if changed is None else _width(changed, blocks, layout)
-        if found is not None and found != width and (found - width) % _TRIED == 0:
+        if changed is not None and found is not None and found != width and (found - width) % _TRIED == 0:
             times = (found - width) // _TRIED
             if times * base == width:
+                _check_channels_apart(model.get_submodule(blocks), changed.get_submodule(blocks), layout, layouts)
                 return replace(layout, width_key=key, times=times)
     raise ModelError(
         f"the width of {layout.path or 'the feed-forward'} in {config.model_type} models is set by nothing in their "
         "configuration, so a narrower one could not be opened again."
     )
+
+
+def _check_channels_apart(
+    blocks: nn.Module, wider: nn.Module, layout: FeedForwardLayout, layouts: Sequence[FeedForwardLayout]
+) -> None:
+    """Refuse a feed-forward with anything else along its channels, such as a norm over them: cutting would change it.
+
+    What grows with the width in the ``wider`` blocks, beside the projections, is along the channels.
+    """
+    projections = {
+        f"{one.path}.{name}{part}".removeprefix(".")
+        for one in layouts
+        for name in (one.gate, one.up, one.down)
+        for part in ("", ".weight", ".bias", "_bias")
+    }
+    grown = dict(wider.named_parameters())
+    for path, parameter in blocks.named_parameters():
+        name = path.partition(".")[2]  # inside a block
+        if name not in projections and path in grown and grown[path].shape != parameter.shape:
+            raise ModelError(
+                f"{layout.path or 'the feed-forward'} has {name.removeprefix(f'{layout.path}.')} over all of its "
+                "channels; it cannot be cut exactly."
+            )
 
 
 def _candidates(values: Mapping[str, Any], width: int) -> list[tuple[str, int | None]]:
@@ -201,7 +213,7 @@ def _rebuilt(
     model: PreTrainedModel,
     key: str | None = None,
     value: int = 0,
-    per_layer: Mapping[int, Mapping[str, int]] | None = None,
+    per_layer: dict[int | str, dict[str, Any]] | None = None,
 ) -> PreTrainedModel | None:
     """The model without weights from its configuration with something changed; None where that cannot be built."""
     config = copy.deepcopy(model.config)
@@ -213,5 +225,5 @@ def _rebuilt(
             config.get_text_config().per_layer_config = per_layer
         with init_empty_weights(include_buffers=False):
             return type(model)(config)
-    except Exception:  # whatever a family raises on a value that does not suit it
+    except Exception:  # noqa: BLE001  # whatever a family raises on a value that does not suit it
         return None

@@ -13,6 +13,7 @@ from .api import Accumulator, BlockStatistics, Collector, Site, Statistic, Windo
 from .architectures import Decoder
 from .banks import Heard, SingleBank
 from .blocks import Batch, run_block
+from .errors import ModelError, PluginError
 from .plugins import Chosen
 from .ranks import SOLO, Ranks
 
@@ -170,7 +171,33 @@ def measure_block(
         if advance:
             batch.hidden.copy_(output)
         step()
-    return tallies.values(index, ranks)
+    found = tallies.values(index, ranks)
+    for path, statistics in zip(paths, found, strict=True):
+        _check_finite(decoder, f"block {index}, {path or 'its feed-forward'}", statistics, collectors, batches)
+    return found
+
+
+def _check_finite(
+    decoder: Decoder,
+    where: str,
+    statistics: BlockStatistics,
+    collectors: Sequence[Chosen[Collector]],
+    batches: Sequence[Batch],
+) -> None:
+    """Refuse statistics that are not finite: the model's fault where its own hidden states are not, else a plugin's."""
+    for chosen in collectors:
+        value = statistics.get(chosen.component.provides)
+        if value is None or bool(value.isfinite().all()):
+            continue
+        place = value.isfinite().logical_not().nonzero()[0].tolist()
+        told = f"{where}: {chosen.component.provides.name}{place or ''} is {value[tuple(place)].item()}"
+        if any(not bool(batch.hidden.isfinite().all()) for batch in batches):
+            overflow = decoder.model.dtype == torch.float16
+            advice = (
+                "they overflow in float16, try --dtype bfloat16 or float32" if overflow else "its weights are damaged"
+            )
+            raise ModelError(f"{told}: the model's own activations are not finite there; {advice}.")
+        raise PluginError(f"{chosen}: value() is not finite. {told}.")
 
 
 @contextmanager

@@ -104,14 +104,14 @@ def open_spread(folder: Path, dtype: str = "auto", *, trust_remote_code: bool = 
     Raises:
         ModelError: they do not hold it.
     """
-    model = _from_pretrained(folder, dtype, trust_remote_code, device_map="auto")
+    model: PreTrainedModel = _from_pretrained(folder, dtype, trust_remote_code, device_map="auto").eval()
     offloaded = sum(parameter.is_meta for parameter in model.parameters())
     if offloaded:
         raise ModelError(
             f"--device-map auto: {offloaded} parameters do not fit on the devices; give --stream, "
             "which reads one block at a time."
         )
-    return model.eval()
+    return model
 
 
 def open_skeleton(folder: Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -120,8 +120,8 @@ def open_skeleton(folder: Path, dtype: str = "auto", *, trust_remote_code: bool 
     wanted = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
     auto = _auto_class(config, own_code=trust_remote_code and hasattr(config, "auto_map"))
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
-    return model.eval()
+        model: PreTrainedModel = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code).eval()
+    return model
 
 
 def stored_dtype(config: Any) -> torch.dtype:

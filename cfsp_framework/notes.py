@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from . import surgery
 from .api import Update
+from .blocks import PADDING
 from .planning import PruningPlan
 from .statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_INPUT_SQUARES, MAE_DISTANCE, MSE_DISTANCE
 
@@ -53,7 +54,7 @@ def _on_biases(bench: Bench, before: Sequence[str]) -> list[str]:
     added = [path for path in surgery.added_biases(decoder.config) if path not in before]
     return [
         f"{name} gave {path} of every block a bias the family lacks: "
-        f"{sum(getattr(b.get_submodule(path), 'bias').numel() for b in decoder.blocks)} parameters in all"
+        f"{sum(b.get_submodule(path).get_parameter('bias').numel() for b in decoder.blocks)} parameters in all"
         for path in added
     ]
 
@@ -63,7 +64,9 @@ def _on_tokens(bench: Bench, measurements: Sequence[FeedForwardMeasurement]) -> 
     chosen = (*bench.selection.collectors, *bench.selection.second_pass)
     if not measurements or not any(c.component.provides.heavy for c in chosen) or bench.windows is None:
         return []
-    tokens = min(w.numel() for w in (bench.windows_to_select, bench.windows_to_compensate) if w is not None)
+    tokens = min(
+        int((w != PADDING).sum()) for w in (bench.windows_to_select, bench.windows_to_compensate) if w is not None
+    )
     width = max(measured.width for measured in measurements)
     if tokens >= _ENOUGH_TOKENS * width:
         return []
@@ -79,7 +82,9 @@ def _on_experts(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
     few = [f"{one.block} ({one.path})" for one in experts if not one.statistics.unseen and _few(one)]
     notes: list[str] = []
     if unseen:
-        notes.append(f"no calibration token reached {len(unseen)} experts, which are judged by weights alone: block {_some(unseen)}")
+        notes.append(
+            f"no calibration token reached {len(unseen)} experts, which are judged by weights alone: block {_some(unseen)}"
+        )
     if few:
         notes.append(f"fewer calibration tokens than channels reached {len(few)} experts: block {_some(few)}")
     return notes
@@ -103,7 +108,11 @@ def _on_channels(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
         if share > _MASSIVE and len(squares) > 2:
             massive.append(f"{_where(one)} channel {int(squares.argmax())} ({share:.0%})")
     notes = [f"channels that never fire on the calibration tokens, block {_some(dead)}"] if dead else []
-    return [*notes, f"massive activations, more than half of a feed-forward's: block {_some(massive)}"] if massive else notes
+    return (
+        [*notes, f"massive activations, more than half of a feed-forward's: block {_some(massive)}"]
+        if massive
+        else notes
+    )
 
 
 def _on_blocks(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:

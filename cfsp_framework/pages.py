@@ -8,7 +8,7 @@ from pathlib import PurePath
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from .files import human_bytes
-from .report import BlockReport, Report
+from .report import BlockReport, Report, is_mixed, place
 
 _CHART_WIDTH, _CHART_HEIGHT = 960.0, 260.0
 _MARGIN_TOP, _MARGIN_BOTTOM = 24.0, 22.0
@@ -53,7 +53,12 @@ def html_report(report: Report) -> str:
     ranked = any(block.importance is not None for block in report.blocks)
     page = _environment().get_template("report.html.j2")
     return page.render(
-        report=report, totals=totals, chart=_chart(report.blocks), compensated=compensated, ranked=ranked
+        report=report,
+        totals=totals,
+        chart=_chart(report.blocks),
+        compensated=compensated,
+        ranked=ranked,
+        mixed=is_mixed(report.blocks),
     )
 
 
@@ -98,4 +103,5 @@ def _environment() -> Environment:
     )
     environment.filters["filename"] = lambda spec: PurePath(spec).name
     environment.filters["bytes"] = human_bytes
+    environment.filters["place"] = place
     return environment

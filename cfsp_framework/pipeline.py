@@ -18,7 +18,7 @@ from . import checkpoint, report, surgery
 from .api import Budget, Site, Update
 from .architectures import Decoder, open_decoder
 from .attention import choose_attentions, count_to_drop
-from .blocks import Batch, Passage, embed, finish, logits, pass_block
+from .blocks import PADDING, Batch, Passage, embed, finish, logits, pass_block
 from .calibration import calibration_windows, identify
 from .collect import FeedForwardMeasurement, collect, summarise
 from .compensation import FinishedBlocks, FirstPass, SecondPass
@@ -187,7 +187,9 @@ def check_selection(config: RunConfig, selection: Selection, ranks: Ranks) -> No
         raise ConfigError("--stream reads blocks one by one, --device-map spreads them all; leave one of both out.")
     ordered = [one.component.name for one in chosen if one.component.ordered]
     if ranks.world > 1 and ordered:
-        raise ConfigError(f"{ordered[0]} depends on the order of all windows and cannot be shared out; run one process.")
+        raise ConfigError(
+            f"{ordered[0]} depends on the order of all windows and cannot be shared out; run one process."
+        )
 
 
 def open_streamed(config: RunConfig, loaded: LoadedModel, plugins: Plugins, folder: Path | None = None) -> Decoder:
@@ -209,7 +211,9 @@ def skipped_ids(config: RunConfig, loaded: LoadedModel) -> frozenset[int]:
 def open_windows(config: RunConfig, loaded: LoadedModel) -> Tensor:
     """The calibration windows, ``(N, T)``."""
     seqlen = sequence_length(config, loaded)
-    return calibration_windows(config.calibration, loaded.tokenizer, config.samples, seqlen, config.seed)
+    return calibration_windows(
+        config.calibration, loaded.tokenizer, config.samples, seqlen, config.seed, pack=config.pack
+    )
 
 
 def open_evaluation_sets(config: RunConfig, loaded: LoadedModel) -> tuple[EvaluationSet, ...]:
@@ -373,7 +377,9 @@ def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasu
             step()
 
         surgery.apply_plan(decoder, plan, compensate, leave)
-        expected = finish(decoder, sample_ids(bench), sample[0].hidden) if writer else logits(decoder, sample_ids(bench))
+        expected = (
+            finish(decoder, sample_ids(bench), sample[0].hidden) if writer else logits(decoder, sample_ids(bench))
+        )
     return Cut(updates, expected, writer)
 
 
@@ -452,7 +458,7 @@ def reopen(bench: Bench, made: Cut, folder: Path) -> tuple[Decoder, float]:
 def sample_ids(bench: Bench) -> Tensor:
     """Some tokens to compare logits on, ``(1, T)``: the first calibration window, or any valid ids."""
     if bench.windows is not None:
-        return bench.windows[:1]
+        return bench.windows[:1, bench.windows[0] != PADDING]
     vocabulary = bench.decoder.config.vocab_size
     return torch.randint(vocabulary, (1, 64), generator=torch.Generator().manual_seed(bench.config.seed))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -261,7 +262,8 @@ def _unit(summary: BlockSummary) -> int:
 def _members(summary: BlockSummary) -> list[tuple[str, Tensor]]:
     """Path and scores ``(F,)`` of every feed-forward of a summary."""
     members = summary.members or {summary.path: summary.width}
-    return list(zip(members, summary.scores.split(list(members.values())), strict=True))
+    ends = accumulate(members.values())
+    return [(path, summary.scores[end - members[path] : end]) for path, end in zip(members, ends, strict=True)]
 
 
 def _nearest(full: int, target: float, step: int) -> int:

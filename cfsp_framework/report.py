@@ -132,6 +132,16 @@ def _products(module: nn.Module, model: PreTrainedModel) -> int:
     return sum(int(parameter.numel() * min(1.0, chosen / len(parameter))) for parameter in own)
 
 
+def is_mixed(blocks: Sequence[BlockReport]) -> bool:
+    """Whether there is more to say of a width than its block: experts, or several feed-forwards."""
+    return any(one.experts > 1 for one in blocks) or len({one.block for one in blocks}) < len(blocks)
+
+
+def place(block: BlockReport) -> str:
+    """Which feed-forward of its block this is: ``mlp.experts x 8``."""
+    return f"{block.path} x {block.experts}" if block.experts > 1 else block.path
+
+
 def block_reports(
     plan: PruningPlan, updates: Mapping[tuple[int, str], Update] | None = None
 ) -> tuple[BlockReport, ...]:

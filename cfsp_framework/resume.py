@@ -23,6 +23,8 @@ HIDDEN_SHARE = 0.05
 """The share of the time that may go into keeping hidden states."""
 _BYTES_PER_SECOND = 2e8
 """Writing speed assumed before one was measured."""
+_NOT_WHOLE = (FileNotFoundError, SafetensorError, KeyError, ValueError)
+"""What reading raises where nothing was written, or not all of it survived."""
 
 
 class KeptCollection:
@@ -40,28 +42,40 @@ class KeptCollection:
         self._since = time.monotonic()
         self._cost: float | None = None
         self._count = 0
+        self._measured = 0
 
     def load(self, count: int) -> Sequence[list[FeedForwardMeasurement]]:
         """The measurements of the first blocks of ``count``, as far as there are any without a gap."""
         self._count = count
         found: list[list[FeedForwardMeasurement]] = []
-        while self._ranks.first and len(found) < count and self._path(len(found)).exists():
-            found.append(_read(self._path(len(found)), len(found)))
-        return self._ranks.agree(found)
+        while self._ranks.first and len(found) < count:
+            measured = _read(self._path(len(found)), len(found))
+            if measured is None:
+                break
+            found.append(measured)
+        found = self._ranks.agree(found)
+        self._measured = len(found)
+        if self._measured == count:
+            self._hidden.unlink(missing_ok=True)  # left by a run that was killed when it had measured everything
+        return found
 
     def resume(self, batches: Sequence[Batch]) -> int:
-        """Bring the batches as far as their hidden states were kept, and return the block they enter there."""
+        """Bring the batches as far as their hidden states were kept, and return the block they enter there.
+
+        What is not whole, or enters a block behind one that has to be measured again, is not used.
+        """
         self._since = time.monotonic()
-        if not self._hidden.exists():
-            return 0
         try:
             with safe_open(self._hidden, framework="pt") as file:
+                entering = int((file.metadata() or {})["entering"])
+                shapes = [file.get_slice(str(number)).get_shape() for number in range(len(batches))]
+                if entering > self._measured or shapes != [list(batch.hidden.shape) for batch in batches]:
+                    return 0
                 for number, batch in enumerate(batches):
                     batch.hidden.copy_(file.get_tensor(str(number)))
-                return int((file.metadata() or {})["entering"])
-        except (SafetensorError, KeyError, RuntimeError):  # not ours, or not whole: begin again
-            self._hidden.unlink(missing_ok=True)
-            raise
+        except _NOT_WHOLE:
+            return 0
+        return entering
 
     def store(self, index: int, measured: list[FeedForwardMeasurement], batches: Sequence[Batch]) -> None:
         """Keep what block ``index`` measured; the batches have passed it."""
@@ -111,13 +125,17 @@ def _write(path: Path, measured: Sequence[FeedForwardMeasurement]) -> None:
     save_aside(path, tensors, {"feed_forwards": json.dumps(told)})
 
 
-def _read(path: Path, block: int) -> list[FeedForwardMeasurement]:
-    with safe_open(path, framework="pt") as file:
-        told = json.loads((file.metadata() or {})["feed_forwards"])
-        kinds: list[dict[str, dict[str, Tensor]]] = [{"statistics": {}, "scores": {}, "curves": {}} for _ in told]
-        for key in file.keys():  # noqa: SIM118  (not a mapping)
-            number, kind, name = key.split("/", 2)
-            kinds[int(number)][kind][name] = file.get_tensor(key)
+def _read(path: Path, block: int) -> list[FeedForwardMeasurement] | None:
+    """What was measured of ``block``; None where it was not, or the file is not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = json.loads((file.metadata() or {})["feed_forwards"])
+            kinds: list[dict[str, dict[str, Tensor]]] = [{"statistics": {}, "scores": {}, "curves": {}} for _ in told]
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                number, kind, name = key.split("/", 2)
+                kinds[int(number)][kind][name] = file.get_tensor(key)
+    except _NOT_WHOLE:
+        return None
     return [
         FeedForwardMeasurement(
             block,

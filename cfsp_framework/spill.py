@@ -35,7 +35,8 @@ def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor
     try:
         spill.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=spill, prefix="hidden-states-") as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a crash later
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a crash later
             return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
     except OSError as error:
         raise OutputError(f"hidden states cannot be spilled to {spill}: {error.strerror}.") from error

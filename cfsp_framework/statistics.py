@@ -15,9 +15,7 @@ DOWN_INPUT_FLUCTUATION: Final = Statistic(
     "down_input_fluctuation", summary="FLAP's released running fluctuation of h, window by window", unseen=1.0
 )
 
-DOWN_INPUT_GRAM: Final = Statistic(
-    "down_input_gram", "(F, F)", "sum of h hᵀ over tokens", heavy=True, unseen=1.0
-)
+DOWN_INPUT_GRAM: Final = Statistic("down_input_gram", "(F, F)", "sum of h hᵀ over tokens", heavy=True, unseen=1.0)
 DOWN_INPUT_GRAM_HELD_OUT: Final = Statistic(
     "down_input_gram_held_out", "(F, F)", "sum of h hᵀ over the tokens of held-out windows", heavy=True
 )

@@ -7,8 +7,10 @@ where they are missing, families that need none still work.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
+import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import ModelError
 
+_SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -32,12 +35,13 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.files: dict[str, str] = {}
-        if (folder / _INDEX).exists():
+        if (folder / _SINGLE).exists():  # other safetensors beside it are none of the model's
+            with _open(folder / _SINGLE) as file:
+                self.files = dict.fromkeys(file.keys(), _SINGLE)
+        elif (folder / _INDEX).exists():
             self.files = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         else:
-            for path in sorted(folder.glob("*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    self.files |= dict.fromkeys(file.keys(), path.name)
+            raise ModelError(f"{folder} has neither {_SINGLE} nor {_INDEX}.")
 
     def slices(self, keys: Iterable[str]) -> dict[str, Any]:
         """What safetensors calls slices of the tensors called so."""
@@ -46,9 +50,16 @@ class Shards:
         for key in sorted(keys):
             name = self.files[key]
             if name not in opened:
-                opened[name] = safe_open(self._folder / name, framework="pt")
+                opened[name] = _open(self._folder / name)
             found[key] = opened[name].get_slice(key)
         return found
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); fetch or write it again.") from error
 
 
 class Streamed:
@@ -132,12 +143,23 @@ class Streamed:
     def _forget(self, index: int) -> None:
         """Let go of a block's parameters; their shapes, perhaps narrower by now, stay."""
         _to_meta(self._model.get_submodule(f"{self._blocks}.{index}"))
+        return_memory()
 
 
 def _to_meta(module: nn.Module) -> None:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system: threads that read a block each keep what they freed, and it adds up.
+
+    Only the C library of GNU systems keeps it and can be told.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def around(model: nn.Module, blocks: str) -> list[tuple[str, nn.Parameter]]:
@@ -277,5 +299,3 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart[key] = tensor.clone() if shared and tensor.numel() else tensor
         seen.add(storage.data_ptr())
     return apart
-
-

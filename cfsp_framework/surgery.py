@@ -18,7 +18,6 @@ from .errors import ConfigError, ModelError, PlanError
 from .heterogeneous import StandIn
 from .planning import BlockPlan, PruningPlan
 
-
 Compensate = Callable[[int, Sequence[Tensor]], Sequence[Update]]
 """Answers ``(block, kept channels of each of its feed-forwards)`` with a change for each."""
 

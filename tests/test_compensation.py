@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +29,8 @@ from cfsp_framework import (
     prune,
 )
 from cfsp_framework.architectures import Decoder
-from cfsp_framework.blocks import run_block
+from cfsp_framework.banks import Projection, SingleBank
+from cfsp_framework.blocks import Batch, Passage, run_block
 from cfsp_framework.compensation import SecondPass, compensate
 from cfsp_framework.config import layered
 from cfsp_framework.errors import PluginError
@@ -47,9 +48,11 @@ from cfsp_framework.statistics import (
     DOWN_TARGET_SQUARES,
     DOWN_TARGET_SQUARES_HELD_OUT,
     FEED_FORWARD_INPUTS,
+    FEED_FORWARD_INPUTS_HELD_OUT,
     FEED_FORWARD_TARGETS,
+    FEED_FORWARD_TARGETS_HELD_OUT,
 )
-from cfsp_framework.surgery import apply_plan, apply_update, cut_block
+from cfsp_framework.surgery import apply_plan, apply_updates, cut_block
 from cfsp_plugins.least_squares import LeastSquares, LeastSquaresBias, Procrustes, Sequential, guarded
 from cfsp_plugins.local_reconstruction import LocalReconstruction, Weights
 
@@ -164,6 +167,9 @@ def test_closed_form_compensation_never_raises_the_calibration_or_the_held_out_e
     kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, width - 1), min_size=1))))
     update = sample.answer(compensator, kept)
     plain = Update()
+    if len(kept) == width:
+        assert update == plain, "where nothing is lost nobody is asked"
+        update = compensator.compensate(sample.block, kept, sample.statistics)
     assert update.error is not None
     assert update.error_plain is not None
     judged = sample.held_out if len(sample.held_out) else sample.fit
@@ -389,7 +395,9 @@ HEAVY = frozenset(
         DOWN_TARGET_SQUARES,
         DOWN_TARGET_SQUARES_HELD_OUT,
         FEED_FORWARD_INPUTS,
+        FEED_FORWARD_INPUTS_HELD_OUT,
         FEED_FORWARD_TARGETS,
+        FEED_FORWARD_TARGETS_HELD_OUT,
     }
 )
 
@@ -419,13 +427,32 @@ def changed(feed_forward: FeedForward, kept: Tensor) -> Update:
     return Update(down=feed_forward.down[:, kept] * 1.5)
 
 
+def only(decoder: Decoder, index: int) -> FeedForward:
+    """Block ``index``'s only feed-forward."""
+    (feed_forward,) = decoder.feed_forwards(index)
+    return feed_forward
+
+
+def down_projection(decoder: Decoder, index: int) -> Projection:
+    """The module whose input are its channel activations."""
+    (bank,) = decoder.banks(index)
+    assert isinstance(bank, SingleBank)
+    return bank.down
+
+
+def module_of(decoder: Decoder, index: int) -> nn.Module:
+    """The module that holds it."""
+    (bank,) = decoder.banks(index)
+    return bank.module
+
+
 @torch.no_grad()
 def heard(decoder: Decoder, index: int) -> dict[str, Tensor]:
     """What goes in and out of block ``index``, its feed-forward and its down projection on WINDOWS, ``(N, T, ...)``."""
     modules = {
         "block": decoder.blocks[index],
-        "feed_forward": decoder.blocks[index].get_submodule(decoder.architecture.feed_forward.path),
-        "down": decoder.down_projection(index),
+        "feed_forward": module_of(decoder, index),
+        "down": down_projection(decoder, index),
     }
     seen: dict[str, Tensor] = {}
 
@@ -442,16 +469,24 @@ def heard(decoder: Decoder, index: int) -> dict[str, Tensor]:
     return seen
 
 
+def window_statistics(inputs: Tensor, targets: Tensor) -> dict[Statistic, Tensor]:
+    """A feed-forward's inputs and targets ``(N, T, D)`` as the collectors give them: every tenth window apart."""
+    held_out = torch.arange(1, len(inputs) + 1) % HELD_OUT_EVERY == 0
+    return {
+        FEED_FORWARD_INPUTS: inputs[~held_out].flatten(0, 1),
+        FEED_FORWARD_INPUTS_HELD_OUT: inputs[held_out].flatten(0, 1),
+        FEED_FORWARD_TARGETS: targets[~held_out].flatten(0, 1),
+        FEED_FORWARD_TARGETS_HELD_OUT: targets[held_out].flatten(0, 1),
+    }
+
+
 def expected_statistics(cut_so_far: Decoder, dense: Decoder, index: int, mix: float) -> dict[Statistic, Tensor]:
     """The long way: whole forwards of the model as it is cut by now, and of the dense one."""
     own, teacher = heard(cut_so_far, index), heard(dense, index)
     correction = mix * (teacher["block out"] - own["block out"])
-    bias = cut_so_far.down_projection(index).bias
+    bias = down_projection(cut_so_far, index).bias
     target = own["down out"] - (0 if bias is None else bias.detach()) + correction  # (N, T, D)
-    found: dict[Statistic, Tensor] = {
-        FEED_FORWARD_INPUTS: own["feed_forward in"],
-        FEED_FORWARD_TARGETS: own["feed_forward out"] + correction,
-    }
+    found = window_statistics(own["feed_forward in"], own["feed_forward out"] + correction)
     for windows, gram, cross, squares in (
         (slice(None), DOWN_INPUT_GRAM, DOWN_CROSS, DOWN_TARGET_SQUARES),
         (IS_HELD_OUT, DOWN_INPUT_GRAM_HELD_OUT, DOWN_CROSS_HELD_OUT, DOWN_TARGET_SQUARES_HELD_OUT),
@@ -464,7 +499,13 @@ def expected_statistics(cut_so_far: Decoder, dense: Decoder, index: int, mix: fl
 def second_pass(decoder: Decoder, compensator: Compensator, plugins: Plugins, batch_size: int | None = 3) -> SecondPass:
     chosen = Chosen(compensator, Origin("test"))
     collectors = plugins.collectors_for(compensator.required())
-    return SecondPass(decoder, WINDOWS, chosen, collectors, batch_size=batch_size, seed=0)
+    return SecondPass(decoder, WINDOWS, chosen, collectors, seed=0, passage=Passage(batch_size=batch_size))
+
+
+def compensated(decoder: Decoder, plan: PruningPlan, compensator: Compensator, plugins: Plugins) -> None:
+    """Cut the model by the plan, compensated in a second pass."""
+    answer = second_pass(decoder, compensator, plugins)
+    apply_plan(decoder, plan, answer, answer.leave)
 
 
 SOME_BLOCKS = [(40, 24, 56), (64, 40, 24), (40, 64, 24), (64, 64, 24), (24, 40, 64), (64, 40, 64)]
@@ -510,9 +551,10 @@ def check_second_pass(
     (_, cut), (_, slow), (_, dense) = (open_tiny(folder) for _ in range(3))
     plan = make_plan(cut, widths)
     Listening.seen.clear()
-    apply_plan(cut, plan, second_pass(cut, Listening(pruned=mix is not None, mix=mix or 0.0), plugins))
+    compensated(cut, plan, Listening(pruned=mix is not None, mix=mix or 0.0), plugins)
     assert sorted(Listening.seen) == [index for index, width in enumerate(widths) if width < 64]
-    additive = cut.architecture.feed_forward.additive
+    (layout,) = cut.architecture.feed_forwards
+    additive = layout.additive
     assert additive == (name in ("llama", "llama-bias", "phi3"))
     for index, block in enumerate(plan.blocks):
         if len(block.kept) == block.width:
@@ -528,11 +570,11 @@ def check_second_pass(
             close = 1e-5 * value.abs().max().item()
             torch.testing.assert_close(found[statistic], value, rtol=1e-3, atol=close, msg=f"{statistic}, {index}")
         kept = torch.tensor(block.kept)
-        update = changed(slow.feed_forward(index), kept)
-        cut_block(slow, index, kept)
-        apply_update(slow, index, update)
+        update = changed(only(slow, index), kept)
+        cut_block(slow, index, [kept])
+        apply_updates(slow, index, [update])
     for index in range(3):
-        torch.testing.assert_close(cut.feed_forward(index).down, slow.feed_forward(index).down)
+        torch.testing.assert_close(only(cut, index).down, only(slow, index).down)
 
 
 def test_the_dense_model_takes_no_teacher_where_none_is_needed(
@@ -540,12 +582,12 @@ def test_the_dense_model_takes_no_teacher_where_none_is_needed(
 ) -> None:
     runs: list[int] = []
 
-    def count(block: nn.Module, index: int, batch: object) -> Tensor:
+    def count(decoder: Decoder, index: int, batch: Batch) -> Tensor:
         runs.append(index)
-        return run_block(block, index, batch)  # type: ignore[arg-type]
+        return run_block(decoder, index, batch)
 
     monkeypatch.setattr("cfsp_framework.measure.run_block", count)
-    monkeypatch.setattr("cfsp_framework.compensation.run_block", count)
+    monkeypatch.setattr("cfsp_framework.blocks.run_block", count)
     kept = torch.arange(32)
     for name, compensator, expected in (
         ("llama", Listening(pruned=False, mix=0.5), 3),
@@ -557,7 +599,9 @@ def test_the_dense_model_takes_no_teacher_where_none_is_needed(
         answer = second_pass(decoder, compensator, plugins, batch_size=20)
         runs.clear()
         for index in range(3):
-            answer(index, kept)
+            answer(index, [kept])
+            if index < 2:  # nothing is measured after the last one
+                answer.leave(index)
         assert len(runs) == expected, compensator
 
 
@@ -568,16 +612,16 @@ def test_sequential_without_a_teacher_is_least_squares_on_the_pruned_stream(
     folder = make_model(name)
     (_, cut), (_, slow) = open_tiny(folder), open_tiny(folder)
     plan = make_plan(cut, (40, 64, 24))
-    apply_plan(cut, plan, second_pass(cut, Sequential(mix=0.0), plugins))
+    compensated(cut, plan, Sequential(mix=0.0), plugins)
     for index in (0, 2):
         kept = torch.tensor(plan.blocks[index].kept)
         statistics = BlockStatistics(expected_statistics(slow, slow, index, 0.0), 480, 48)
-        update = LeastSquares().compensate(slow.feed_forward(index), kept, statistics)
+        update = LeastSquares().compensate(only(slow, index), kept, statistics)
         assert update.down is not None
-        cut_block(slow, index, kept)
-        apply_update(slow, index, update)
+        cut_block(slow, index, [kept])
+        apply_updates(slow, index, [update])
     for index in (0, 2):
-        found, expected = cut.feed_forward(index).down, slow.feed_forward(index).down
+        found, expected = only(cut, index).down, only(slow, index).down
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
@@ -600,10 +644,10 @@ def test_compensation_brings_the_whole_model_nearer_to_the_dense_one(
     ]  # fmt: skip
     for compensator in compensators:
         _, cut = open_tiny(folder)
-        apply_plan(cut, plan, second_pass(cut, compensator, plugins))
+        compensated(cut, plan, compensator, plugins)
         errors[repr(compensator)] = stream_error(cut, dense)
     _, cut = open_tiny(folder)
-    apply_plan(cut, plan, lambda index, kept: Update())
+    apply_plan(cut, plan, lambda index, kept: [Update()])
     assert all(error < stream_error(cut, dense) for error in errors.values()), errors
 
 
@@ -617,22 +661,22 @@ def test_least_squares_lowers_the_calibration_error_of_every_block(
     updates: dict[int, Update] = {}
     answer = second_pass(cut, LeastSquares(), plugins)
 
-    def remember(index: int, kept: Tensor) -> Update:
-        updates[index] = answer(index, kept)
-        return updates[index]
+    def remember(index: int, kept: Sequence[Tensor]) -> list[Update]:
+        (updates[index],) = answer(index, kept)
+        return [updates[index]]
 
-    apply_plan(cut, plan, remember)
+    apply_plan(cut, plan, remember, answer.leave)
     for index, block in enumerate(plan.blocks):
         inputs, kept = heard(dense, index)["down in"], torch.tensor(block.kept)
-        weight, update = dense.feed_forward(index).down, updates[index]
-        whole = Sample(dense.feed_forward(index), inputs)
+        weight, update = only(dense, index).down, updates[index]
+        whole = Sample(only(dense, index), inputs)
         assert update.down is not None
         assert update.error is not None
         found = replace(update, down=update.down.float())
         assert whole.error(whole.fit, kept, found) < whole.error(whole.fit, kept, Update())
         assert whole.error(whole.held_out, kept, found) < whole.error(whole.held_out, kept, Update())
         assert whole.error(whole.held_out, kept, found) == pytest.approx(update.error, rel=1e-3)
-        assert torch.equal(cut.feed_forward(index).down, update.down.to(weight.dtype))
+        assert torch.equal(only(cut, index).down, update.down.to(weight.dtype))
 
 
 # --- local reconstruction --------------------------------------------------------------------------------------------
@@ -644,11 +688,10 @@ def test_the_weights_compute_what_the_models_own_feed_forward_does(
     _, decoder = open_tiny(make_model(family))
     inputs = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     for index, kept in enumerate((torch.arange(64), torch.tensor([0, 5, 63]), torch.arange(0, 64, 3))):
-        found = Weights.of(decoder.feed_forward(index), kept).output(inputs)
-        cut_block(decoder, index, kept)
-        module = decoder.blocks[index].get_submodule(decoder.architecture.feed_forward.path)
+        found = Weights.of(only(decoder, index), kept).output(inputs)
+        cut_block(decoder, index, [kept])
         with torch.no_grad():
-            torch.testing.assert_close(found, module(inputs), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found, module_of(decoder, index)(inputs), rtol=1e-5, atol=1e-6)
 
 
 def test_an_activation_works_without_a_gate() -> None:
@@ -672,23 +715,27 @@ class Trial:
     targets: Tensor
 
     def answer(self, compensator: Compensator, kept: Tensor) -> Update:
-        values = {FEED_FORWARD_INPUTS: self.inputs, FEED_FORWARD_TARGETS: self.targets}
+        values = window_statistics(self.inputs, self.targets)
         tokens = self.inputs.shape[0] * self.inputs.shape[1]
         statistics = BlockStatistics(values, tokens, 24 * (len(self.inputs) // HELD_OUT_EVERY))
         return compensate(Chosen(compensator, Origin("test")), self.block, kept, statistics)
 
     def error(self, weights: Weights) -> float:
-        """Mean squared error on the held-out windows."""
-        held_out = torch.arange(1, len(self.inputs) + 1) % HELD_OUT_EVERY == 0
-        if len(self.inputs) < HELD_OUT_EVERY:
-            held_out[-1] = True
-        return (weights.output(self.inputs[held_out]) - self.targets[held_out]).square().mean().item()
+        """Mean squared error on the held-out windows, or on the last tenth of the tokens where there are none."""
+        windows = range(len(self.inputs))[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        inputs, targets = self.inputs.flatten(0, 1), self.targets.flatten(0, 1)  # (n, D)
+        if windows:
+            inputs, targets = self.inputs[list(windows)], self.targets[list(windows)]
+        else:
+            last = -(-len(inputs) // HELD_OUT_EVERY)
+            inputs, targets = inputs[-last:], targets[-last:]
+        return (weights.output(inputs) - targets).square().mean().item()
 
 
 def trial(name: str, make_model: Callable[..., Path], open_tiny: Open, windows: int = 20, block: int = 1) -> Trial:
     _, decoder = open_tiny(make_model(name))
     seen = heard(decoder, block)
-    return Trial(decoder.feed_forward(block), seen["feed_forward in"][:windows], seen["feed_forward out"][:windows])
+    return Trial(only(decoder, block), seen["feed_forward in"][:windows], seen["feed_forward out"][:windows])
 
 
 def with_update(block: FeedForward, kept: Tensor, update: Update) -> Weights:
@@ -731,9 +778,9 @@ def test_a_reconstructed_block_has_the_planned_width_and_computes_the_trained_we
     one = trial(name, make_model, open_tiny)
     _, decoder = open_tiny(make_model(name))
     update = one.answer(QUICK, HALF)
-    cut_block(decoder, 1, HALF)
-    apply_update(decoder, 1, update)
-    module = decoder.blocks[1].get_submodule(decoder.architecture.feed_forward.path)
+    cut_block(decoder, 1, [HALF])
+    apply_updates(decoder, 1, [update])
+    module = module_of(decoder, 1)
     assert decoder.widths == (64, 32, 64)
     with torch.no_grad():
         found = module(one.inputs)
@@ -801,7 +848,7 @@ def test_targets_of_zero_are_no_division_by_zero(make_model: Callable[..., Path]
 def test_half_precision_blocks_are_trained_in_float32(make_model: Callable[..., Path], open_tiny: Open) -> None:
     _, decoder = open_tiny(make_model("phi3", dtype="bfloat16"))
     seen = heard(decoder, 1)
-    one = Trial(decoder.feed_forward(1), seen["feed_forward in"].float(), seen["feed_forward out"].float())
+    one = Trial(only(decoder, 1), seen["feed_forward in"].float(), seen["feed_forward out"].float())
     update = one.answer(QUICK, HALF)
     assert update.error is not None
     assert update.error_plain is not None
@@ -851,9 +898,9 @@ def test_the_presets_run_and_what_they_write_opens_again(
     (_, cut), (_, dense) = open_tiny(tmp_path / "out"), open_tiny(make_model(name))
     assert cut.widths == result.plan.widths
     kept = torch.tensor(result.plan.blocks[0].kept)
-    assert not torch.equal(cut.feed_forward(0).down, dense.feed_forward(0).down[:, kept])
+    assert not torch.equal(only(cut, 0).down, only(dense, 0).down[:, kept])
     trained = preset == "cfsp-refined"
-    assert torch.equal(cut.feed_forward(0).up, dense.feed_forward(0).up[kept]) != trained
+    assert torch.equal(only(cut, 0).up, only(dense, 0).up[kept]) != trained
     written = json.loads((tmp_path / "out/pruning_plan.json").read_text())
     assert written["components"]["criterion"].startswith("obs:")
 
@@ -922,7 +969,14 @@ def test_heavy_statistics_of_a_compensator_are_measured_in_the_second_pass_only(
         ("none", [], []),
         ("bias", ["down-input-mean"], []),
         ("least-squares", [], ["down-input-gram", "down-input-gram-held-out"]),
-        ("local-reconstruction", [], ["feed-forward-inputs", "feed-forward-targets"]),
+        (
+            "local-reconstruction",
+            [],
+            [
+                *("feed-forward-inputs", "feed-forward-inputs-held-out"),
+                *("feed-forward-targets", "feed-forward-targets-held-out"),
+            ],
+        ),
     ):
         chosen = RunConfig.build(**{**config.model_dump(), "compensator": name})
         for planned in (False, True):

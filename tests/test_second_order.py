@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from cfsp_framework import HELD_OUT_EVERY, Accumulator, BlockStatistics, Collector, Criterion, Site, Statistic
 from cfsp_framework.architectures import Decoder
-from cfsp_framework.blocks import embed
-from cfsp_framework.collect import BlockMeasurement, collect
+from cfsp_framework.banks import SingleBank
+from cfsp_framework.blocks import Passage, embed
+from cfsp_framework.collect import FeedForwardMeasurement, collect, summarise
 from cfsp_framework.gradients import measure_gradients
-from cfsp_framework.measure import measure_block
+from cfsp_framework.measure import Tally, Tokens, Window, measure_block
 from cfsp_framework.models import LoadedModel
 from cfsp_framework.plugins import Chosen, Origin, Plugins, load_plugins
 from cfsp_framework.progress import Progress
+from cfsp_framework.ranks import SOLO
 from cfsp_framework.statistics import (
     BLOCK_OUTPUT_SQUARES,
     DOWN_CROSS,
@@ -33,7 +35,9 @@ from cfsp_framework.statistics import (
     DOWN_INPUT_TAYLOR,
     DOWN_INPUT_TAYLOR_SQUARED,
     FEED_FORWARD_INPUTS,
+    FEED_FORWARD_INPUTS_HELD_OUT,
     FEED_FORWARD_TARGETS,
+    FEED_FORWARD_TARGETS_HELD_OUT,
 )
 from cfsp_plugins.activations import DownInputMeanHeldOut
 from cfsp_plugins.second_order import (
@@ -43,7 +47,9 @@ from cfsp_plugins.second_order import (
     DownInputGram,
     DownInputGramHeldOut,
     FeedForwardInputs,
+    FeedForwardInputsHeldOut,
     FeedForwardTargets,
+    FeedForwardTargetsHeldOut,
 )
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]
@@ -51,6 +57,7 @@ untimed = settings(deadline=None, max_examples=30, suppress_health_check=[Health
 
 WINDOWS = torch.randint(3, 300, (23, 12), generator=torch.Generator().manual_seed(4))
 HELD_OUT = [9, 19]  # of 23 windows: the tenth and the twentieth
+FITTED = [number for number in range(23) if number not in HELD_OUT]
 SECOND_ORDER = frozenset(
     {
         BLOCK_OUTPUT_SQUARES,
@@ -61,7 +68,9 @@ SECOND_ORDER = frozenset(
         DOWN_INPUT_MEAN_HELD_OUT,
         DOWN_INPUT_SQUARES,
         FEED_FORWARD_INPUTS,
+        FEED_FORWARD_INPUTS_HELD_OUT,
         FEED_FORWARD_TARGETS,
+        FEED_FORWARD_TARGETS_HELD_OUT,
     }
 )
 
@@ -86,12 +95,21 @@ def activations(windows: int, tokens: int, width: int, seed: int = 0) -> Tensor:
     return (torch.randn(windows, tokens, width, generator=draw) + 1) * torch.logspace(-2, 2, width)
 
 
-def collected(collector: Collector, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    """The statistic after these windows."""
-    running = collector.start()
-    for window_in, window_out in zip(inputs, outputs, strict=True):
-        running.update(window_in, window_out)
-    return running.value(sum(len(window) for window in inputs))
+def collected(
+    collector: Collector,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    after: Callable[[Window], None] | None = None,
+) -> Tensor:
+    """The statistic after these windows, as the host asks for it; ``after`` is called with each once it was shown."""
+    tally, tokens = Tally(Chosen(collector, Origin("test"))), Tokens()
+    for number, (window_in, window_out) in enumerate(zip(inputs, outputs, strict=True)):
+        window = Window(number, window_in, window_out)
+        tokens.add(window)
+        tally.add(window)
+        if after is not None:
+            after(window)
+    return tally.value(tokens, "block 0", SOLO)
 
 
 def assert_products(found: Tensor, left: Tensor, right: Tensor) -> None:
@@ -129,6 +147,8 @@ def test_held_out_collectors_see_every_tenth_window_and_nothing_else(
     mean = collected(DownInputMeanHeldOut(), list(inputs), list(outputs))
     assert_products(gram, seen_in, seen_in)
     assert_products(cross, seen_out, seen_in)
+    assert torch.equal(collected(FeedForwardInputsHeldOut(), list(inputs), list(outputs)), seen_in)
+    assert torch.equal(collected(FeedForwardTargetsHeldOut(), list(inputs), list(outputs)), seen_out)
     expected = seen_in.double().mean(0) if len(seen_in) else torch.zeros(width, dtype=torch.float64)
     torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -138,8 +158,9 @@ def test_held_out_collectors_see_every_tenth_window_and_nothing_else(
 def test_the_other_collectors_are_what_they_say(windows: int, tokens: int, seed: int) -> None:
     inputs, outputs = activations(windows, tokens, 9, seed), activations(windows, tokens, 4, seed + 1)
     assert_products(collected(DownCross(), list(inputs), list(outputs)), outputs.flatten(0, 1), inputs.flatten(0, 1))
-    assert torch.equal(collected(FeedForwardInputs(), list(inputs), list(outputs)), inputs)
-    assert torch.equal(collected(FeedForwardTargets(), list(inputs), list(outputs)), outputs)
+    fitted = torch.arange(1, windows + 1) % HELD_OUT_EVERY != 0
+    assert torch.equal(collected(FeedForwardInputs(), list(inputs), list(outputs)), inputs[fitted].flatten(0, 1))
+    assert torch.equal(collected(FeedForwardTargets(), list(inputs), list(outputs)), outputs[fitted].flatten(0, 1))
     squares = collected(BlockOutputSquares(), list(inputs), list(outputs))
     assert squares.shape == ()
     assert squares.item() == pytest.approx(outputs.double().square().sum().item(), rel=1e-6)
@@ -176,22 +197,24 @@ def test_half_precision_activations_are_counted_and_summed_exactly(dtype: torch.
         DownCross(),
         DownCrossHeldOut(),
         FeedForwardInputs(),
+        FeedForwardInputsHeldOut(),
         FeedForwardTargets(),
+        FeedForwardTargetsHeldOut(),
         BlockOutputSquares(),
     ],
     ids=repr,
 )
 def test_collecting_keeps_no_hold_of_the_activations(collector: Collector) -> None:
     inputs, outputs = activations(10, 3, 6), activations(10, 3, 4, seed=1)
-    running = collector.start()
     expected = collected(collector, list(inputs), list(outputs))
-    for window_in, window_out in zip(inputs, outputs, strict=True):
-        buffer_in, buffer_out = window_in.clone(), window_out.clone()
-        running.update(buffer_in, buffer_out)
-        buffer_in.zero_()  # the engine writes the next block's stream over it
-        buffer_out.zero_()
-    assert torch.equal(running.value(30), expected)
-    assert collector.ordered == ("held-out" in collector.name or "feed-forward" in collector.name)
+    assert bool(expected.any())
+
+    def overwrite(window: Window) -> None:
+        window.inputs.zero_()  # the engine writes the next block's stream over it
+        window.outputs.zero_()
+
+    assert torch.equal(collected(collector, list(inputs.clone()), list(outputs.clone()), overwrite), expected)
+    assert collector.ordered == ("feed-forward" in collector.name)
 
 
 # --- measured on a model ---------------------------------------------------------------------------------------------
@@ -200,8 +223,19 @@ def test_collecting_keeps_no_hold_of_the_activations(collector: Collector) -> No
 def measured(decoder: Decoder, plugins: Plugins, windows: Tensor, batch_size: int) -> list[BlockStatistics]:
     """Every second-order statistic of every block of the dense model."""
     collectors = plugins.collectors_for(SECOND_ORDER)
-    batches = embed(decoder, windows, batch_size)
-    return [measure_block(decoder, index, batches, collectors) for index in range(len(decoder.blocks))]
+    batches = embed(decoder, windows, Passage(batch_size=batch_size))
+    found: list[BlockStatistics] = []
+    for index in range(len(decoder.blocks)):
+        (statistics,) = measure_block(decoder, index, batches, collectors)
+        found.append(statistics)
+    return found
+
+
+def down_projection(decoder: Decoder, index: int) -> nn.Module:
+    """The module whose input are the channel activations of block ``index``."""
+    (bank,) = decoder.banks(index)
+    assert isinstance(bank, SingleBank)
+    return bank.down
 
 
 @torch.no_grad()
@@ -220,8 +254,8 @@ def recorded(modules: Sequence[nn.Module], model: nn.Module, windows: Tensor) ->
 
 def test_second_order_statistics_are_those_of_the_models_own_forward(decoder: Decoder, plugins: Plugins) -> None:
     found = measured(decoder, plugins, WINDOWS, batch_size=3)
-    count, layout = len(decoder.blocks), decoder.architecture.feed_forward
-    downs = recorded([decoder.down_projection(index) for index in range(count)], decoder.model, WINDOWS)
+    count, (layout,) = len(decoder.blocks), decoder.architecture.feed_forwards
+    downs = recorded([down_projection(decoder, index) for index in range(count)], decoder.model, WINDOWS)
     wholes = recorded([block.get_submodule(layout.path) for block in decoder.blocks], decoder.model, WINDOWS)
     blocks = recorded(decoder.blocks, decoder.model, WINDOWS)
     for index, statistics in enumerate(found):
@@ -234,15 +268,20 @@ def test_second_order_statistics_are_those_of_the_models_own_forward(decoder: De
             statistics[DOWN_INPUT_GRAM].diagonal(), statistics[DOWN_INPUT_SQUARES], rtol=1e-5, atol=0
         )
         torch.testing.assert_close(statistics[DOWN_INPUT_MEAN_HELD_OUT], held_out.mean(0), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(statistics[FEED_FORWARD_INPUTS], wholes[index][0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(statistics[FEED_FORWARD_TARGETS], wholes[index][1], rtol=1e-4, atol=1e-5)
+        for windows, entering, leaving in (
+            (FITTED, FEED_FORWARD_INPUTS, FEED_FORWARD_TARGETS),
+            (HELD_OUT, FEED_FORWARD_INPUTS_HELD_OUT, FEED_FORWARD_TARGETS_HELD_OUT),
+        ):
+            whole_in, whole_out = (side[windows].flatten(0, 1) for side in wholes[index])  # (n, D) each
+            torch.testing.assert_close(statistics[entering], whole_in, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(statistics[leaving], whole_out, rtol=1e-4, atol=1e-5)
         expected = blocks[index][1].double().square().sum().item()
         assert statistics[BLOCK_OUTPUT_SQUARES].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_on_the_dense_stream_the_target_is_the_product_without_a_bias(decoder: Decoder, plugins: Plugins) -> None:
     for index, statistics in enumerate(measured(decoder, plugins, WINDOWS, batch_size=23)):
-        weight = decoder.feed_forward(index).down.double()
+        weight = decoder.feed_forwards(index)[0].down.double()
         for gram, cross in ((DOWN_INPUT_GRAM, DOWN_CROSS), (DOWN_INPUT_GRAM_HELD_OUT, DOWN_CROSS_HELD_OUT)):
             product = weight @ statistics[gram].double()  # (D, F)
             torch.testing.assert_close(
@@ -272,6 +311,8 @@ def test_fewer_than_ten_windows_hold_nothing_out(
     assert (statistics.tokens, statistics.held_out_tokens) == (count * 12, held_out * 12)
     for statistic in (DOWN_INPUT_GRAM_HELD_OUT, DOWN_CROSS_HELD_OUT, DOWN_INPUT_MEAN_HELD_OUT):
         assert bool(statistics[statistic].any()) == (held_out > 0)
+    for statistic in (FEED_FORWARD_INPUTS_HELD_OUT, FEED_FORWARD_TARGETS_HELD_OUT):
+        assert len(statistics[statistic]) == held_out * 12
     for kept in (statistics.light(), statistics.only(SECOND_ORDER), statistics.to("cpu"), statistics | {}):
         assert (kept.tokens, kept.held_out_tokens) == (count * 12, held_out * 12)
 
@@ -313,7 +354,6 @@ def test_only_one_block_s_heavy_statistics_are_held_at_a_time(
         WINDOWS,
         {"magnitude": criterion},
         [Chosen(Remembered(), Origin("test"))],
-        batch_size=None,
         seed=0,
         progress=Progress(),
     )
@@ -337,7 +377,7 @@ def naive_gradients(decoder: Decoder, windows: Tensor) -> list[list[tuple[Tensor
     for window in windows:
         seen.clear()
         handles = [
-            decoder.down_projection(index).register_forward_pre_hook(hear) for index in range(len(decoder.blocks))
+            down_projection(decoder, index).register_forward_pre_hook(hear) for index in range(len(decoder.blocks))
         ]
         logits = decoder.model(window[None], use_cache=False).logits[0].double()
         for handle in handles:
@@ -352,7 +392,7 @@ def naive_gradients(decoder: Decoder, windows: Tensor) -> list[list[tuple[Tensor
 def test_taylor_statistics_equal_a_naive_computation(decoder: Decoder, plugins: Plugins) -> None:
     found = measure_gradients(decoder, WINDOWS[:3], plugins.collectors_for(BACKWARD), Progress())
     naive = naive_gradients(decoder, WINDOWS[:3])
-    for index, values in enumerate(found):
+    for index, (values,) in enumerate(found):
         effects = torch.cat([naive[window][index][0] * naive[window][index][1] for window in range(3)])  # (3 T, F)
         for statistic, effect in (
             (DOWN_INPUT_TAYLOR, effects.abs().sum(0)),
@@ -401,17 +441,17 @@ def test_measuring_gradients_leaves_every_flag_as_it_was(
                 measure_gradients(llama, WINDOWS[:2], collectors, Progress())
         assert state(llama.model) == before
     again = measure_gradients(llama, WINDOWS[:2], collectors, Progress())
-    for one, other in zip(first, again, strict=True):
+    for (one,), (other,) in zip(first, again, strict=True):
         assert torch.equal(one[DOWN_INPUT_TAYLOR], other[DOWN_INPUT_TAYLOR])
 
 
 def collected_for(
     decoder: Decoder, plugins: Plugins, name: str, options: dict[str, object], more: frozenset[Statistic] = frozenset()
-) -> tuple[BlockMeasurement, ...]:
+) -> tuple[FeedForwardMeasurement, ...]:
     """What one pass gives for a criterion."""
     criterion: Chosen[Criterion] = plugins.criteria.create(name, options)
     collectors = plugins.collectors_for(criterion.component.required() | more)
-    return collect(decoder, WINDOWS, {name: criterion}, collectors, batch_size=None, seed=0, progress=Progress())
+    return collect(decoder, WINDOWS, {name: criterion}, collectors, seed=0, progress=Progress())
 
 
 @pytest.mark.parametrize("more", [frozenset(), frozenset({DOWN_INPUT_SQUARES})])
@@ -419,9 +459,10 @@ def test_gradient_statistics_know_their_tokens_beside_others_and_alone(
     more: frozenset[Statistic], make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
 ) -> None:
     llama = open_tiny(make_model("llama"))[1]
-    for index, measurement in enumerate(collected_for(llama, plugins, "taylor", {}, more)):
+    found = collected_for(llama, plugins, "taylor", {}, more)
+    for measurement, summary in zip(found, summarise(llama, found, "taylor"), strict=True):
         assert set(measurement.statistics) == {DOWN_INPUT_TAYLOR, *more}
-        assert measurement.statistics.tokens == measurement.summary(index, "taylor").tokens == WINDOWS.numel()
+        assert measurement.statistics.tokens == summary.tokens == WINDOWS.numel()
         assert measurement.statistics.held_out_tokens == 24
         assert torch.equal(measurement.scores["taylor"], measurement.statistics[DOWN_INPUT_TAYLOR])
 

@@ -170,9 +170,7 @@ def test_permuting_the_channels_permutes_the_plan(
             seed=0,
             progress=Progress(),
         )
-        plans.append(
-            {name: plan_blocks(summarise(decoder, found, name), allocator, Budget(0.5)) for name in criteria}
-        )
+        plans.append({name: plan_blocks(summarise(decoder, found, name), allocator, Budget(0.5)) for name in criteria})
     for name in criteria:
         for block, (before, after) in enumerate(zip(plans[0][name], plans[1][name], strict=True)):
             assert sorted(orders[block][channel] for channel in after.kept) == list(before.kept), f"{name}, {block}"

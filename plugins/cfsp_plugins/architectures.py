@@ -26,7 +26,8 @@ def _plain(up: str, down: str, path: str = "mlp", width_key: str = "intermediate
 
 LLAMA_LIKE: dict[str, tuple[FeedForwardLayout, ...]] = {
     **dict.fromkeys(
-        ("llama", "internlm3", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "smollm3", "olmo", "cohere"), (GATED,)
+        ("llama", "internlm3", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "smollm3", "olmo", "cohere"),
+        (GATED,),
     ),
     **dict.fromkeys(("gemma2", "gemma3_text", "gemma3n_text", "olmo2", "granite"), (NORMALISED,)),
     "stablelm": (GATED,),
@@ -71,7 +72,19 @@ OTHERS = {
 # Attentions that return what the block adds to its stream, and nothing the block needs beside it.
 DROPPABLE = frozenset(
     {
-        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3"),
+        *(
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi3",
+            "olmo2",
+            "granite",
+            "smollm3",
+        ),
         *("internlm3", "ministral3", "olmo", "starcoder2", "nemotron"),
     }
 )

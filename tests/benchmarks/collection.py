@@ -25,6 +25,7 @@ import torch
 
 from cfsp_framework import pipeline
 from cfsp_framework.architectures import Decoder
+from cfsp_framework.blocks import tokens_per_batch
 from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.pipeline import Bench
 from cfsp_framework.progress import Progress
@@ -52,12 +53,13 @@ def run(bench: Bench) -> float:
 def run_in_place(bench: Bench) -> None:
     """Collect, plan and cut the model itself."""
     measurements = pipeline.measure(bench)
-    pipeline.cut(bench, pipeline.make_plan(bench, measurements), measurements)
+    pipeline.cut(bench, pipeline.make_plan(bench, measurements), measurements, folder=Path())  # nothing is written
 
 
 def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:
     bench = pipeline.set_up(config, Progress())
-    batch_size = config.batch_size or max(1, 512 // pipeline.sequence_length(config, bench.loaded))
+    seqlen = pipeline.sequence_length(config, bench.loaded)
+    batch_size = config.batch_size or max(1, tokens_per_batch(bench.decoder.device) // seqlen)
     forwards, runs = [], []
     for _ in range(rounds + 1):
         forwards.append(plain_forward(bench, batch_size))
@@ -78,7 +80,8 @@ def measure_memory(config: RunConfig) -> dict[str, float]:
     vocabulary = bench.decoder.config.vocab_size
     seqlen = pipeline.sequence_length(config, bench.loaded)
     model = sum(p.numel() * p.element_size() for p in bench.decoder.model.parameters())
-    hidden = config.samples * seqlen * bench.decoder.feed_forward(0).hidden * bench.decoder.model.dtype.itemsize
+    width = bench.decoder.feed_forwards(0)[0].hidden
+    hidden = config.samples * seqlen * width * bench.decoder.model.dtype.itemsize
     run(bench)  # one window: the code pages of what runs belong to the interpreter
     windows = torch.randint(vocabulary, (config.samples, seqlen), generator=torch.Generator().manual_seed(0))
     bench = replace(bench, windows=windows)

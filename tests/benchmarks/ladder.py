@@ -29,7 +29,7 @@ import yaml
 from cfsp_framework import pipeline
 from cfsp_framework.api import Criterion
 from cfsp_framework.architectures import Decoder
-from cfsp_framework.collect import BlockMeasurement, collect
+from cfsp_framework.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import RunConfig
 from cfsp_framework.evaluation import perplexity
 from cfsp_framework.pipeline import CRITERION, Bench
@@ -81,7 +81,7 @@ def run_model(
         yield {**base, **cell}
 
 
-def collect_all(bench: Bench, selections: Mapping[str, Selection]) -> tuple[BlockMeasurement, ...]:
+def collect_all(bench: Bench, selections: Mapping[str, Selection]) -> tuple[FeedForwardMeasurement, ...]:
     """One pass that serves every row: the union of what they need, every criterion scored."""
     collectors = {c.component.name: c for selection in selections.values() for c in selection.collectors}
     criteria: dict[str, Chosen[Criterion]] = {row: selection.criterion for row, selection in selections.items()}
@@ -91,13 +91,12 @@ def collect_all(bench: Bench, selections: Mapping[str, Selection]) -> tuple[Bloc
         criteria,
         list(collectors.values()),
         curve="compensated",
-        batch_size=None,
         seed=bench.config.seed,
         progress=Progress(),
     )
 
 
-def only(measurements: Iterable[BlockMeasurement], row: str) -> list[BlockMeasurement]:
+def only(measurements: Iterable[FeedForwardMeasurement], row: str) -> list[FeedForwardMeasurement]:
     """The measurements as a run of one criterion has them."""
     return [
         replace(m, scores={CRITERION: m.scores[row]}, curves={CRITERION: m.curves[row]} if m.curves else {})
@@ -105,7 +104,7 @@ def only(measurements: Iterable[BlockMeasurement], row: str) -> list[BlockMeasur
     ]
 
 
-def run_cell(bench: Bench, selection: Selection, measurements: list[BlockMeasurement], ratio: float) -> Cell:
+def run_cell(bench: Bench, selection: Selection, measurements: list[FeedForwardMeasurement], ratio: float) -> Cell:
     """Plan, cut and evaluate a copy of the model."""
     decoder = Decoder(copy.deepcopy(bench.decoder.model), bench.decoder.architecture)
     config = bench.config.model_copy(update={"ratio": ratio})
@@ -113,10 +112,10 @@ def run_cell(bench: Bench, selection: Selection, measurements: list[BlockMeasure
     held = forget_peak()
     start = time.perf_counter()
     plan = pipeline.make_plan(bench, measurements)
-    updates = pipeline.cut(bench, plan, measurements)
+    updates = pipeline.cut(bench, plan, measurements, folder=Path()).updates  # nothing is written
     seconds = time.perf_counter() - start
     peak = status("VmHWM") - held
-    refused = [block for block, update in updates.items() if update.error is not None and update.down is None]
+    refused = [block for (block, _), update in updates.items() if update.error is not None and update.down is None]
     return {
         "widths": plan.widths,
         "channels": sum(plan.widths),

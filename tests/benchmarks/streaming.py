@@ -1,0 +1,151 @@
+"""What --stream saves in memory and costs in time: one random sharded Llama, pruned with and without it.
+
+    python tests/benchmarks/streaming.py [--gigabytes 1.3] [--samples 16] [--seqlen 256] [--dtype float32] [--rounds 1]
+
+Each run is a fresh process that first prunes the demo model, so that what the interpreter and its libraries hold is
+known; printed is the peak of anonymous memory (which, unlike file pages, the system cannot drop) over that. The two
+plans and every tensor of the two checkpoints have to be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cfsp_framework import pipeline
+from cfsp_framework.config import RunConfig
+from cfsp_framework.demo import MODEL_FOLDER
+
+BLOCKS = 16
+
+
+def make_model(folder: Path, gigabytes: float, dtype: torch.dtype) -> int:
+    """A random Llama with the demo model's tokenizer, in shards; its bytes."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    weights = gigabytes * 1e9 / dtype.itemsize / BLOCKS  # of a block: about 11 D² with F = 8/3 D and 8 of 32 kv heads
+    hidden = max(128, round((weights / 10.5) ** 0.5 / 128) * 128)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=round(hidden * 8 / 3 / 128) * 128,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 256),
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder, max_shard_size="200MB")
+    tokenizer.save_pretrained(folder)
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+class Watch:
+    """The peak of this process's anonymous memory, looked at every 5 ms."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return self.peak
+
+    def _look(self) -> None:
+        while not self._done.is_set():
+            self.peak = max(self.peak, anonymous())
+            time.sleep(0.005)
+
+
+def anonymous() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def measure(options: argparse.Namespace, model: Path, out: Path) -> dict[str, float]:
+    """Seconds of one run, and what it takes over the interpreter's own memory."""
+    given = {"samples": options.samples, "seqlen": options.seqlen, "device": "cpu", "stream": options.stream}
+    pipeline.prune(RunConfig.build(model="demo", **given | {"samples": 2}), out.with_name(f"{out.name}-demo"))
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before, watch, start = anonymous(), Watch(), time.perf_counter()
+    result = pipeline.prune(RunConfig.build(model=str(model), ratio=0.5, **given), out)
+    seconds = time.perf_counter() - start
+    phases = {f"{name}_seconds": value for name, value in result.report.seconds.items()}
+    return {"seconds": seconds, "interpreter_bytes": before, "added_bytes": watch.stop() - before, **phases}
+
+
+def same(left: Path, right: Path) -> bool:
+    """Whether two checkpoints hold the same tensors under the same names, and follow the same plan."""
+    plans = [json.loads((folder / "pruning_plan.json").read_text())["blocks"] for folder in (left, right)]
+    where = [
+        {key: path for path in folder.glob("*.safetensors") for key in safe_open(path, "pt").keys()}  # noqa: SIM118
+        for folder in (left, right)
+    ]
+    return (
+        plans[0] == plans[1]
+        and where[0].keys() == where[1].keys()
+        and all(
+            torch.equal(safe_open(where[0][key], "pt").get_tensor(key), safe_open(where[1][key], "pt").get_tensor(key))
+            for key in where[0]
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=1.3)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--run", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stream", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(measure(options, *options.run)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch, "model")
+        size = make_model(model, options.gigabytes, getattr(torch, options.dtype))
+        found: dict[str, list[dict[str, float]]] = {"memory": [], "stream": []}
+        for number in range(options.rounds):
+            for way, flags in (("memory", []), ("stream", ["--stream"])):
+                out = Path(scratch, f"{way}-{number}")
+                command = [sys.executable, *sys.argv, *flags, "--run", str(model), str(out)]
+                found[way].append(
+                    json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                )
+        middle = {
+            way: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for way, runs in found.items()
+        }
+        told = {
+            "model_bytes": size,
+            "threads": torch.get_num_threads(),
+            **middle,
+            "same": same(Path(scratch, "memory-0"), Path(scratch, "stream-0")),
+            "added_over_model": {way: run["added_bytes"] / size for way, run in middle.items()},
+            "time_ratio": middle["stream"]["seconds"] / middle["memory"]["seconds"],
+        }
+        print(json.dumps(told, indent=2))
+
+
+if __name__ == "__main__":
+    main()

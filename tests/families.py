@@ -1,0 +1,676 @@
+"""Tiny random models of many families, what is checked with every one of them, and the tables of docs/architectures.md.
+
+``python tests/families.py`` runs the checks on all families and rewrites the tables.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.pytorch_utils import Conv1D
+
+from cfsp_framework import PruningPlan, RunConfig, Update
+from cfsp_framework.architectures import Decoder, open_decoder
+from cfsp_framework.banks import Bank, ExpertBank, SingleBank
+from cfsp_framework.errors import ModelError
+from cfsp_framework.models import load_model, open_model, quiet
+from cfsp_framework.pipeline import RunResult, prune
+from cfsp_framework.planning import BlockPlan, ModelIdentity
+from cfsp_framework.plugins import Plugins, load_plugins
+from cfsp_framework.surgery import apply_plan
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
+VOCABULARY = 320
+IDS = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA = {**_SMALL, "intermediate_size": 64, "num_key_value_heads": 2}
+_HEADS = {"head_dim": 8}
+_SLIDING = {**_HEADS, "sliding_window": 16}
+_GEMMA = {**_SLIDING, "query_pre_attn_scalar": 8}
+_GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 64}
+_MIXTURE = {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+_SMALL_EXPERTS = {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_DEEPSEEK = {
+    **{key: value for key, value in _SMALL_EXPERTS.items() if key != "num_experts"},
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_GEMMA3N = {
+    **_LLAMA,
+    **_SLIDING,
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What to build: a model type of Transformers and its settings. ``refused`` is what a run says of it, if it does."""
+
+    model_type: str
+    settings: Mapping[str, Any]
+    refused: str = ""
+
+    @property
+    def routed(self) -> int:
+        """How many experts a token is routed to; 0 where there are none."""
+        routed: int = self.settings.get("num_experts_per_tok") or self.settings.get("moe_k") or 0
+        return routed
+
+    @property
+    def known(self) -> bool:
+        """Whether this version of Transformers has it."""
+        return self.model_type in CONFIG_MAPPING
+
+
+def _named(settings: Mapping[str, Any], *names: str) -> dict[str, Family]:
+    return {name: Family(name, settings) for name in names}
+
+
+_FIXED = "the width of {} in {} models is set by nothing in their configuration, so a narrower one could not be opened again."
+_NO_BLOCKS = (
+    "no list of {} decoder blocks is recognised in this {} model: Transformers does not say of which class they are. "
+    "A plugin can describe it, with the hook cfsp_architecture."
+)
+
+BASE: dict[str, Family] = {
+    **_named(_LLAMA, "llama"),
+    "llama_bias": Family("llama", {**_LLAMA, "mlp_bias": True, "attention_bias": True}),
+    "llama_tied": Family("llama", {**_LLAMA, "tie_word_embeddings": True}),
+    **_named({**_LLAMA, "sliding_window": 16}, "mistral"),
+    **_named(_LLAMA, "qwen2"),
+    **_named({**_LLAMA, **_HEADS}, "qwen3", "gemma"),
+    **_named({**_LLAMA, **_GEMMA}, "gemma2"),
+    **_named({**_LLAMA, **_GEMMA, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}, "gemma3_text"),
+    **_named(_GEMMA3N | {"activation_sparsity_pattern": None}, "gemma3n_text"),
+    **_named(_LLAMA, "phi3", "phi", "starcoder2", "stablelm", "olmo", "olmo2", "cohere", "granite", "smollm3"),
+    **_named(_LLAMA, "nemotron"),
+    **_named({**_LLAMA, **_HEADS}, "glm4", "internlm3", "ministral3"),
+    **_named({**_SMALL, "intermediate_size": 64}, "gpt_neox"),
+    **_named({**_GPT, "rotary_dim": 4}, "gptj"),
+    **_named(
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "window_size": 16,
+            "max_position_embeddings": 128,
+            "attention_types": [[["global", "local"], 1]],
+        },
+        "gpt_neo",
+    ),
+    **_named({**_SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32}, "opt"),
+    **_named(_GPT, "gpt2", "gpt_bigcode"),
+    **_named({**_SMALL, "ffn_hidden_size": 64}, "falcon"),
+    "bloom": Family(
+        "bloom",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+        _FIXED.format("mlp", "bloom"),
+    ),
+    "mpt": Family(
+        "mpt",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "n_layers": 3,
+            "n_heads": 4,
+            "expansion_ratio": 4,
+            "max_seq_len": 128,
+        },
+        _FIXED.format("ffn", "mpt"),
+    ),
+    **_named(_MIXTURE, "mixtral"),
+    **_named({**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2}, "olmoe"),
+    **_named({**_SMALL_EXPERTS, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1]}, "qwen2_moe"),
+    **_named({**_SMALL_EXPERTS, **_HEADS, "mlp_only_layers": [1]}, "qwen3_moe"),
+    **_named({**_DEEPSEEK, **_LATENT}, "deepseek_v3"),
+    **_named(
+        {**_MIXTURE, **_SLIDING, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "gpt_oss"
+    ),
+    **_named(
+        {
+            **_LLAMA,
+            **_HEADS,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+        },
+        "llama4_text",
+    ),
+}
+"""The families that have to work, two of them aside whose width nothing sets."""
+
+MORE: dict[str, Family] = {
+    **_named({**_LLAMA, **_SLIDING}, "cohere2", "exaone4"),
+    **_named({**_LLAMA, "sliding_window": 16}, "olmo3"),
+    **_named({**_LLAMA, **_HEADS}, "helium", "seed_oss", "ernie4_5", "hunyuan_v1_dense"),
+    **_named({**_LLAMA, **_GEMMA}, "vaultgemma"),
+    **_named(_LLAMA, "arcee", "apertus", "diffllama", "nanochat"),
+    **_named({**_SMALL, "intermediate_size": 64}, "persimmon"),
+    **_named({**_GPT, "rotary_dim": 4}, "codegen"),
+    **_named(
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "ffn_dim": 64,
+            "num_layers": 3,
+            "attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+        "xglm",
+    ),
+    **_named({**_LLAMA, "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]}, "lfm2"),
+    **_named(_MIXTURE, "granitemoe", "phimoe"),
+    **_named({**_MIXTURE, **_HEADS}, "minimax"),
+    **_named(
+        {**_LLAMA, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1},
+        "ernie4_5_moe",
+    ),
+    **_named({**_DEEPSEEK, **_HEADS}, "glm4_moe"),
+    **_named(_DEEPSEEK, "dots1"),
+    **_named(
+        {
+            **_SMALL_EXPERTS,
+            **_HEADS,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        },
+        "qwen3_next",
+    ),
+    **_named(
+        {
+            **_LLAMA,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 4,
+        },
+        "jamba",
+    ),
+}
+"""Families nobody described: the general finder sees where their feed-forwards are."""
+
+_TWO_SHARED = {"deepseek_v3_two_shared": Family("deepseek_v3", {**_DEEPSEEK, **_LATENT, "n_shared_experts": 2})}
+
+SEEING: dict[str, Family] = {
+    **_named({"text_config": {**_LLAMA, **_GEMMA}, "vision_config": _VISION, "mm_tokens_per_image": 4}, "gemma3"),
+    **_named(
+        {
+            "text_config": {**_LLAMA, "model_type": "llama"},
+            "vision_config": {**_VISION, "model_type": "clip_vision_model"},
+        },
+        "llava",
+    ),
+    **_named(
+        {
+            "text_config": {
+                **_LLAMA,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            },
+            "vision_config": {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+        },
+        "qwen2_vl",
+    ),
+    **_named(
+        {
+            "text_config": {**_LLAMA, "model_type": "mistral"},
+            "vision_config": {**_VISION, "model_type": "pixtral"},
+        },
+        "mistral3",
+    ),
+}
+"""Models that also see; their text decoder is pruned."""
+
+ALIEN: dict[str, Family] = {
+    "gpt_neox_japanese": Family(
+        "gpt_neox_japanese",
+        {key: value for key, value in _SMALL.items() if key != "pad_token_id"},
+        "the width of mlp in gpt_neox_japanese models is 32 times intermediate_multiple_size: it cannot be any other number.",
+    ),
+    "bitnet": Family("bitnet", _LLAMA, "mlp has ffn_sub_norm.weight over all of its channels; it cannot be cut exactly."),
+    "mamba": Family(
+        "mamba",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3},
+        "no feed-forward is recognised in the blocks of this mamba model; a plugin can describe it.",
+    ),
+    "biogpt": Family("biogpt", {**_SMALL, "intermediate_size": 64}, _NO_BLOCKS.format(3, "biogpt")),
+    "ctrl": Family(
+        "ctrl",
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "dff": 64},
+        _NO_BLOCKS.format(3, "ctrl"),
+    ),
+    "gemma3n_text_sparse": Family(
+        "gemma3n_text",
+        _GEMMA3N | {"activation_sparsity_pattern": [0.9] * 2 + [0.0] * 3},
+        "this Gemma 3n keeps a channel where it exceeds a quantile over all channels of its block, "
+        "which changes for all when some go: it cannot be pruned exactly.",
+    ),
+}
+"""Families that are refused, beside those of ``BASE``."""
+
+FAMILIES: dict[str, Family] = BASE | _TWO_SHARED | MORE | SEEING | ALIEN
+PRUNED = tuple(name for name, family in FAMILIES.items() if not family.refused)
+MIXTURES = tuple(name for name, family in FAMILIES.items() if family.routed)
+REFUSED = tuple(name for name, family in FAMILIES.items() if family.refused)
+
+
+def build(name: str, **settings: Any) -> PreTrainedModel:
+    """A random model; weights large enough for a difference to show in the logits, norms as they are initialised."""
+    family = FAMILIES[name]
+    config = AutoConfig.for_model(family.model_type, **copy.deepcopy({**family.settings, **settings}))
+    torch.manual_seed(0)
+    auto = AutoModelForImageTextToText if name in SEEING else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.ndim > 1 or path.endswith("bias"):
+                parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def write(model: PreTrainedModel, folder: Path) -> Path:
+    """A checkpoint of several shards."""
+    model.save_pretrained(folder, max_shard_size="60KB")
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run_config(model: Path, **options: Any) -> RunConfig:
+    """A short run on a text of its own beside the model."""
+    text = model.parent / "calibration.txt"
+    if not text.exists():
+        text.write_text("".join(f"{n} squared is {n * n}, and the quick brown fox jumps again.\n" for n in range(50)))
+    settings: dict[str, Any] = {"ratio": 0.4, "round_to": 8, "samples": 8, "seqlen": 32} | options
+    return RunConfig.build(model=str(model), calibration=str(text), device="cpu", **settings)
+
+
+def random_plan(decoder: Decoder) -> PruningPlan:
+    """A plan that keeps other channels in every feed-forward, fewer from block to block, and in every expert alike many."""
+    draw, blocks = torch.Generator().manual_seed(0), list[BlockPlan]()
+    for index in range(len(decoder.blocks)):
+        for group in decoder.groups(index):
+            step = 8 if any(bank.experts for bank in group.banks) else 7  # torch multiplies experts of aligned width only
+            left = group.width - step * (index + 1)
+            for bank in group.banks:
+                for path in bank.paths:
+                    kept = torch.randperm(bank.width, generator=draw)[: left * bank.layout.times].sort().values
+                    blocks.append(BlockPlan(block=index, path=path, width=bank.width, kept=tuple(kept.tolist())))
+    family = decoder.architecture.family
+    return PruningPlan(
+        model=ModelIdentity(source="tiny", family=family, fingerprint="", parameters=0),
+        calibration=None,
+        ratio=0.1,
+        budget="channels",
+        round_to=1,
+        seed=0,
+        components={},
+        versions={},
+        blocks=tuple(blocks),
+    )
+
+
+@torch.no_grad()
+def mask(decoder: Decoder, plan: PruningPlan) -> None:
+    """Zero what the channels that go would send to the output, and leave every shape as it is."""
+    parts = [one for index in range(len(decoder.blocks)) for one in decoder.feed_forwards(index)]
+    for one, entry in zip(parts, plan.blocks, strict=True):
+        removed = sorted({*range(entry.width)} - {*entry.kept})
+        one.down[:, removed] = 0
+
+
+@torch.no_grad()
+def logits_of(decoder: Decoder) -> torch.Tensor:
+    """``(B, T, V)`` for the ids all checks use."""
+    found: torch.Tensor = decoder.model(IDS, use_cache=False).logits
+    return found
+
+
+def _unchanged(index: int, kept: Sequence[torch.Tensor]) -> list[Update]:
+    """A compensator that changes nothing."""
+    return [Update() for _ in kept]
+
+
+def relative(left: torch.Tensor, right: torch.Tensor) -> float:
+    """The largest difference, by the largest value."""
+    return ((left - right).abs().max() / right.abs().max()).item()
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whatever the shards."""
+    return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
+
+
+def digest(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """The logits, exactly, and what the model writes."""
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits.float()
+        start = ids[:, :8]
+        written = model.generate(start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=5)
+    return {"logits": logits.tolist(), "written": written[:, 8:].tolist()}
+
+
+_SCRIPT = """
+import json, sys, traceback
+from typing import Any
+sys.modules["cfsp_framework"] = None  # as if it were not installed
+import torch
+torch.set_num_threads(1)
+import transformers
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+{digest}
+told = sys.stdout
+sys.stdout = sys.stderr
+for line in sys.stdin:
+    folder, ids = json.loads(line)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        head = [name for name in getattr(config, "auto_map", {{}}) if name != "AutoModel"]
+        auto = getattr(transformers, head[0] if head else "AutoModelForCausalLM")
+        model = auto.from_pretrained(folder, trust_remote_code=True)
+        answer = digest(model, torch.tensor(ids)) | {{"own_code": "transformers_modules" in type(model).__module__}}
+    except Exception:
+        answer = {{"error": traceback.format_exc()}}
+    print(json.dumps(answer), file=told, flush=True)
+"""
+
+
+class Reader:
+    """A process without this package that opens checkpoints by the code they bring."""
+
+    def __init__(self, requests: IO[str], answers: IO[str]) -> None:
+        self._requests, self._answers = requests, answers
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """A digest of what it finds, and whether the checkpoint's ``own_code`` made the model."""
+        print(json.dumps([str(folder), IDS.tolist()]), file=self._requests, flush=True)
+        answer: dict[str, Any] = json.loads(self._answers.readline())
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+
+@contextmanager
+def reader(home: Path) -> Generator[Reader]:
+    """While open, such a process waits for folders; ``home`` is where it copies their code."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _SCRIPT.format(digest=inspect.getsource(digest))],
+        cwd=home,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield Reader(process.stdin, process.stdout)
+
+
+@cache
+def _plugins() -> Plugins:
+    return load_plugins()
+
+
+class Examination:
+    """One family and what the checks find; each is made when it is first asked for."""
+
+    def __init__(self, name: str, place: Path, remote: Reader, dtype: torch.dtype = torch.float32) -> None:
+        self.name = name
+        self.place = place
+        self._remote = remote
+        self._dtype = dtype
+
+    @cached_property
+    def source(self) -> Path:
+        """The folder of the dense model."""
+        return write(build(self.name).to(self._dtype), self.place / "dense")
+
+    @cached_property
+    def dense(self) -> Decoder:
+        """The dense model as a run sees it; never changed."""
+        return open_decoder(load_model(run_config(self.source)).model, _plugins())
+
+    def open(self) -> Decoder:
+        """Another one, to change."""
+        return replace(self.dense, model=open_model(self.source))
+
+    @cached_property
+    def cut(self) -> tuple[float, float]:
+        """How far the logits of a cut model are from those of a masked one, and from those of the dense one."""
+        cut, masked, plan = self.open(), self.open(), random_plan(self.dense)
+        apply_plan(cut, plan, _unchanged)
+        mask(masked, plan)
+        found = logits_of(cut)
+        return relative(found, logits_of(masked)), relative(found, logits_of(self.dense))
+
+    @cached_property
+    def memory(self) -> RunResult:
+        """A whole run with the model in memory."""
+        return prune(run_config(self.source), self.place / "memory")
+
+    @cached_property
+    def streamed(self) -> RunResult:
+        """The same with one block in memory at a time."""
+        return prune(run_config(self.source, stream=True), self.place / "streamed")
+
+    @cached_property
+    def streaming_differences(self) -> list[str]:
+        """What differs between the checkpoints of both runs: nothing, if all is well."""
+        memory, streamed = tensors_of(self.memory.folder), tensors_of(self.streamed.folder)
+        keys = memory.keys() & streamed.keys()
+        same = {key: memory[key].dtype == streamed[key].dtype and memory[key].equal(streamed[key]) for key in keys}
+        configs = {(result.folder / "config.json").read_text() for result in (self.memory, self.streamed)}
+        found = sorted(memory.keys() ^ streamed.keys()) + sorted(key for key, equal in same.items() if not equal)
+        found += ["the plan"] * (self.memory.plan != self.streamed.plan) + ["config.json"] * (len(configs) > 1)
+        return found
+
+    @cached_property
+    def expected(self) -> dict[str, Any]:
+        """What the dense model computes once it is cut by the run's plan in memory."""
+        decoder = self.open()
+        apply_plan(decoder, self.memory.plan, _unchanged)
+        return digest(decoder.model, IDS)
+
+    @cached_property
+    def imported(self) -> dict[str, Any]:
+        """What the checkpoint computes where this package is imported."""
+        return digest(open_model(self.memory.folder), IDS)
+
+    @cached_property
+    def remote(self) -> dict[str, Any]:
+        """What the checkpoint computes where this package is not there, by its own code."""
+        return self._remote.read(self.memory.folder)
+
+    def row(self) -> list[str]:
+        """The family's row of the table."""
+        layouts = [bank.layout for bank in self.banks]
+        keys = [f"{one.times} x `{one.width_key}`" if one.times > 1 else f"`{one.width_key}`" for one in layouts]
+        paths = [f"`{one.path}`" if one.path else "the block itself" for one in layouts]
+        code = _passes(lambda: agree(self.remote, self.expected))
+        return [
+            f"`{self.name}`",
+            f"`{self.dense.architecture.blocks}`: {', '.join(paths)}",
+            ", ".join(form_of(bank) for bank in self.banks),
+            ", ".join(dict.fromkeys(keys)),
+            _passes(lambda: self.cut[0] <= 1e-5 < 1e-2 < self.cut[1]),
+            _passes(lambda: agree(self.imported, self.expected)),
+            code if code == "no" or self.remote["own_code"] else "needs none",
+            _passes(lambda: not self.streaming_differences),
+        ]
+
+    @property
+    def banks(self) -> list[Bank]:
+        """One bank for every layout, from the first block that has it."""
+        banks = [bank for index in range(len(self.dense.blocks)) for bank in self.dense.banks(index)]
+        return [
+            next(bank for bank in banks if bank.layout == layout)
+            for layout in self.dense.architecture.feed_forwards
+            if any(bank.layout == layout for bank in banks)
+        ]
+
+
+def agree(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether two digests are of the same model; experts may be multiplied in another order."""
+    logits = [torch.tensor(one["logits"]) for one in (found, expected)]
+    return relative(*logits) <= 1e-6 and found["written"] == expected["written"]
+
+
+def form_of(bank: Bank) -> str:
+    """What a module that holds feed-forwards is made of, in words."""
+    layout = bank.layout
+    form = "plain" if layout.gate is None else "fused" if layout.fused else "gated"
+    if isinstance(bank, ExpertBank):
+        more = [
+            *([] if bank.concatenated else ["interleaved"]),
+            *(["transposed"] if bank.transposed else []),
+            *(["with biases"] if bank.biased else []),
+        ]
+        return " ".join(["experts:", form, *more])
+    conv = isinstance(bank, SingleBank) and isinstance(bank.down, Conv1D)
+    return f"{form} Conv1D" if conv else form
+
+
+def _passes(check: Callable[[], bool]) -> str:
+    try:
+        return "yes" if check() else "no"
+    except Exception as error:  # the table says what is so; the tests say why
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return "no"
+
+
+def refusal(name: str, place: Path) -> str:
+    """What a run says of a model it refuses; there is no text to calibrate on, and no run gets as far as that."""
+    source = write(build(name), place / "dense")
+    config = RunConfig.build(model=str(source), ratio=0.4, calibration=str(place / "none.txt"), device="cpu")
+    try:
+        prune(config, place / "out")
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+HEADINGS = (
+    "family",
+    "feed-forwards",
+    "form",
+    "width set by",
+    "cut = masked",
+    "reopens: import",
+    "reopens: remote code",
+    "streams",
+)
+REFUSALS = ("family", "what a run says")
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rewritten(text: str, mark: str, content: str) -> str:
+    """The document with something else between two markers."""
+    pattern = rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)"
+    return re.sub(pattern, lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Examine every family and write what is found into the document."""
+    quiet()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, reader(Path(folder)) as remote:
+        place = Path(folder)
+        rows = [Examination(name, _made(place / name), remote).row() for name in PRUNED]
+        refusals = [[f"`{name}`", refusal(name, _made(place / name))] for name in REFUSED]
+    text = rewritten(DOCUMENT.read_text(encoding="utf-8"), "families", table(HEADINGS, rows))
+    DOCUMENT.write_text(rewritten(text, "refused families", table(REFUSALS, refusals)), encoding="utf-8")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,378 @@
+"""The estimates of `cfsp plan --estimate`: what they count, how they grow, and what the command prints and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cfsp_framework.cli import cli
+from cfsp_framework.config import RunConfig, layered
+from cfsp_framework.console import human_seconds, rough_bytes
+from cfsp_framework.estimate import Way, Workload, estimate, plan_workload, pruned_bytes
+from cfsp_framework.hardware import NOMINAL, Hardware, disk_rates, product_rate
+from cfsp_framework.models import load_model, sketch_model
+from cfsp_framework.plugins import load_plugins
+from cfsp_framework.selection import select
+from cfsp_framework.shapes import BlockShape, FeedForwards, ModelShape, measure_shape
+
+MakeModel = Callable[..., Path]
+
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4}),
+    "tied": ("llama", {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_inner": 72, "n_layer": 3, "n_head": 4}),
+    "opt": (
+        "opt",
+        {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 72,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        },
+    ),
+    "mixtral": (
+        "mixtral",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 72,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+}
+BLOCKS = {"gpt2": "transformer.h", "opt": "model.decoder.layers"}
+HARDWARE = Hardware(
+    name="test",
+    flops={"float32": 1e11},
+    disk_read=1e9,
+    disk_write=1e9,
+    cached_read=4e9,
+    hashing=2e9,
+    host_memory=10**15,
+    measured=True,
+)
+CLUSTER = replace(HARDWARE, devices=4, nodes=2, device_memory=10**12, to_device=1e10, link=1e10)
+
+
+@pytest.fixture(params=TINY)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, torch.nn.Module, Path]:
+    """Name, model and folder of a tiny model of which only the configuration is saved."""
+    family, options = TINY[request.param]
+    tied = {} if family in ("gpt2", "opt") else {"tie_word_embeddings": request.param == "tied"}
+    config = AutoConfig.for_model(family, vocab_size=100, dtype="bfloat16", **options, **tied)
+    config.architectures = ["TinyForCausalLM"]
+    config.save_pretrained(tmp_path)
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return request.param, model, tmp_path
+
+
+def shape_of(folder: Path, **options: object) -> ModelShape:
+    return measure_shape(*sketch_model(RunConfig.build(model=str(folder), **options)))
+
+
+def size(module: torch.nn.Module) -> tuple[int, int]:
+    parameters = list(module.parameters())  # tied ones once
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def test_counts_are_those_of_the_model_that_is_really_built(saved: tuple[str, torch.nn.Module, Path]) -> None:
+    name, model, folder = saved
+    shape = shape_of(folder)
+    blocks = list(model.get_submodule(BLOCKS.get(name, "model.layers")).children())
+    assert (shape.parameters, shape.bytes) == size(model)
+    assert [(block.parameters, block.bytes) for block in shape.blocks] == [size(block) for block in blocks]
+    assert shape.outside_parameters == size(model)[0] - sum(size(block)[0] for block in blocks)
+    assert shape.stored_bytes == shape.bytes
+    assert (shape.hidden, shape.widest, shape.dtype) == (32, 72, "bfloat16")
+
+
+def test_feed_forwards_are_found(saved: tuple[str, torch.nn.Module, Path]) -> None:
+    name, _, folder = saved
+    shape = shape_of(folder)
+    biases = {"gpt2": 72 + 32, "opt": 72 + 32}.get(name, 0)
+    own = {"gpt2": 2, "opt": 2}.get(name, 3) * 32 * 72 + biases
+    wanted = FeedForwards(72, 4, 0.5, 4 * own) if name == "mixtral" else FeedForwards(72, 1, 1.0, own)
+    assert {block.feed_forwards for block in shape.blocks} == {(wanted,)}
+    assert (shape.experts, shape.experts_per_token) == ((4, 2) if name == "mixtral" else (0, 0))
+
+
+def test_only_the_experts_a_token_is_sent_to_are_counted(tmp_path: Path) -> None:
+    family, options = TINY["mixtral"]
+    AutoConfig.for_model(family, vocab_size=100, **options).save_pretrained(tmp_path)
+    attention, router, expert = 2 * 32 * 32 + 2 * 32 * 16, 4 * 32, 3 * 32 * 72
+    shape = shape_of(tmp_path)
+    assert {block.products for block in shape.blocks} == {attention + router + 2 * expert}
+    assert shape.flops_per_token(10) == 3 * (2 * (attention + router + 2 * expert) + 4 * 10 * 32)
+
+
+def test_a_vision_language_models_text_blocks_are_the_ones(tmp_path: Path) -> None:
+    text = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config={**text, "vocab_size": 100}, vision_config=vision)
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    shape = shape_of(tmp_path)
+    assert (len(shape.blocks), shape.hidden, shape.widest) == (3, 32, 72)
+    assert shape.parameters > shape.outside_parameters > 100 * 32  # the eyes are around the blocks
+
+
+def test_what_is_written_is_what_pruning_leaves(make_model: MakeModel) -> None:
+    folder = make_model("llama")
+    shape = shape_of(folder)
+    channels = pruned_bytes(shape, Workload(8, HALF.select, ratio=0.25))
+    assert shape.bytes - channels == 3 * 3 * 32 * 16 * 4  # blocks, projections, D, a quarter of F, float32
+    of_all = pruned_bytes(shape, Workload(8, HALF.select, ratio=0.25, of_all_parameters=True))
+    assert of_all == pytest.approx(0.75 * shape.bytes, abs=8)
+
+
+def test_dtype_in_memory_and_on_disk_may_differ(make_model: MakeModel) -> None:
+    shape = shape_of(make_model("llama"), dtype="bfloat16")
+    assert (shape.dtype, shape.element_size) == ("bfloat16", 2)
+    assert shape.stored_bytes == 2 * shape.bytes
+
+
+def test_the_workload_is_what_the_components_require() -> None:
+    plain, closed = workload("cfsp"), workload("cfsp-closed-form")
+    assert (plain.select.windows, plain.select.forwards, plain.select.grams, plain.compensate.windows) == (8, 1, 0, 0)
+    assert (closed.select.windows, closed.select.grams, closed.select.cubes) == (4, 1, 8)
+    second = closed.compensate
+    assert (second.windows, second.forwards, second.streams, second.grams, second.held_out_grams) == (4, 3, 2, 1, 1)
+    assert workload("magnitude-released").select.windows == 0
+    note = workload("cfsp-refined").notes[0]
+    assert "local-reconstruction" in note
+
+
+def workload(preset: str) -> Workload:
+    config = layered(preset, None, {"model": "demo", "samples": 8, "seqlen": 64})
+    return plan_workload(config, select(config, load_plugins()), 512)
+
+
+HALF = workload("cfsp")
+CLOSED = workload("cfsp-closed-form")
+
+
+def llama(layers: int = 4, hidden: int = 64, width: int = 192) -> ModelShape:
+    """The shape of a Llama nobody has to build."""
+    products = 4 * hidden**2 + 3 * hidden * width
+    block = BlockShape(
+        products, 4 * products, 4 * products, products, (FeedForwards(width, 1, 1.0, 3 * hidden * width),)
+    )
+    outside = 1000 * hidden
+    return ModelShape(
+        "llama", "float32", 4, hidden, hidden, 1000, 512, 0, 0, (block,) * layers, outside, 4 * outside, 4 * outside
+    )
+
+
+sizes = st.fixed_dictionaries(
+    {"layers": st.integers(1, 40), "hidden": st.sampled_from([8, 64, 1024]), "width": st.integers(8, 4096)}
+)
+loads = st.builds(
+    lambda load, windows, ratio: replace(
+        load,
+        select=replace(load.select, windows=windows),
+        compensate=replace(load.compensate, windows=windows if load.compensate.windows else 0),
+        ratio=ratio,
+    ),
+    st.sampled_from([HALF, CLOSED]),
+    st.integers(1, 500),
+    st.floats(0, 0.9),
+)
+machines = st.sampled_from([HARDWARE, CLUSTER, *NOMINAL])
+
+
+@given(sizes, loads, machines, st.integers(1, 50))
+@settings(deadline=None)
+def test_more_windows_and_more_blocks_never_take_less(
+    size: dict[str, int], load: Workload, machine: Hardware, more: int
+) -> None:
+    before = estimate(llama(**size), load, machine)
+    windows = replace(load, select=replace(load.select, windows=load.select.windows + more))
+    blocks = {**size, "layers": size["layers"] + more}
+    for after in (estimate(llama(**size), windows, machine), estimate(llama(**blocks), load, machine)):
+        for less, much in zip(before, after, strict=True):
+            assert much.total >= less.total * (1 - 1e-9)
+            assert much.host_bytes >= less.host_bytes
+            assert much.device_bytes >= less.device_bytes
+
+
+@given(sizes, loads, machines)
+@settings(deadline=None)
+def test_streaming_takes_less_memory_and_on_a_cpu_more_time(
+    size: dict[str, int], load: Workload, machine: Hardware
+) -> None:
+    memory, stream = estimate(llama(**size), load, machine)
+    assert stream.host_bytes <= memory.host_bytes
+    assert stream.device_bytes <= memory.device_bytes
+    if not machine.has_gpu:
+        assert stream.total >= memory.total * (1 - 1e-9)
+
+
+@given(sizes, loads, machines)
+@settings(deadline=None)
+def test_seconds_are_the_same_by_phase_and_by_cause(size: dict[str, int], load: Workload, machine: Hardware) -> None:
+    for way in estimate(llama(**size), load, machine):
+        assert way.total == pytest.approx(sum(way.causes.values()))
+        assert min(way.causes.values()) >= 0
+        assert way.bound in way.causes
+
+
+def test_processes_share_the_windows_and_add_their_sums() -> None:
+    shape = llama(layers=3, hidden=64, width=128)
+    one, all_eight = (estimate(shape, HALF, machine)[0] for machine in (HARDWARE, CLUSTER))
+    assert all_eight.seconds["collect"] == pytest.approx(one.seconds["collect"] / 8 + all_eight.causes["all-reduce"])
+    sums = 8 * 128 * HALF.select.vectors
+    assert all_eight.causes["all-reduce"] == pytest.approx(3 * 2 * 7 / 8 * sums / 1e10)
+    assert (all_eight.processes, one.causes["all-reduce"]) == (8, 0)
+
+
+def test_a_gpu_reads_the_next_block_while_one_computes() -> None:
+    shape, machine = llama(layers=5, hidden=1024, width=4096), replace(CLUSTER, devices=1, nodes=1)
+    block = shape.blocks[0]
+    reading = block.stored_bytes / 4e9 + block.bytes / 1e10
+    slow = replace(machine, flops={"float32": 1.0})
+    fast = replace(machine, flops={"float32": 1e30})
+    computing = estimate(shape, HALF, slow)[0].seconds["collect"]
+    assert estimate(shape, HALF, slow)[1].seconds["collect"] == pytest.approx(computing + reading)
+    assert estimate(shape, HALF, fast)[1].seconds["collect"] == pytest.approx(6 * reading)
+
+
+def test_what_does_not_fit_is_told() -> None:
+    shape = llama(layers=40, hidden=1024, width=4096)
+    small = replace(HARDWARE, host_memory=1_200_000_000)
+    assert [way.fits for way in estimate(shape, HALF, small)] == [False, True]
+
+
+def test_rates_are_measured(tmp_path: Path) -> None:
+    assert product_rate("float32", torch.device("cpu"), hidden=64, seconds=0.01) > 1e6
+    assert min(disk_rates(tmp_path, megabytes=1)) > 1e3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.04, "0.0 s"), (119.9, "119.9 s"), (120, "2.0 min"), (7200, "2.0 h"), (172800, "2.0 d")]
+)
+def test_seconds_for_people(value: float, text: str) -> None:
+    assert human_seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0.00 MB"), (1_230_000, "1.23 MB"), (45_600_000_000, "45.6 GB"), (10**14, "100 TB")]
+)
+def test_bytes_for_people(value: int, text: str) -> None:
+    assert rough_bytes(value) == text
+
+
+# The command
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine without measuring it."""
+    monkeypatch.setattr("cfsp_framework.estimate.this_machine", lambda *_: replace(HARDWARE, name="this CPU, 1 thread"))
+
+
+@pytest.fixture
+def bare(make_model: MakeModel, tmp_path: Path) -> Path:
+    """A folder with nothing but a configuration."""
+    shutil.copy(make_model("llama") / "config.json", tmp_path)
+    return tmp_path
+
+
+def run(*words: object) -> Result:
+    result = CliRunner().invoke(cli, list(map(str, words)))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["", "config.json"])
+def test_a_configuration_is_enough(bare: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    before = sorted(bare.iterdir())
+    result = run("plan", bare / name, "--estimate")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for words in ("4x8 GPUs *", "this CPU", "stream", "not measured"):
+        assert words in result.stdout
+    assert sorted(bare.iterdir()) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_json_is_one_object_with_all_ways(bare: Path) -> None:
+    words = ("--json", "--samples", 10, "--seqlen", 32, "--dtype", "bfloat16", "--preset", "cfsp-closed-form")
+    told = json.loads(run("plan", bare, bare / "plan.json", "--estimate", *words).stdout)
+    assert not (bare / "plan.json").exists()
+    assert [(way["hardware"], way["streamed"]) for way in told["ways"]] == [
+        (name, streamed) for name in ("this CPU, 1 thread", "1 GPU", "8 GPUs", "4x8 GPUs") for streamed in (False, True)
+    ]
+    assert told["shape"]["parameters"] == sum(p.numel() for p in load_model_of(bare).parameters())
+    assert told["shape"]["hidden_state_bytes"] == 5 * 32 * 32 * 2
+    assert told["shape"]["gram_bytes"] == 2 * 64 * 64 * 4
+    assert told["workload"]["select"]["windows"] == 5
+    assert told["hardware"][0]["link"] is None
+
+
+def load_model_of(folder: Path) -> torch.nn.Module:
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return model
+
+
+def test_it_measures_this_machine_and_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("cfsp_framework.models.load_model", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    ways: list[dict[str, Any]] = json.loads(run("plan", "demo", "--estimate", "--json").stdout)["ways"]
+    assert ways[0]["measured"]
+    assert ways[0]["total_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("no-such/folder/here", "--estimate"), "there is no such folder"),
+        (("EMPTY", "--estimate"), "has no config.json"),
+        (("BROKEN", "--estimate"), "its config.json cannot be read"),
+        (("FILE", "--estimate"), "cannot be read"),
+        (("demo", "--estimate", "--seqlen", "4096"), "longer than the model's context of 512"),
+        (("demo", "--estimate", "--criterion", "cfps"), "cfsp"),
+        (("demo",), "Missing argument 'PLAN_FILE'"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused_in_a_line(words: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BROKEN").mkdir()
+    (tmp_path / "BROKEN" / "config.json").write_text("{")
+    (tmp_path / "FILE").write_text("no settings")
+    first = tmp_path / words[0] if words[0].isupper() else words[0]
+    result = run("plan", first, *words[1:])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert told in lines[0]
+    assert len(lines) == (1 if "--estimate" in words else 2)  # a usage error also says where help is
+
+
+def test_ways_compare_like_numbers(make_model: MakeModel) -> None:
+    """Estimates for a tiny model are of the order of a real run's: nothing is off by a unit."""
+    shape = measure_shape(load_model(RunConfig.build(model=str(make_model("llama")), device="cpu")).model)
+    ways: tuple[Way, ...] = estimate(shape, HALF, HARDWARE)
+    assert all(1e-6 < way.total < 10 for way in ways)
+    assert all(4e8 < way.host_bytes < 1e9 for way in ways)
