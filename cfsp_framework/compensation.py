@@ -162,7 +162,8 @@ class SecondPass:
 
     def __call__(self, index: int, kept: Sequence[Tensor]) -> list[Update]:
         """Measure block ``index``, which is still dense, and compensate it for keeping ``kept[i] (K,)`` of each part."""
-        known = self._finished.load(index, len(kept)) if self._finished else None
+        known = self._finished.load(index, len(kept)) if self._finished and self._ranks.first else None
+        known = self._ranks.agree(known)
         statistics = measure_block(
             self._decoder,
             index,

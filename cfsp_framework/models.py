@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,11 @@ from transformers.utils import logging as transformers_logging
 
 from .config import RunConfig
 from .errors import CfspError, ConfigError, ModelError
+from .ranks import SOLO, Ranks
 
 _CHUNK = 1 << 22
+_HASHES_AT_ONCE = 4
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
 
 
@@ -52,7 +56,7 @@ class LoadedModel:
     device: torch.device
 
 
-def load_model(config: RunConfig) -> LoadedModel:
+def load_model(config: RunConfig, ranks: Ranks = SOLO) -> LoadedModel:
     """Open ``config.model`` on the chosen device, in the chosen dtype.
 
     Raises:
@@ -69,7 +73,7 @@ def load_model(config: RunConfig) -> LoadedModel:
             model = open_spread(folder, config.dtype, trust_remote_code=config.trust_remote_code)
         else:
             model = open_model(folder, config.dtype, device=device, trust_remote_code=config.trust_remote_code)
-        identity = fingerprint(folder)
+        identity = ranks.agree(fingerprint(folder) if ranks.first else "")
     with _opening(f"the tokenizer of model {config.model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     return LoadedModel(model, tokenizer, config.model, folder, identity, device)
@@ -265,13 +269,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the configuration and every byte of the weights, whatever the shards are called."""
+    """SHA-256 over the configuration and the SHA-256 of every file of weights, whatever the files are called."""
     total = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                total.update(chunk)
+    with ThreadPoolExecutor(_HASHES_AT_ONCE) as pool:  # hashing lets go of the interpreter's lock
+        for digest in pool.map(_file_hash, sorted(folder.glob("*.safetensors"))):
+            total.update(bytes.fromhex(digest))
     return total.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    """SHA-256 of a file, which the Hub's cache has in the name of what the file links to."""
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -19,6 +19,8 @@ _ENOUGH_TOKENS = 10
 """Calibration tokens per channel below which second moments are not to be trusted."""
 _MASSIVE = 0.5
 """Share of a feed-forward's squared activations in one channel that is told."""
+_STILL = {ANGULAR_DISTANCE: 2e-4, COSINE_DISTANCE: 1e-6, MSE_DISTANCE: 0.0, MAE_DISTANCE: 0.0}
+"""Distances between a block's input and output that are nothing but rounding."""
 _NAMED = 8
 """Places a note names."""
 
@@ -120,8 +122,8 @@ def _on_blocks(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
     still = [
         str(one.block)
         for one in measurements
-        for statistic in (ANGULAR_DISTANCE, COSINE_DISTANCE, MSE_DISTANCE, MAE_DISTANCE)
-        if statistic in one.statistics and one.statistics[statistic].item() == 0
+        for statistic, rounding in _STILL.items()
+        if statistic in one.statistics and one.statistics[statistic].item() <= rounding
     ]
     return [f"block {_some(list(dict.fromkeys(still)))} does not change its input at all"] if still else []
 

@@ -148,7 +148,7 @@ def evaluate_only(config: RunConfig, progress: Progress | None = None) -> list[t
     progress = progress or Progress()
     ranks = join_ranks(config.device)
     with progress.phase("load"):
-        loaded = load_model(config)
+        loaded = load_model(config, ranks)
         decoder = open_streamed(config, loaded, load_plugins(config.plugins)) if config.stream else None
         sets = open_evaluation_sets(config, loaded)
     passage = Passage(spill=config.spill, ranks=ranks)
@@ -164,7 +164,7 @@ def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, rank
     check_selection(config, selection, ranks)
     torch.manual_seed(config.seed)
     with progress.phase("load"):
-        loaded = load_model(config)
+        loaded = load_model(config, ranks)
         decoder = open_streamed(config, loaded, plugins) if config.stream else open_decoder(loaded.model, plugins)
     with progress.phase("calibrate"):
         measured = selection.collectors or selection.second_pass or (config.drop_attention and not planned)

@@ -18,6 +18,8 @@ from .files import human_bytes
 def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor:
     """An uninitialised tensor of ``shape`` and the dtype of ``like``: beside it, or in a file in the folder ``spill``.
 
+    What would take more than half of a GPU's free memory goes to the host.
+
     The file has no name any more when this returns: it goes with the tensor, however the process ends.
 
     Raises:
@@ -25,6 +27,8 @@ def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor
         OutputError: the folder cannot be written to.
     """
     size = math.prod(shape) * like.element_size()
+    if like.device.type == "cuda" and size > torch.cuda.mem_get_info(like.device)[0] // 2:
+        like = like.new_empty(0, device="cpu")  # blocks and their activations need the GPU's memory
     if spill is None:
         if like.device.type == "cpu" and size > psutil.virtual_memory().available:
             raise ResourceError(

@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,9 @@ class Streamed:
 
     def _load(self, wanted: Callable[[str], bool]) -> None:
         keys = {key for key, target in self._targets.items() if wanted(target)}
-        self._conversions.load(self._shards.slices(keys), self.device)
+        on_gpu = self.device is not None and self.device.type == "cuda"
+        with _in_one_thread() if on_gpu else nullcontext():
+            self._conversions.load(self._shards.slices(keys), self.device)
 
     def close(self) -> None:
         """Let go of everything that was read."""
@@ -160,6 +163,20 @@ def return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def _in_one_thread() -> Generator[None]:
+    """Have Transformers read tensors in the thread that asks for them: a CUDA stream belongs to a thread."""
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
 
 
 def around(model: nn.Module, blocks: str) -> list[tuple[str, nn.Parameter]]:

@@ -60,6 +60,11 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Model type and settings by the name tests call them."""
 
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+"""Models with experts, for tests that name them."""
+
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
@@ -82,7 +87,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``make_model(name, **settings)``: the folder of a tiny random model with tokenizer; made once, never change it.
 
-    ``name`` is one of TINY_MODELS, ``settings`` go into its configuration, except ``dtype`` (``"float32"``).
+    ``name`` is one of TINY_MODELS or MIXTURES, ``settings`` go into its configuration, except ``dtype`` (``"float32"``).
     """
     made: dict[str, Path] = {}
 
@@ -158,7 +163,7 @@ def _random_model(name: str, settings: dict[str, Any]) -> PreTrainedModel:
     """Weights large enough for a difference to show in the logits; norms stay as they are initialised."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family, own = TINY_MODELS[name]
+    family, own = (TINY_MODELS | MIXTURES)[name]
     config = AutoConfig.for_model(family, **{**_BASE, **own, **settings})
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

@@ -43,6 +43,8 @@ from cfsp_framework.planning import BlockPlan, ModelIdentity
 from cfsp_framework.plugins import Plugins, load_plugins
 from cfsp_framework.surgery import apply_plan
 
+CUT_TOLERANCE = 1e-5
+"""How far, of the largest logit, a cut model may be from a masked one."""
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 VOCABULARY = 320
 IDS = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
@@ -295,7 +297,9 @@ ALIEN: dict[str, Family] = {
         {key: value for key, value in _SMALL.items() if key != "pad_token_id"},
         "the width of mlp in gpt_neox_japanese models is 32 times intermediate_multiple_size: it cannot be any other number.",
     ),
-    "bitnet": Family("bitnet", _LLAMA, "mlp has ffn_sub_norm.weight over all of its channels; it cannot be cut exactly."),
+    "bitnet": Family(
+        "bitnet", _LLAMA, "mlp has ffn_sub_norm.weight over all of its channels; it cannot be cut exactly."
+    ),
     "mamba": Family(
         "mamba",
         {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3},
@@ -327,13 +331,13 @@ def build(name: str, **settings: Any) -> PreTrainedModel:
     family = FAMILIES[name]
     config = AutoConfig.for_model(family.model_type, **copy.deepcopy({**family.settings, **settings}))
     torch.manual_seed(0)
-    auto = AutoModelForImageTextToText if name in SEEING else AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config)
+    auto: Any = AutoModelForImageTextToText if name in SEEING else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config).eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if parameter.ndim > 1 or path.endswith("bias"):
                 parameter.normal_(0, 0.15)
-    return model.eval()
+    return model
 
 
 @cache
@@ -358,7 +362,7 @@ def run_config(model: Path, **options: Any) -> RunConfig:
     text = model.parent / "calibration.txt"
     if not text.exists():
         text.write_text("".join(f"{n} squared is {n * n}, and the quick brown fox jumps again.\n" for n in range(50)))
-    settings: dict[str, Any] = {"ratio": 0.4, "round_to": 8, "samples": 8, "seqlen": 32} | options
+    settings: dict[str, Any] = {"ratio": 0.4, "samples": 8, "seqlen": 32} | options
     return RunConfig.build(model=str(model), calibration=str(text), device="cpu", **settings)
 
 
@@ -367,7 +371,9 @@ def random_plan(decoder: Decoder) -> PruningPlan:
     draw, blocks = torch.Generator().manual_seed(0), list[BlockPlan]()
     for index in range(len(decoder.blocks)):
         for group in decoder.groups(index):
-            step = 8 if any(bank.experts for bank in group.banks) else 7  # torch multiplies experts of aligned width only
+            step = (
+                8 if any(bank.experts for bank in group.banks) else 7
+            )  # torch multiplies experts of aligned width only
             left = group.width - step * (index + 1)
             for bank in group.banks:
                 for path in bank.paths:
@@ -504,12 +510,13 @@ class Examination:
     @cached_property
     def source(self) -> Path:
         """The folder of the dense model."""
-        return write(build(self.name).to(self._dtype), self.place / "dense")
+        model: Any = build(self.name)
+        return write(model.to(self._dtype), self.place / "dense")
 
     @cached_property
     def dense(self) -> Decoder:
         """The dense model as a run sees it; never changed."""
-        return open_decoder(load_model(run_config(self.source)).model, _plugins())
+        return open_decoder(load_model(self._config()).model, _plugins())
 
     def open(self) -> Decoder:
         """Another one, to change."""
@@ -527,12 +534,16 @@ class Examination:
     @cached_property
     def memory(self) -> RunResult:
         """A whole run with the model in memory."""
-        return prune(run_config(self.source), self.place / "memory")
+        return prune(self._config(), self.place / "memory")
 
     @cached_property
     def streamed(self) -> RunResult:
         """The same with one block in memory at a time."""
-        return prune(run_config(self.source, stream=True), self.place / "streamed")
+        return prune(self._config(stream=True), self.place / "streamed")
+
+    def _config(self, **options: Any) -> RunConfig:
+        bytes_each = torch.finfo(self._dtype).bits // 8
+        return run_config(self.source, round_to=16 // bytes_each, **options)
 
     @cached_property
     def streaming_differences(self) -> list[str]:
@@ -573,7 +584,7 @@ class Examination:
             f"`{self.dense.architecture.blocks}`: {', '.join(paths)}",
             ", ".join(form_of(bank) for bank in self.banks),
             ", ".join(dict.fromkeys(keys)),
-            _passes(lambda: self.cut[0] <= 1e-5 < 1e-2 < self.cut[1]),
+            _passes(lambda: self.cut[0] <= CUT_TOLERANCE),
             _passes(lambda: agree(self.imported, self.expected)),
             code if code == "no" or self.remote["own_code"] else "needs none",
             _passes(lambda: not self.streaming_differences),
@@ -614,7 +625,7 @@ def form_of(bank: Bank) -> str:
 def _passes(check: Callable[[], bool]) -> str:
     try:
         return "yes" if check() else "no"
-    except Exception as error:  # the table says what is so; the tests say why
+    except Exception as error:  # noqa: BLE001  # the table says what is so; the tests say why
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return "no"
 

@@ -1,0 +1,381 @@
+"""Several processes give what one gives; one of them writes and prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cfsp_framework.blocks import Passage
+from cfsp_framework.cli import cli
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.evaluation import EvaluationSet, perplexity
+from cfsp_framework.planning import PruningPlan
+from cfsp_framework.progress import Progress
+from cfsp_framework.ranks import SOLO, Ranks, is_first, join_ranks
+
+MakeModel = Callable[..., Path]
+WORLD = 2
+
+# Every process runs all commands and tells, beside what came of each, which files it wrote itself.
+WORKER = """
+import json, os, sys, traceback
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from click.testing import CliRunner
+from cfsp_framework.cli import cli
+
+commands, told = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+written = []
+
+def watch(event, arguments):
+    if event in ("os.mkdir", "os.rename", "os.remove") or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        written.append(f"{event} {arguments[0]}")
+
+sys.addaudithook(watch)
+for name, words in commands.items():
+    written.clear()
+    result = CliRunner().invoke(cli, words)
+    told_here = [what for what in written if str(told) in what]
+    error = "" if isinstance(result.exception, SystemExit | None) else "".join(traceback.format_exception(result.exception))
+    found = {"code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr, "error": error, "written": told_here}
+    print(f"\\nTOLD {os.environ['RANK']} {name} {json.dumps(found)}", flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What came of one command in one process."""
+
+    code: int
+    stdout: str
+    stderr: str
+    error: str
+    written: list[str]
+
+
+def torchrun(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run with two processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", WORLD, "--master-port", port]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    command = [str(word) for word in (*head, *words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=environment)
+
+
+def run(*words: object) -> str:
+    """The command line in this process alone; its stdout."""
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of ``cfsp prune`` to compare."""
+
+    model: str
+    options: tuple[object, ...] = ()
+    tolerance: float = 0.0
+    """Of the weights: what is only cut out is the same to the last bit, what is computed from sums is not."""
+
+
+CASES = {
+    "llama": Case("llama"),
+    "mixtral": Case("mixtral"),
+    "closed form": Case("llama", ("--preset", "cfsp-closed-form"), 1e-4),
+    "closed form, streamed": Case("llama", ("--preset", "cfsp-closed-form", "--stream"), 1e-4),
+    "mixtral, streamed, closed form": Case("mixtral", ("--preset", "cfsp-closed-form", "--stream"), 1e-4),
+    "gradients": Case("llama", ("--criterion", "taylor")),
+    "without the first token": Case("llama", ("--skip-bos", "--criterion", "variance-weighted")),
+}
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "one window": (("--samples", 1), "1 windows cannot be shared out over 2 processes; give more --samples."),
+    "an order": (
+        ("--preset", "flap-released"),
+        "down-input-fluctuation depends on the order of all windows and cannot be shared out; run one process.",
+    ),
+    "kept tokens": (
+        ("--compensator", "local-reconstruction"),
+        "feed-forward-inputs depends on the order of all windows and cannot be shared out; run one process.",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def small(calibration_text: Path) -> tuple[object, ...]:
+    """An odd number of windows, so that the processes have different shares; some of them are held out."""
+    return "--calibration", calibration_text, "--samples", 45, "--seqlen", 32, "--round-to", 8, "--device", "cpu"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where several processes write."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def commands(
+    make_model: MakeModel, small: tuple[object, ...], calibration_text: Path, folder: Path
+) -> Mapping[str, tuple[object, ...]]:
+    """Every command that is run with several processes, by name."""
+    evaluation = ("--evaluate", calibration_text, "--evaluate-windows", 7)
+    data = ("--data", calibration_text, "--seqlen", 32, "--evaluate-windows", 7, "--json")
+    model = make_model("llama")
+    return {
+        **{
+            name: ("prune", make_model(case.model), folder / name, *small, *case.options, *evaluation,
+                   "--keep-statistics", "--json")
+            for name, case in CASES.items()
+        },
+        **{name: ("prune", model, folder / name, *small, *options) for name, (options, _) in REFUSED.items()},
+        "plan": ("plan", model, folder / "plan.json", *small),
+        "evaluate": ("evaluate", model, *data),
+        "evaluate, streamed": ("evaluate", model, *data, "--stream"),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def told(commands: Mapping[str, tuple[object, ...]], folder: Path) -> Mapping[str, tuple[Told, Told]]:
+    """What each of two processes tells of every command."""
+    (folder / "commands.json").write_text(json.dumps({name: list(map(str, words)) for name, words in commands.items()}))
+    (folder / "worker.py").write_text(WORKER)
+    done = torchrun(folder / "worker.py", folder / "commands.json", folder)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[int, Told]] = {name: {} for name in commands}
+    for line in done.stdout.splitlines():
+        if line.startswith("TOLD "):
+            head, _, values = line.partition(" {")
+            _, rank, name = head.split(" ", 2)
+            found[name][int(rank)] = Told(**json.loads("{" + values))
+    return {name: (ranks[0], ranks[1]) for name, ranks in found.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(
+    commands: Mapping[str, tuple[object, ...]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """``alone(name)``: the folder and the report of the same ``cfsp prune`` in one process."""
+
+    def prune(name: str) -> tuple[Path, dict[str, Any]]:
+        out = tmp_path_factory.mktemp("alone") / "out"
+        head, model, _, *rest = commands[name]
+        return out, json.loads(run(head, model, out, *rest))
+
+    return prune
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_what_one_gives(
+    name: str,
+    told: Mapping[str, tuple[Told, Told]],
+    alone: Callable[[str], tuple[Path, dict[str, Any]]],
+    folder: Path,
+) -> None:
+    assert [one.error for one in told[name]] == ["", ""]
+    out, expected = alone(name)
+    report = json.loads(told[name][0].stdout)
+    assert (expected["processes"], report["processes"]) == (1, 2)
+    plans = [PruningPlan.from_json((place / "pruning_plan.json").read_text()) for place in (out, folder / name)]
+    assert [block.kept for block in plans[0].blocks] == [block.kept for block in plans[1].blocks]
+    assert plans[0].calibration == plans[1].calibration
+    _same(load_file(out / "statistics.safetensors"), load_file(folder / name / "statistics.safetensors"), 1e-6)
+    tensors = [_tensors(place) for place in (out, folder / name)]
+    _same(*tensors, CASES[name].tolerance)
+    for own, shared in zip(expected["evaluations"], report["evaluations"], strict=True):
+        assert shared["windows"] == own["windows"] == 7
+        assert shared["dense"] == pytest.approx(own["dense"], rel=1e-9)
+        assert shared["pruned"] == pytest.approx(own["pruned"], rel=max(1e-9, CASES[name].tolerance))
+    assert report["reload_difference"] < 1e-5
+    with torch.no_grad():
+        assert AutoModelForCausalLM.from_pretrained(folder / name)(torch.arange(3, 20)[None]).logits.isfinite().all()
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint, sharded or not."""
+    return {key: value for path in sorted(folder.glob("model*.safetensors")) for key, value in load_file(path).items()}
+
+
+def _same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor], tolerance: float) -> None:
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        scale = value.abs().max().item()
+        assert torch.allclose(value, right[key], rtol=tolerance, atol=tolerance * scale), key
+
+
+@pytest.mark.parametrize("name", [*CASES, "plan", "evaluate", "evaluate, streamed"])
+def test_one_process_writes_and_prints(name: str, told: Mapping[str, tuple[Told, Told]]) -> None:
+    first, other = told[name]
+    assert (first.code, other.code) == (0, 0)
+    assert first.stdout
+    assert other.stdout == ""
+    assert bool(first.written) is not name.startswith("evaluate")
+    assert other.written == []
+
+
+def test_nothing_else_is_left(told: Mapping[str, tuple[Told, Told]], folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == {*CASES, "commands.json", "worker.py", "plan.json"}
+    assert told.keys() > CASES.keys()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_shared_out_is_refused(name: str, told: Mapping[str, tuple[Told, Told]], folder: Path) -> None:
+    for one in told[name]:
+        assert (one.code, one.error, one.stdout) == (2, "", "")
+        assert one.stderr == f"Error: {REFUSED[name][1]}\n"
+    assert not (folder / name).exists()
+
+
+def test_one_plan_is_written(
+    told: Mapping[str, tuple[Told, Told]], commands: Mapping[str, tuple[object, ...]], folder: Path, tmp_path: Path
+) -> None:
+    head, model, _, *rest = commands["plan"]
+    run(head, model, tmp_path / "plan.json", *rest, "-q")
+    plans = [PruningPlan.from_json(path.read_text()) for path in (tmp_path / "plan.json", folder / "plan.json")]
+    assert plans[0].widths == plans[1].widths
+    assert [block.kept for block in plans[0].blocks] == [block.kept for block in plans[1].blocks]
+    assert told["plan"][0].stdout.count("Written to") + told["plan"][0].stdout.count("plan.json") >= 1
+
+
+@pytest.mark.parametrize("name", ["evaluate", "evaluate, streamed"])
+def test_evaluation_is_the_same(
+    name: str, told: Mapping[str, tuple[Told, Told]], commands: Mapping[str, tuple[object, ...]]
+) -> None:
+    (own,) = json.loads(run(*commands[name]))["evaluations"]
+    (shared,) = json.loads(told[name][0].stdout)["evaluations"]
+    assert shared == pytest.approx(own, rel=1e-9)
+
+
+def test_the_command_line_itself_under_torchrun(
+    make_model: MakeModel, small: tuple[object, ...], tmp_path: Path
+) -> None:
+    done = torchrun("-m", "cfsp_framework", "prune", make_model("llama"), tmp_path / "out", *small, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["processes"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- Ranks itself -----------------------------------------------------------------------------------------------------
+
+# Three processes: the sum of two float32 numbers is the same in any precision.
+TOGETHER = """
+import multiprocessing, os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from cfsp_framework.errors import ConfigError
+from cfsp_framework import ranks
+from cfsp_framework.ranks import is_first, join_ranks
+
+def work(rank, folder, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    ranks._ROWS = 4  # several parts
+    us = join_ranks("cpu")
+    assert (us.rank, us.world, us.first, is_first()) == (rank, 3, rank == 0, rank == 0)
+    assert join_ranks("cpu") == us
+    sums = {
+        "matrix": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).T * (rank + 1),  # not contiguous, as a sum may be
+        "digits": torch.tensor([1.0, 2.0**-24, 2.0**-24][rank]),
+        "exact": torch.tensor([2.0**60, 1.0], dtype=torch.float64),
+    }
+    us.add(sums)
+    assert torch.equal(sums["matrix"], 6 * torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).T)
+    assert sums["digits"].dtype == torch.float32 and sums["digits"].ndim == 0
+    assert sums["digits"] == 1 + 2.0**-23, "added in float32 the small ones are lost"
+    assert torch.equal(sums["exact"], torch.tensor([3 * 2.0**60, 3.0], dtype=torch.float64))
+    assert us.total([rank, 10**15, 0]) == [3, 3 * 10**15, 0]
+    gathered = us.gather(torch.full((rank + 1, 2), float(rank), dtype=torch.float64))
+    assert gathered.dtype == torch.float64
+    assert gathered[:, 0].tolist() == [0, 1, 1, 2, 2, 2]
+    assert us.gather(torch.arange(float(rank == 1))).tolist() == [0.0]
+    assert us.agree({"plan": rank, "tensor": torch.tensor([rank])}) == {"plan": 0, "tensor": torch.tensor([0])}
+    assert us.agree(None) is None
+    shares = [None] * 3
+    torch.distributed.all_gather_object(shares, list(us.share(7)))
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+    try:
+        us.share(2)
+    except ConfigError as error:
+        assert "2 windows cannot be shared out over 3 processes" in str(error)
+    else:
+        raise AssertionError("2 windows for 3 processes")
+    if rank == 2:
+        Path(folder, "late").touch()
+    us.wait()
+    assert Path(folder, "late").exists()
+    Path(folder, str(rank)).touch()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank, *sys.argv[1:])) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+"""
+
+
+def test_what_processes_tell_each_other(tmp_path: Path) -> None:
+    (tmp_path / "together.py").write_text(TOGETHER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(tmp_path / "together.py"), str(tmp_path), port]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {"0", "1", "2"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_one_process_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    assert join_ranks("cpu") is SOLO
+    assert is_first()
+    assert SOLO.first
+    assert list(SOLO.share(3)) == [0, 1, 2]
+    sums = {"a": torch.tensor([1.0])}
+    SOLO.add(sums)
+    assert sums == {"a": torch.tensor([1.0])}
+    assert SOLO.total([1, 2]) == [1, 2]
+    assert SOLO.gather(torch.tensor([1.0])).tolist() == [1.0]
+    assert SOLO.agree("plan") == "plan"
+    with pytest.raises(ConfigError, match="0 windows"):
+        SOLO.share(0)
+
+
+@pytest.mark.parametrize("count", [4, 7, 8])
+def test_every_window_is_somebodys(count: int) -> None:
+    shares = [list(Ranks(rank, 4).share(count)) for rank in range(4)]
+    assert sorted(number for share in shares for number in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+class _Second(Ranks):
+    """The second of two processes; the first had the only window."""
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        assert len(values) == 0
+        return torch.tensor([1.5], dtype=torch.float64)
+
+
+def test_a_process_without_a_window_to_evaluate(make_model: MakeModel) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_model("llama"))
+    data = EvaluationSet("text", torch.arange(3, 35)[None], 1.0)
+    found = perplexity(model, data, Progress(), Passage(ranks=_Second(1, 2)))
+    assert found.nll == 1.5
