@@ -99,10 +99,15 @@ class PruningPlan(_Frozen):
 
     @model_validator(mode="after")
     def _attention_can_go(self) -> Self:
-        dropped, last = self.dropped_attention, self.blocks[-1].block
+        dropped, last = self.dropped_attention, self.last_block
         if list(dropped) != sorted({*dropped}) or any(not 0 < block <= last for block in dropped):
             raise ValueError(f"dropped_attention {list(dropped)}: not ascending blocks between 1 and {last}")
         return self
+
+    @property
+    def last_block(self) -> int:
+        """The last block with an entry."""
+        return max(entry.block for entry in self.blocks)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -116,7 +116,8 @@ def _write(path: Path, measured: Sequence[FeedForwardMeasurement]) -> None:
     tensors: dict[str, Tensor] = {}
     told: list[dict[str, object]] = []
     for number, one in enumerate(measured):
-        tensors |= {f"{number}/statistics/{s.name}": value.contiguous() for s, value in one.statistics.items()}
+        # Cloned: experts share their block's own, and safetensors refuses to write what is shared.
+        tensors |= {f"{number}/statistics/{s.name}": value.clone() for s, value in one.statistics.items()}
         tensors |= {f"{number}/scores/{label}": value.contiguous() for label, value in one.scores.items()}
         tensors |= {f"{number}/curves/{label}": value.contiguous() for label, value in one.curves.items()}
         seen = one.statistics

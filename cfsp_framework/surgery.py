@@ -24,9 +24,9 @@ Compensate = Callable[[int, Sequence[Tensor]], Sequence[Update]]
 
 def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
     """Refuse a plan for a model of other shapes."""
-    if plan.model.family != decoder.architecture.family or plan.blocks[-1].block != len(decoder.blocks) - 1:
+    if plan.model.family != decoder.architecture.family or plan.last_block != len(decoder.blocks) - 1:
         raise PlanError(
-            f"the plan is for a {plan.model.family} model of {plan.blocks[-1].block + 1} blocks; "
+            f"the plan is for a {plan.model.family} model of {plan.last_block + 1} blocks; "
             f"this is a {decoder.architecture.family} model of {len(decoder.blocks)}."
         )
     places = decoder.places

@@ -28,6 +28,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -322,14 +323,19 @@ ALIEN: dict[str, Family] = {
 
 FAMILIES: dict[str, Family] = BASE | _TWO_SHARED | MORE | SEEING | ALIEN
 PRUNED = tuple(name for name, family in FAMILIES.items() if not family.refused)
-MIXTURES = tuple(name for name, family in FAMILIES.items() if family.routed)
+MIXTURES = tuple(name for name in PRUNED if FAMILIES[name].routed)
 REFUSED = tuple(name for name, family in FAMILIES.items() if family.refused)
+
+
+def config_of(name: str, **settings: Any) -> PreTrainedConfig:
+    """A family's configuration, with some settings changed."""
+    family = FAMILIES[name]
+    return AutoConfig.for_model(family.model_type, **copy.deepcopy({**family.settings, **settings}))
 
 
 def build(name: str, **settings: Any) -> PreTrainedModel:
     """A random model; weights large enough for a difference to show in the logits, norms as they are initialised."""
-    family = FAMILIES[name]
-    config = AutoConfig.for_model(family.model_type, **copy.deepcopy({**family.settings, **settings}))
+    config = config_of(name, **settings)
     torch.manual_seed(0)
     auto: Any = AutoModelForImageTextToText if name in SEEING else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_config(config).eval()

@@ -53,8 +53,8 @@ def row(size: str, way: Way) -> list[str]:
     finish = seconds.get("save", 0) + seconds["verify"]
     times = (seconds["load"], seconds["collect"], seconds["cut"], finish, way.total)
     memory = (rough_bytes(way.host_bytes), rough_bytes(way.device_bytes))
-    weights, bound = "stream" if way.streamed else "memory", way.bound if way.fits else "does not fit"
-    return [size, way.hardware, weights, *map(human_seconds, times), *memory, bound]
+    weights = "streamed" if way.streamed else "in memory"
+    return [size, way.hardware, weights, *map(human_seconds, times), *memory, way.bound]
 
 
 def print_shapes() -> None:
@@ -71,12 +71,19 @@ def print_shapes() -> None:
 
 def print_ways(preset: str) -> None:
     print(f"| {' | '.join(HEADINGS)} |\n|---|---|---|{'---:|' * 7}---|")
+    too_large: dict[str, list[str]] = {}
     for size in SHAPES:
         config, shape = open_shape(size, preset)
         workload = plan_workload(config, select(config, load_plugins()), shape.context)
         for hardware in NOMINAL:
             for way in estimate(shape, workload, hardware):
-                print(f"| {' | '.join(row(size, way))} |")
+                if way.fits:
+                    print(f"| {' | '.join(row(size, way))} |")
+                else:
+                    how = f"{size} {'streamed' if way.streamed else 'in memory'}"
+                    too_large.setdefault(how, []).append(f"{rough_bytes(way.device_bytes)} ({way.hardware})")
+    for how, peaks in too_large.items():
+        print(f"\n{how} does not fit: a GPU would need {', '.join(peaks)}.")
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def make_model(folder: Path, gigabytes: float, dtype: torch.dtype) -> int:
     """A random Llama with the demo model's tokenizer, in shards; its bytes."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     weights = gigabytes * 1e9 / dtype.itemsize / BLOCKS  # of a block: about 11 D² with F = 8/3 D and 8 of 32 kv heads
-    hidden = max(128, round((weights / 10.5) ** 0.5 / 128) * 128)
+    hidden = max(256, round((weights / 10.5) ** 0.5 / 256) * 256)
     config = AutoConfig.for_model(
         "llama",
         vocab_size=len(tokenizer),
@@ -44,7 +44,7 @@ def make_model(folder: Path, gigabytes: float, dtype: torch.dtype) -> int:
         intermediate_size=round(hidden * 8 / 3 / 128) * 128,
         num_hidden_layers=BLOCKS,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 256),
+        num_key_value_heads=hidden // 256,
         max_position_embeddings=4096,
     )
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def main() -> None:
                 out = Path(scratch, f"{way}-{number}")
                 command = [sys.executable, *sys.argv, *flags, "--run", str(model), str(out)]
                 found[way].append(
-                    json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                    json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
                 )
         middle = {
             way: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for way, runs in found.items()
