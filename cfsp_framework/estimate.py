@@ -34,6 +34,10 @@ BACKWARD = 3.0
 """A forward with its backward, in forwards."""
 INTERPRETER = 420 * 10**6
 """Bytes of a process that has imported everything."""
+SHARD = 5 * 10**9
+"""Bytes of one file of a checkpoint."""
+HASHES_AT_ONCE = 4
+"""Files of a checkpoint that are hashed side by side."""
 AHEAD = 2
 """Blocks that are there at once while a model is streamed: one computes, one comes."""
 
@@ -224,11 +228,13 @@ class _Run:
         self.causes[cause] += seconds
 
     def _load(self) -> None:
-        """The weights, or what is in no block, and the fingerprint over all of the file."""
-        shape, stored = self.shape, self.shape.stored_bytes
-        first = shape.outside_stored_bytes if self.streamed else stored
-        self._spend("load", "disk", self._read(stored, again=False) + self._read(first, again=True))
-        self._spend("load", "disk", stored / self.hardware.hashing)
+        """The weights, or what is in no block; the first process hashes the files."""
+        shape, hardware, stored = self.shape, self.hardware, self.shape.stored_bytes
+        at_once = min(HASHES_AT_ONCE, hardware.cores, -(-stored // SHARD))
+        self._spend("load", "disk", stored / (hardware.hashing * at_once))
+        alone = self._read(stored, again=not self.streamed, processes=1)
+        size = shape.outside_stored_bytes if self.streamed else stored
+        self._spend("load", "disk", alone + self._read(size, again=self.streamed))
         self._spend("load", "transfer", (shape.outside_bytes if self.streamed else shape.bytes) / self._to_device)
 
     def _run(self, phase: str, part: Pass) -> None:
@@ -256,7 +262,7 @@ class _Run:
         save = "cut" if self.streamed else "save"  # a streamed block is written as soon as it is cut
         self._spend(save, "disk", written / self.hardware.disk_write)
         self._spend(save, "transfer", written / self._to_device)
-        self._spend("verify", "disk", self._read(written, again=True) / self.hardware.devices)
+        self._spend("verify", "disk", self._read(written, again=True, processes=1))
         self._spend("verify", "transfer", written / self._to_device)
         flops = shape.flops_per_token(seqlen) * written / shape.bytes + 2 * shape.hidden * shape.vocabulary
         self._spend("verify", "compute", 2 * seqlen * flops / self.hardware.rate(shape.dtype))
@@ -265,15 +271,15 @@ class _Run:
     def _to_device(self) -> float:
         return self.hardware.to_device if self.hardware.has_gpu else math.inf
 
-    def _read(self, size: int, *, again: bool) -> float:
+    def _read(self, size: int, *, again: bool, processes: int | None = None) -> float:
         """Seconds until every process of a node has read ``size`` bytes: one from the disk, others from its cache.
 
         The system holds a checkpoint in memory that takes at most half of it.
         """
-        hardware = self.hardware
+        hardware, processes = self.hardware, processes or self.hardware.devices
         cached = self.shape.stored_bytes <= hardware.host_memory / 2
         later = size / (hardware.cached_read if cached else hardware.disk_read)
-        return hardware.devices * later if again else size / hardware.disk_read + (hardware.devices - 1) * later
+        return processes * later if again else size / hardware.disk_read + (processes - 1) * later
 
     def _compute(self, block: BlockShape, part: Pass) -> float:
         """Seconds one process computes for one block: forwards and products for its windows, algebra for all."""

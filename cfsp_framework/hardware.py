@@ -37,7 +37,9 @@ class Hardware:
     cached_read: float
     """Bytes/s of files that the system still holds in memory."""
     hashing: float
-    """Bytes/s of SHA-256."""
+    """Bytes/s of SHA-256 on one core."""
+    cores: int
+    """Per node."""
     host_memory: int
     """Bytes per node."""
     measured: bool
@@ -80,6 +82,7 @@ NOMINAL = (
         disk_write=0.5 * 5e9,
         cached_read=8e9,
         hashing=1.8e9,
+        cores=16,
         host_memory=256 * 10**9,
         measured=False,
         device_memory=80 * 10**9,
@@ -92,6 +95,7 @@ NOMINAL = (
         disk_write=0.4 * 25e9,
         cached_read=40e9,  # by eight processes together
         hashing=1.8e9,
+        cores=128,
         host_memory=2 * 10**12,
         measured=False,
         device_memory=80 * 10**9,
@@ -106,6 +110,7 @@ NOMINAL = (
         disk_write=0.4 * 25e9,
         cached_read=40e9,
         hashing=1.8e9,
+        cores=128,
         host_memory=2 * 10**12,
         measured=False,
         device_memory=80 * 10**9,
@@ -135,6 +140,7 @@ def this_machine(device: torch.device, dtypes: Collection[str], folder: Path | N
         disk_write=write,
         cached_read=cached,
         hashing=hash_rate(),
+        cores=os.cpu_count() or 1,
         host_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         measured=True,
         device_memory=torch.cuda.get_device_properties(device).total_memory if gpu else 0,

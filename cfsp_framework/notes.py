@@ -12,8 +12,8 @@ from .planning import PruningPlan
 from .statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_INPUT_SQUARES, MAE_DISTANCE, MSE_DISTANCE
 
 if TYPE_CHECKING:
+    from .bench import Bench
     from .collect import FeedForwardMeasurement
-    from .pipeline import Bench
 
 _ENOUGH_TOKENS = 10
 """Calibration tokens per channel below which second moments are not to be trusted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -104,4 +105,5 @@ def join_ranks(device: str) -> Ranks:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if on_gpu else "gloo")
+        atexit.register(distributed.destroy_process_group)
     return Ranks(distributed.get_rank(), world)

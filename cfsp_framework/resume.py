@@ -116,10 +116,10 @@ def _write(path: Path, measured: Sequence[FeedForwardMeasurement]) -> None:
     tensors: dict[str, Tensor] = {}
     told: list[dict[str, object]] = []
     for number, one in enumerate(measured):
-        # Cloned: experts share their block's own, and safetensors refuses to write what is shared.
+        # Cloned: some are the same tensors, such as experts' statistics of their block; safetensors refuses those.
         tensors |= {f"{number}/statistics/{s.name}": value.clone() for s, value in one.statistics.items()}
-        tensors |= {f"{number}/scores/{label}": value.contiguous() for label, value in one.scores.items()}
-        tensors |= {f"{number}/curves/{label}": value.contiguous() for label, value in one.curves.items()}
+        tensors |= {f"{number}/scores/{label}": value.clone() for label, value in one.scores.items()}
+        tensors |= {f"{number}/curves/{label}": value.clone() for label, value in one.curves.items()}
         seen = one.statistics
         tokens = 0 if seen.unseen else seen.tokens
         told.append({"path": one.path, "width": one.width, "tokens": tokens, "held_out": seen.held_out_tokens})

@@ -63,6 +63,7 @@ HARDWARE = Hardware(
     disk_write=1e9,
     cached_read=4e9,
     hashing=2e9,
+    cores=1,
     host_memory=10**15,
     measured=True,
 )

@@ -25,9 +25,9 @@ import torch
 
 from cfsp_framework import pipeline
 from cfsp_framework.architectures import Decoder
+from cfsp_framework.bench import Bench, sequence_length, set_up
 from cfsp_framework.blocks import tokens_per_batch
 from cfsp_framework.config import RunConfig, layered
-from cfsp_framework.pipeline import Bench
 from cfsp_framework.progress import Progress
 
 
@@ -57,8 +57,8 @@ def run_in_place(bench: Bench) -> None:
 
 
 def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:
-    bench = pipeline.set_up(config, Progress())
-    seqlen = pipeline.sequence_length(config, bench.loaded)
+    bench = set_up(config, Progress())
+    seqlen = sequence_length(config, bench.loaded)
     batch_size = config.batch_size or max(1, tokens_per_batch(bench.decoder.device) // seqlen)
     forwards, runs = [], []
     for _ in range(rounds + 1):
@@ -76,9 +76,9 @@ def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:
 
 def measure_memory(config: RunConfig) -> dict[str, float]:
     """Peak of one run over the interpreter's own memory, beside the model and the hidden states."""
-    bench = pipeline.set_up(config.model_copy(update={"samples": 1}), Progress())  # imports, the tokenizer, the text
+    bench = set_up(config.model_copy(update={"samples": 1}), Progress())  # imports, the tokenizer, the text
     vocabulary = bench.decoder.config.vocab_size
-    seqlen = pipeline.sequence_length(config, bench.loaded)
+    seqlen = sequence_length(config, bench.loaded)
     model = sum(p.numel() * p.element_size() for p in bench.decoder.model.parameters())
     width = bench.decoder.feed_forwards(0)[0].hidden
     hidden = config.samples * seqlen * width * bench.decoder.model.dtype.itemsize

@@ -29,10 +29,11 @@ import yaml
 from cfsp_framework import pipeline
 from cfsp_framework.api import Criterion
 from cfsp_framework.architectures import Decoder
+from cfsp_framework.bench import Bench, set_up
 from cfsp_framework.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import RunConfig
 from cfsp_framework.evaluation import perplexity
-from cfsp_framework.pipeline import CRITERION, Bench
+from cfsp_framework.pipeline import CRITERION
 from cfsp_framework.plugins import Chosen
 from cfsp_framework.progress import Progress
 from cfsp_framework.report import measure_size
@@ -63,7 +64,7 @@ def run_model(
     name: str, seed: int, options: Mapping[str, Any], rows: Mapping[str, Row], wanted: list[tuple[str, float]]
 ) -> Iterator[Cell]:
     """The wanted cells of one model and seed, from one collection."""
-    bench = pipeline.set_up(RunConfig.build(seed=seed, **options), Progress())
+    bench = set_up(RunConfig.build(seed=seed, **options), Progress())
     selections = {row: select(RunConfig.build(model=name, **rows[row]), bench.plugins) for row, _ in wanted}
     start = time.perf_counter()
     measurements = collect_all(bench, selections)

@@ -22,12 +22,12 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cfsp_framework import pipeline
 from cfsp_framework.config import RunConfig
 from cfsp_framework.demo import MODEL_FOLDER
+from cfsp_framework.streaming import Shards
 
 BLOCKS = 16
 
@@ -95,17 +95,11 @@ def measure(options: argparse.Namespace, model: Path, out: Path) -> dict[str, fl
 def same(left: Path, right: Path) -> bool:
     """Whether two checkpoints hold the same tensors under the same names, and follow the same plan."""
     plans = [json.loads((folder / "pruning_plan.json").read_text())["blocks"] for folder in (left, right)]
-    where = [
-        {key: path for path in folder.glob("*.safetensors") for key in safe_open(path, "pt").keys()}  # noqa: SIM118
-        for folder in (left, right)
-    ]
+    first, second = Shards(left), Shards(right)
     return (
         plans[0] == plans[1]
-        and where[0].keys() == where[1].keys()
-        and all(
-            torch.equal(safe_open(where[0][key], "pt").get_tensor(key), safe_open(where[1][key], "pt").get_tensor(key))
-            for key in where[0]
-        )
+        and first.files.keys() == second.files.keys()
+        and all(torch.equal(first.slices([key])[key][:], second.slices([key])[key][:]) for key in first.files)
     )
 
 

@@ -1,0 +1,144 @@
+"""What a run works on, opened and checked: components, model, data. Whatever the user got wrong shows here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import report
+from .api import Site
+from .architectures import Decoder, open_decoder
+from .blocks import PADDING, Passage
+from .calibration import calibration_windows
+from .config import RunConfig
+from .errors import ConfigError
+from .evaluation import EvaluationSet, evaluation_set
+from .models import LoadedModel, context_length, load_model
+from .plugins import Plugins, load_plugins
+from .progress import Progress
+from .ranks import Ranks, join_ranks
+from .selection import Selection, select
+from .streaming import Streamed
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a run works on once everything is open: the model, its components, its data."""
+
+    config: RunConfig
+    plugins: Plugins
+    selection: Selection
+    loaded: LoadedModel
+    decoder: Decoder
+    parameters: int
+    """Of the model as it was opened."""
+    windows: Tensor | None  # (N, T)
+    evaluation_sets: tuple[EvaluationSet, ...]
+    progress: Progress
+    passage: Passage
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the work."""
+        return self.passage.ranks
+
+    @property
+    def windows_to_select(self) -> Tensor | None:
+        """The windows of the first pass: all, or every other one where the rest is kept for the second pass."""
+        if self.windows is None or self.config.reuse_windows or not self.selection.second_pass:
+            return self.windows
+        return self.windows[::2] if len(self.windows) > 1 else self.windows
+
+    @property
+    def windows_to_compensate(self) -> Tensor | None:
+        """The windows of the second pass; None where there is none."""
+        if self.windows is None or not self.selection.second_pass:
+            return None
+        return self.windows if self.config.reuse_windows or len(self.windows) < 2 else self.windows[1::2]
+
+
+def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, ranks: Ranks | None = None) -> Bench:
+    """Choose the components, open the model, read the data: whatever the user got wrong shows here."""
+    ranks = ranks or join_ranks(config.device)
+    plugins = load_plugins(config.plugins)
+    selection = select(config, plugins, planned=planned)
+    check_selection(config, selection, ranks)
+    torch.manual_seed(config.seed)
+    with progress.phase("load"):
+        loaded = load_model(config, ranks)
+        decoder = open_streamed(config, loaded, plugins) if config.stream else open_decoder(loaded.model, plugins)
+    with progress.phase("calibrate"):
+        measured = selection.collectors or selection.second_pass or (config.drop_attention and not planned)
+        windows = open_windows(config, loaded) if measured else None
+        evaluation_sets = open_evaluation_sets(config, loaded)
+    parameters = report.measure_size(loaded.model).parameters
+    passage = Passage(config.batch_size, skipped_ids(config, loaded), config.spill, ranks)
+    return Bench(config, plugins, selection, loaded, decoder, parameters, windows, evaluation_sets, progress, passage)
+
+
+def check_selection(config: RunConfig, selection: Selection, ranks: Ranks) -> None:
+    """Refuse what the chosen way of running cannot do."""
+    chosen = (*selection.collectors, *selection.second_pass)
+    backward = [one.component.provides.name for one in chosen if one.component.site is Site.GRADIENT]
+    if config.stream and backward:
+        raise ConfigError(f"--stream: {backward[0]} needs a backward pass through the whole model; leave --stream out.")
+    if config.stream and config.drop_attention:
+        raise ConfigError("--stream: which attention to drop is found with the whole model; leave one of both out.")
+    if config.stream and config.device_map == "auto":
+        raise ConfigError("--stream reads blocks one by one, --device-map spreads them all; leave one of both out.")
+    ordered = [one.component.name for one in chosen if one.component.ordered]
+    if ranks.world > 1 and ordered:
+        raise ConfigError(
+            f"{ordered[0]} depends on the order of all windows and cannot be shared out; run one process."
+        )
+
+
+def open_streamed(config: RunConfig, loaded: LoadedModel, plugins: Plugins, folder: Path | None = None) -> Decoder:
+    """A model that is read block by block from its folder."""
+    decoder = open_decoder(loaded.model, plugins)
+    resident = Streamed(loaded.model, folder or loaded.folder, decoder.architecture.blocks, loaded.device)
+    return replace(decoder, resident=resident)
+
+
+def skipped_ids(config: RunConfig, loaded: LoadedModel) -> frozenset[int]:
+    """The tokens left out of the statistics."""
+    if not config.skip_bos:
+        return frozenset()
+    if loaded.tokenizer.bos_token_id is None:
+        raise ConfigError("--skip-bos: this model's tokenizer has no beginning-of-sequence token.")
+    return frozenset({int(loaded.tokenizer.bos_token_id)})
+
+
+def open_windows(config: RunConfig, loaded: LoadedModel) -> Tensor:
+    """The calibration windows, ``(N, T)``."""
+    seqlen = sequence_length(config, loaded)
+    return calibration_windows(
+        config.calibration, loaded.tokenizer, config.samples, seqlen, config.seed, pack=config.pack
+    )
+
+
+def open_evaluation_sets(config: RunConfig, loaded: LoadedModel) -> tuple[EvaluationSet, ...]:
+    """The windows of every data SPEC to evaluate on."""
+    seqlen = sequence_length(config, loaded)
+    return tuple(evaluation_set(spec, loaded.tokenizer, seqlen, config.evaluate_windows) for spec in config.evaluate)
+
+
+def sequence_length(config: RunConfig, loaded: LoadedModel) -> int:
+    """Tokens per window: what was asked for, else 1024 or the model's context where that is shorter."""
+    context = context_length(loaded.model)
+    if config.seqlen is None:
+        return min(1024, context or 1024)
+    if context is not None and config.seqlen > context:
+        raise ConfigError(f"--seqlen {config.seqlen} is longer than the model's context of {context}.")
+    return config.seqlen
+
+
+def sample_ids(bench: Bench) -> Tensor:
+    """Some tokens to compare logits on, ``(1, T)``: the first calibration window, or any valid ids."""
+    if bench.windows is not None:
+        return bench.windows[:1, bench.windows[0] != PADDING]
+    vocabulary = bench.decoder.config.vocab_size
+    return torch.randint(vocabulary, (1, 64), generator=torch.Generator().manual_seed(bench.config.seed))
