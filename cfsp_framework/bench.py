@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import report
+from . import report, surgery
 from .api import Site
 from .architectures import Decoder, open_decoder
 from .blocks import PADDING, Passage
@@ -70,6 +70,7 @@ def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, rank
     with progress.phase("load"):
         loaded = load_model(config, ranks)
         decoder = open_streamed(config, loaded, plugins) if config.stream else open_decoder(loaded.model, plugins)
+    check_rounding(config, decoder, planned=planned)
     with progress.phase("calibrate"):
         measured = selection.collectors or selection.second_pass or (config.drop_attention and not planned)
         windows = open_windows(config, loaded) if measured else None
@@ -93,6 +94,16 @@ def check_selection(config: RunConfig, selection: Selection, ranks: Ranks) -> No
     if ranks.world > 1 and ordered:
         raise ConfigError(
             f"{ordered[0]} depends on the order of all windows and cannot be shared out; run one process."
+        )
+
+
+def check_rounding(config: RunConfig, decoder: Decoder, *, planned: bool) -> None:
+    """Refuse a rounding that experts could not be run with."""
+    step = surgery.expert_step(decoder)
+    if config.round_to % step and not planned:
+        raise ConfigError(
+            f"--round-to {config.round_to}: the products of experts need widths that are multiples of {step} in "
+            f"{str(decoder.model.dtype).removeprefix('torch.')}."
         )
 
 

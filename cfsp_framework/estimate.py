@@ -230,8 +230,8 @@ class _Run:
     def _load(self) -> None:
         """The weights, or what is in no block; the first process hashes the files."""
         shape, hardware, stored = self.shape, self.hardware, self.shape.stored_bytes
-        at_once = min(HASHES_AT_ONCE, hardware.cores, -(-stored // SHARD))
-        self._spend("load", "disk", stored / (hardware.hashing * at_once))
+        hashed = max(stored / min(HASHES_AT_ONCE, hardware.cores), min(stored, SHARD))  # by the busiest core
+        self._spend("load", "disk", hashed / hardware.hashing)
         alone = self._read(stored, again=not self.streamed, processes=1)
         size = shape.outside_stored_bytes if self.streamed else stored
         self._spend("load", "disk", alone + self._read(size, again=self.streamed))

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from .api import Architecture, FeedForwardLayout
 from .banks import ExpertBank, Projection, matrix
 from .errors import ModelError
+from .skeletons import without_weights
 
 _NAMES = (
     ("gate_proj", "up_proj", "down_proj"),
@@ -223,7 +223,7 @@ def _rebuilt(
             setattr(config.get_text_config(), key, value)
         if per_layer is not None:
             config.get_text_config().per_layer_config = per_layer
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             return type(model)(config)
     except Exception:  # noqa: BLE001  # whatever a family raises on a value that does not suit it
         return None

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -34,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from .config import RunConfig
 from .errors import CfspError, ConfigError, ModelError
 from .ranks import SOLO, Ranks
+from .skeletons import without_weights
 
 _CHUNK = 1 << 22
 _HASHES_AT_ONCE = 4
@@ -123,7 +123,7 @@ def open_skeleton(folder: Path, dtype: str = "auto", *, trust_remote_code: bool 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     wanted = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
     auto = _auto_class(config, own_code=trust_remote_code and hasattr(config, "auto_map"))
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         model: PreTrainedModel = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code).eval()
     return model
 

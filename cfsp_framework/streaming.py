@@ -11,6 +11,7 @@ import ctypes
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,8 @@ from .errors import ModelError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_IGNORED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+"""Buffers that old checkpoints hold and models compute."""
 
 
 class Shards:
@@ -77,6 +80,11 @@ class Streamed:
         self._shards = Shards(folder)
         self._conversions = Conversions(model)
         self._targets = self._conversions.targets(self._shards.files)
+        unexpected = self._conversions.unexpected(self._targets)
+        if unexpected:
+            raise ModelError(
+                f"the weights in {folder} do not fit the model, first of {len(unexpected)}: {unexpected[0]}."
+            )
         self._blocks = blocks
         self._count = len(list(model.get_submodule(blocks).children()))
         self._reader = ThreadPoolExecutor(1) if (device.type == "cuda" if ahead is None else ahead) else None
@@ -150,9 +158,13 @@ class Streamed:
 
 
 def _to_meta(module: nn.Module) -> None:
+    """Keep the shapes of parameters alone; what is tied stays tied, and counts once."""
+    made: dict[int, nn.Parameter] = {}
     for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            setattr(part, name, made[id(parameter)])
 
 
 def return_memory() -> None:
@@ -217,6 +229,18 @@ class Conversions:
             return str(rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=known)[0])
 
         return {key: target(key) for key in keys}
+
+    def unexpected(self, targets: Mapping[str, str]) -> list[str]:
+        """The keys of the checkpoint that the model has no place for and does not say it can do without."""
+        if self._mapping is None:
+            return []
+        known = self._model.state_dict().keys()
+        ignored = [*(self._model._keys_to_ignore_on_load_unexpected or ()), *_IGNORED]
+        return [
+            key
+            for key, target in targets.items()
+            if target not in known and not any(re.search(pattern, target) for pattern in ignored)
+        ]
 
     def load(self, tensors: Mapping[str, Any], device: torch.device | None) -> None:
         """Put tensors of the checkpoint into the modules they belong to.

@@ -48,6 +48,30 @@ def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
                     f"the plan keeps different shares of {mine[0].path} and others in block {index}, whose width is one "
                     f"value, {group.key}."
                 )
+    _check_buildable(decoder, plan)
+
+
+def _check_buildable(decoder: Decoder, plan: PruningPlan) -> None:
+    """Refuse widths that Transformers could not build or run."""
+    model = decoder.model
+    if not model._no_split_modules and len(set(plan.widths)) > 1:
+        raise PlanError(
+            f"Transformers cannot build {plan.model.family} blocks of different widths, and the plan's differ; use "
+            "--allocator uniform and a ratio that leaves them equal."
+        )
+    step = expert_step(decoder)
+    odd = [entry for entry in plan.blocks if len(entry.kept) % step and len(entry.kept) < entry.width]
+    if step > 1 and odd:
+        raise PlanError(
+            f"the plan leaves {len(odd[0].kept)} channels in {odd[0].path} of block {odd[0].block}; the products of experts "
+            f"need multiples of {step} in {str(model.dtype).removeprefix('torch.')}. Use a --round-to that is one."
+        )
+
+
+def expert_step(decoder: Decoder) -> int:
+    """What widths have to be multiples of: rows of experts' matrices start at multiples of 16 bytes (grouped_mm)."""
+    mixed = any(isinstance(bank, ExpertBank) for index in range(len(decoder.blocks)) for bank in decoder.banks(index))
+    return max(1, 16 // decoder.model.dtype.itemsize) if mixed else 1
 
 
 def _by_block(plan: PruningPlan) -> dict[int, list[BlockPlan]]:

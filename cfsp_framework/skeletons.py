@@ -1,0 +1,38 @@
+"""Building a model without the memory its parameters would take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
+
+_FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
+_LARGE = 1 << 26
+"""Values. Buffers, such as tables of angles and causal masks, are smaller."""
+
+
+@contextmanager
+def without_weights() -> Generator[None]:
+    """While open, parameters of the modules that are made are on the meta device; buffers are real.
+
+    accelerate moves a parameter there once it is made; one as large as all experts of a block would not fit before.
+    """
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
+        yield
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """What is large and not meant for a certain device is made on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES and kwargs.get("device") is None:
+            given = kwargs.get("size") or (args[0] if args and not isinstance(args[0], int) else args)
+            if math.prod(int(length) for length in given) > _LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
