@@ -60,8 +60,9 @@ def _check_buildable(decoder: Decoder, plan: PruningPlan) -> None:
             "--allocator uniform and a ratio that leaves them equal."
         )
     step = expert_step(decoder)
-    odd = [entry for entry in plan.blocks if len(entry.kept) % step and len(entry.kept) < entry.width]
-    if step > 1 and odd:
+    experts = [entry for entry in plan.blocks if entry.path[-1:].isdigit()] if step > 1 else []
+    odd = [entry for entry in experts if len(entry.kept) % step and len(entry.kept) < entry.width]
+    if odd:
         raise PlanError(
             f"the plan leaves {len(odd[0].kept)} channels in {odd[0].path} of block {odd[0].block}; the products of experts "
             f"need multiples of {step} in {str(model.dtype).removeprefix('torch.')}. Use a --round-to that is one."
