@@ -135,7 +135,12 @@ def _shape_table(found: Estimate) -> Table:
     table.add_column("", justify="right", no_wrap=True)
     for name, value in told.items():
         if isinstance(value, int) and (value or name in ("hidden_state_bytes", "gram_bytes")):
-            label = name.replace("_bytes", "").replace("bytes", "weights").replace("_", " ")
+            label = (
+                name.replace("_bytes", "")
+                .replace("bytes", "weights")
+                .replace("feed_forward", "feed-forward")
+                .replace("_", " ")
+            )
             table.add_row(label, human_bytes(value) if "bytes" in name else _count(value))
     return table
 

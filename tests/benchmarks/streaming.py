@@ -85,11 +85,17 @@ def measure(options: argparse.Namespace, model: Path, out: Path) -> dict[str, fl
     pipeline.prune(RunConfig.build(model="demo", **given | {"samples": 2}), out.with_name(f"{out.name}-demo"))
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before, watch, start = anonymous(), Watch(), time.perf_counter()
+    before, watch, start, busy = anonymous(), Watch(), time.perf_counter(), time.process_time()
     result = pipeline.prune(RunConfig.build(model=str(model), ratio=0.5, **given), out)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - busy
     phases = {f"{name}_seconds": value for name, value in result.report.seconds.items()}
-    return {"seconds": seconds, "interpreter_bytes": before, "added_bytes": watch.stop() - before, **phases}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "interpreter_bytes": before,
+        "added_bytes": watch.stop() - before,
+        **phases,
+    }
 
 
 def same(left: Path, right: Path) -> bool:
@@ -137,6 +143,7 @@ def main() -> None:
             "same": same(Path(scratch, "memory-0"), Path(scratch, "stream-0")),
             "added_over_model": {way: run["added_bytes"] / size for way, run in middle.items()},
             "time_ratio": middle["stream"]["seconds"] / middle["memory"]["seconds"],
+            "cpu_ratio": middle["stream"]["cpu_seconds"] / middle["memory"]["cpu_seconds"],
         }
         print(json.dumps(told, indent=2))
 
