@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .api import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
@@ -105,9 +105,12 @@ class FinishedBlocks:
         if not path.exists():
             return None
         values: list[dict[str, Any]] = [{} for _ in range(count)]
-        with safe_open(path, framework="pt") as file:
-            found: dict[str, Any] = {name: float(value) for name, value in (file.metadata() or {}).items()}
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        try:
+            with safe_open(path, framework="pt") as file:
+                found: dict[str, Any] = {name: float(value) for name, value in (file.metadata() or {}).items()}
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        except SafetensorError:  # the file is not whole: the block is done again
+            return None
         for key, value in found.items():
             member, _, name = key.partition(".")
             values[int(member)][name] = value

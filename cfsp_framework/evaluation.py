@@ -94,7 +94,7 @@ def perplexity(
 def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress, name: str) -> Tensor:
     """Mean cross-entropy of every window ``(N, T)``: ``(N,)`` float64, CPU."""
     losses: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
-    batches = windows.split(_windows_per_batch(model, windows.shape[1]))
+    batches = windows.split(_windows_per_batch(model, windows.shape[1])) if len(windows) else ()
     with progress.bar(f"perplexity on {name}", total=len(batches)) as step:
         for ids in batches:
             losses.append(_cross_entropy(model(ids.to(model.device), use_cache=False).logits, ids))

@@ -8,8 +8,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,17 +42,14 @@ def staged_folder(folder: Path) -> Generator[Path]:
     Raises:
         OutputError: the place is not writable or full.
     """
-    with _writing(folder):
-        aside, lock = _begin(folder, tempfile.mkdtemp)
-    with _writing(folder, aside):
-        try:
+    with ExitStack() as stack:
+        with _writing(folder):
+            aside = stack.enter_context(_aside(folder))
+        with _writing(folder, aside):
             yield aside
             _make_readable(aside)
             _put_in_place(aside, folder)
             _sweep(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.close(lock)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,16 +80,12 @@ def save_aside(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside, lock = _begin(path, _make_file)
-        try:
-            save_file(dict(tensors), aside, dict(metadata))
-            os.chmod(aside, 0o666 & ~_umask())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(lock)
+        with _aside(
+            path
+        ) as aside:  # a folder, because safetensors writes into a file of its own beside the one it makes
+            save_file(dict(tensors), aside / path.name, dict(metadata))
+            _make_readable(aside)
+            os.replace(aside / path.name, path)
 
 
 def check_parent(path: Path) -> None:
@@ -126,28 +119,27 @@ def _writing(path: Path, inside: Path | None = None) -> Generator[None]:
         raise OutputError(f"{path} cannot be written: {os.strerror(int(hidden[1]))}.") from error
 
 
-def _begin(path: Path, make: Callable[[str, str, Path], str]) -> tuple[Path, int]:
-    """Something beside ``path`` to write into, and a lock on it that the system takes away when this process ends.
+@contextmanager
+def _aside(path: Path) -> Generator[Path]:
+    """A folder beside ``path`` to write into, with a lock on it that the system takes away when this process ends.
 
-    The folder is locked for that moment: nobody sweeps what is made but not locked yet.
+    While it is made the folder around it is locked: nobody sweeps what is there but not locked yet.
     """
     parent = path.absolute().parent
     handle = os.open(parent, os.O_RDONLY)
     try:
         if _locked(handle, fcntl.LOCK_EX):
             _sweep(path)
-        aside = Path(make(".partial", f".{path.name}.", parent))
+        aside = Path(tempfile.mkdtemp(".partial", f".{path.name}.", parent))
         lock = os.open(aside, os.O_RDONLY)
         _locked(lock, fcntl.LOCK_EX)
     finally:
         os.close(handle)
-    return aside, lock
-
-
-def _make_file(suffix: str, prefix: str, parent: Path) -> str:
-    handle, name = tempfile.mkstemp(suffix, prefix, parent)
-    os.close(handle)
-    return name
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.close(lock)
 
 
 def _sweep(path: Path) -> None:

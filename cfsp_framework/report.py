@@ -189,6 +189,7 @@ def save_statistics(path: Path, measurements: Sequence[FeedForwardMeasurement], 
     tensors: dict[str, torch.Tensor] = {}
     for one in measurements:
         place = f"blocks.{one.block}.{one.path}" if one.block in several else f"blocks.{one.block}"
-        tensors |= {f"{place}.{s.name}": value.contiguous() for s, value in one.statistics.items()}
+        # Cloned: experts share their block's own, and safetensors refuses to write what is shared.
+        tensors |= {f"{place}.{s.name}": value.clone() for s, value in one.statistics.items()}
         tensors |= {f"{place}.scores.{label}": value.contiguous() for label, value in one.scores.items()}
     save_file(tensors, path, dict(metadata))

@@ -38,9 +38,13 @@ def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor
         return like.new_empty(shape)
     try:
         spill.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=spill, prefix="hidden-states-") as file:
+        with tempfile.NamedTemporaryFile(dir=spill, prefix="hidden-states-", delete=False) as file:
+            try:
+                mapped = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype)
+            finally:
+                os.unlink(file.name)  # before it takes any room: a run that is killed leaves nothing
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a crash later
-            return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
+            return mapped.view(shape)
     except OSError as error:
         raise OutputError(f"hidden states cannot be spilled to {spill}: {error.strerror}.") from error
