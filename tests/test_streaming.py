@@ -344,7 +344,8 @@ def test_a_block_that_fails_is_let_go(make_model: MakeModel, open_tiny: Open) ->
     loaded, decoder = open_tiny(folder, stream=True)
     resident = Streamed(loaded.model, folder, decoder.architecture.blocks, torch.device("cpu"))
     with pytest.raises(ZeroDivisionError), resident(1):
-        len(parameters_there(decoder)) / len(set(parameters_there(decoder)) - {1})
+        assert parameters_there(decoder)
+        raise ZeroDivisionError
     assert parameters_there(decoder) == []
 
 
@@ -637,10 +638,8 @@ def by_hand(decoder: Decoder, windows: Sequence[Tensor], skip: frozenset[int]) -
             block.get_submodule("mlp.down_proj").register_forward_pre_hook(_keep(seen, index))
             for index, block in enumerate(decoder.blocks)
         ]
-        last: list[Tensor] = []
-        handles.append(
-            decoder.base.get_submodule("norm").register_forward_pre_hook(lambda _, i, into=last: into.append(i[0]))
-        )
+        last: dict[int, Tensor] = {}
+        handles.append(decoder.base.get_submodule("norm").register_forward_pre_hook(_keep(last, 0)))
         decoder.model(ids[None], use_cache=False)
         for handle in handles:
             handle.remove()
