@@ -3,6 +3,7 @@ from .api import (
     Accumulator,
     Allocator,
     Architecture,
+    BlockRecovery,
     BlockStatistics,
     BlockSummary,
     Budget,
@@ -10,6 +11,7 @@ from .api import (
     Compensator,
     Component,
     Criterion,
+    Distillation,
     FeedForward,
     FeedForwardLayout,
     RecoveryPlan,
@@ -17,13 +19,14 @@ from .api import (
     Site,
     Statistic,
     Stream,
+    TrainableBlock,
     Update,
     Windows,
 )
 from .config import RunConfig
 from .errors import CfspError
 from .hookspecs import hookimpl
-from .pipeline import RunResult, prune
+from .pipeline import RunResult, prune, recover
 from .planning import PruningPlan
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "Accumulator",
     "Allocator",
     "Architecture",
+    "BlockRecovery",
     "BlockStatistics",
     "BlockSummary",
     "Budget",
@@ -39,6 +43,7 @@ __all__ = [
     "Compensator",
     "Component",
     "Criterion",
+    "Distillation",
     "FeedForward",
     "FeedForwardLayout",
     "PruningPlan",
@@ -49,8 +54,10 @@ __all__ = [
     "Site",
     "Statistic",
     "Stream",
+    "TrainableBlock",
     "Update",
     "Windows",
     "hookimpl",
     "prune",
+    "recover",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:  # torch is imported by the commands that need it, not by `cfsp --help`
     import torch
@@ -326,13 +326,75 @@ class Compensator(Component):
         """The change for the dense ``feed_forward`` of which the channels ``kept (K,)`` stay, ascending int64."""
 
 
+@dataclass(frozen=True)
+class TrainableBlock:
+    """What can be trained in one block, as it is after the cut: shapes ``(out, in)`` by path inside the block.
+
+    The matrices of experts in one parameter have the shape ``(experts, out, in)``, however they lie in it.
+    """
+
+    block: int
+    feed_forward: Mapping[str, tuple[int, ...]]
+    """Every matrix of its feed-forwards."""
+    attention: Mapping[str, tuple[int, ...]]
+    """Every matrix of its attention; empty where that was dropped."""
+
+
+class Distillation(BaseModel):
+    """The dense model as a teacher: its Kullback-Leibler divergence from the model, on every predicted token."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """The divergence's share of the loss; the cross-entropy has the rest."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides both models' logits; the divergence is multiplied by its square (arXiv 1503.02531)."""
+
+
+class BlockRecovery(BaseModel):
+    """How much is trained in one block."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    block: int = Field(ge=0)
+    rank: int = Field(ge=0)
+    """Of the adapters; 0 leaves the block out."""
+    alpha: float = Field(default=0.0, ge=0)
+    """What the adapters add is multiplied by ``alpha / rank``."""
+
+
 class RecoveryPlan(BaseModel):
-    """What is trained after the cut."""
+    """What is trained after the cut and how, as plain JSON."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    ranks: tuple[int, ...]
-    """Rank of the adapters of each block; 0 leaves a block out."""
+    format: Literal["cfsp-recovery-plan"] = "cfsp-recovery-plan"
+    version: Literal[1] = 1
+    full: bool = False
+    """Train the feed-forwards' own weights instead of adapters, in every block whose rank is not 0."""
+    targets: tuple[str, ...] = ()
+    """Paths inside a block of the matrices that get adapters; empty: all projections of its feed-forwards."""
+    blocks: tuple[BlockRecovery, ...] = Field(min_length=1)
+    """A block that is not named is left out."""
+    steps: int = Field(default=200, ge=1)
+    """Of the optimiser."""
+    batch_tokens: int = Field(default=8192, ge=1)
+    """Tokens of one step, over all processes."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """The highest, of AdamW."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """The share of the steps in which the learning rate rises from 0."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls to 0 afterwards, if it does."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
+    distillation: Distillation | None = None
+    base: str | None = None
+    """The fingerprint of the checkpoint that kept adapters are for; the host writes it."""
+
+    def to_json(self) -> str:
+        """Indented JSON."""
+        return self.model_dump_json(indent=2) + "\n"
 
 
 class RecoveryScheduler(Component):
@@ -341,8 +403,10 @@ class RecoveryScheduler(Component):
     kind: ClassVar[str] = "recovery"
 
     @abstractmethod
-    def schedule(self, summaries: Sequence[BlockSummary], plan: PruningPlan) -> RecoveryPlan | None:
-        """The training to do, or None for none."""
+    def schedule(
+        self, summaries: Sequence[BlockSummary], plan: PruningPlan, blocks: Sequence[TrainableBlock]
+    ) -> RecoveryPlan | None:
+        """The training to do, or None for none; ``summaries`` is empty where nothing was measured."""
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,11 @@ def check_selection(config: RunConfig, selection: Selection, ranks: Ranks) -> No
         raise ConfigError("--stream: which attention to drop is found with the whole model; leave one of both out.")
     if config.stream and config.device_map == "auto":
         raise ConfigError("--stream reads blocks one by one, --device-map spreads them all; leave one of both out.")
+    recovery = selection.recovery.component.name
+    if config.stream and recovery != "none":
+        raise ConfigError(
+            f"--stream: {recovery} trains the whole model, not one block at a time; prune first, then `cfsp recover`."
+        )
     ordered = [one.component.name for one in chosen if one.component.ordered]
     if ranks.world > 1 and ordered:
         raise ConfigError(

@@ -18,6 +18,7 @@ MODEL = ("trust_remote_code", "device", "device_map", "dtype", "stream", "spill"
 COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
 AMOUNT = ("ratio", "budget", "round_to", "rebalance", "drop_attention")
 RESUME = ("resume",)
+RECOVERY = ("recovery_data", "recovery_steps", "recovery_check_every", "recovery_patience", "report_to", "keep_adapter")
 CALIBRATION = ("calibration", "samples", "reuse_windows", "seqlen", "pack", "skip_bos", "batch_size", "seed")
 EVALUATION = ("evaluate", "evaluate_windows")
 
@@ -27,7 +28,15 @@ _COMPONENT_HELP = {
     "compensator": "How the kept weights change.",
     "recovery": "What is trained afterwards.",
 }
-_METAVARS = {"calibration": "SPEC", "evaluate": "SPEC", "device": "NAME", "spill": "FOLDER", "resume": "FOLDER"}
+_METAVARS = {
+    "calibration": "SPEC",
+    "recovery_data": "SPEC",
+    "evaluate": "SPEC",
+    "report_to": "NAME",
+    "device": "NAME",
+    "spill": "FOLDER",
+    "resume": "FOLDER",
+}
 _SPEC_HELP = """A data SPEC is `demo`; a well-known name (`wikitext2`, `c4`, `ptb`, `fineweb-edu`); a .txt, .jsonl,
 .parquet or .csv file or the folder of a data set, with :COLUMN where the column is not `text`;
 hf:REPO[:CONFIG][:SPLIT][:COLUMN]; or, for calibration, a mixture A=0.7,B=0.3."""
@@ -121,7 +130,7 @@ def _given(options: dict[str, Any]) -> dict[str, object]:
 @click.command(epilog=_SPEC_HELP)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *RESUME, *EVALUATION, *MODEL)
+@config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *RECOVERY, *RESUME, *EVALUATION, *MODEL)
 @preset_option
 @config_option
 @click.option(
@@ -221,6 +230,51 @@ def plan(
         click.echo(made.to_json(), nl=False)
     elif not quiet:
         console.show_plan(made, plan_file)
+
+
+@click.command(epilog=_SPEC_HELP)
+@click.argument("pruned")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--recovery", metavar="NAME[:k=v,...]", help="What is trained. [default: ig-lora]")
+@config_options(*RECOVERY, *RESUME, "seqlen", "batch_size", "seed", *EVALUATION, "trust_remote_code", "device")
+@config_option
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Train nothing: merge this adapter, kept by --keep-adapter, into PRUNED.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@plugin_option
+@quiet_option
+@json_option
+@traceback_option
+def recover(
+    pruned: str,
+    out: Path,
+    config_file: Path | None,
+    adapter: Path | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train PRUNED, a checkpoint `cfsp prune` wrote, and write the result to the folder OUT.
+
+    What --recovery leaves open is ig-lora: low-rank adapters, of higher rank in blocks of more importance.
+    """
+    from . import console, pipeline
+    from .progress import Progress
+    from .ranks import is_first
+
+    config = layered(None, config_file, _given({**options, "model": pruned}), {"recovery": "ig-lora"})
+    progress = Progress(visible=is_first() and not (quiet or as_json))
+    result = pipeline.recover(config, out, adapter=adapter, overwrite=overwrite, progress=progress)
+    if not is_first():
+        return
+    if as_json:
+        click.echo(result.report.to_json(), nl=False)
+    elif not quiet:
+        console.show_report(result.report, out)
 
 
 @click.command(epilog=_SPEC_HELP)

@@ -83,12 +83,30 @@ class RunConfig(BaseModel):
         description="Keep what is measured and compensated in this folder: a killed run goes on after the last "
         "finished block, and another ratio measures nothing again.",
     )
+    recovery_data: str | None = Field(
+        default=None, description="Data SPEC to train on, or instructions:SPEC; default: what was calibrated on."
+    )
+    recovery_steps: int | None = Field(default=None, ge=1, description="Training steps; default: the scheduler's.")
+    recovery_check_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Every N steps look at held-out training data, and keep the best step's weights.",
+    )
+    recovery_patience: int | None = Field(
+        default=None, ge=1, description="Stop training after N such looks without a gain."
+    )
+    report_to: tuple[str, ...] = Field(
+        default=(), description="Trackers the training reports to: tensorboard, wandb, mlflow ..."
+    )
+    keep_adapter: bool = Field(
+        default=False, description="Write what was trained as an adapter beside the pruned weights, not into them."
+    )
     evaluate: tuple[str, ...] = Field(default=(), description="Data SPECs to report perplexity on.")
     evaluate_windows: int | None = Field(default=None, ge=1, description="Evaluate on the first N windows only.")
     trust_remote_code: bool = Field(default=False, description="Run the Python code a checkpoint brings along.")
     plugins: tuple[str, ...] = Field(default=(), description="-p: a module, a file.py, or no:NAME.")
 
-    @field_validator("evaluate", "plugins", mode="before")
+    @field_validator("evaluate", "plugins", "report_to", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
@@ -146,8 +164,13 @@ def parse_choice(text: str) -> dict[str, object]:
     return {"name": name.strip(), "options": options}
 
 
-def layered(preset: str | None, config_file: Path | None, given: Mapping[str, object]) -> RunConfig:
-    """Defaults, then the preset, then the YAML file, then what was given on the command line.
+def layered(
+    preset: str | None,
+    config_file: Path | None,
+    given: Mapping[str, object],
+    start: Mapping[str, object] | None = None,
+) -> RunConfig:
+    """Defaults, then a command's own (``start``), then the preset, the YAML file, and what was given on the command line.
 
     A component named again under the same name keeps the options it had: ``--preset cfsp-released --allocator
     cfsp:distance=mse`` changes the distance only.
@@ -156,7 +179,7 @@ def layered(preset: str | None, config_file: Path | None, given: Mapping[str, ob
     own_preset = from_file.pop("preset", None)
     chosen = preset if preset is not None else own_preset
     merged: dict[str, object] = {}
-    for layer in (_preset(chosen) if chosen is not None else {}, from_file, given):
+    for layer in (start or {}, _preset(chosen) if chosen is not None else {}, from_file, given):
         for key, value in layer.items():
             merged[key] = _merged_choice(merged.get(key), value) if key in CHOICES else value
     return RunConfig.build(**merged)

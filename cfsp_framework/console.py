@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .estimate import Estimate
     from .evaluation import EvaluationSet, Perplexity
     from .planning import PruningPlan
-    from .report import BlockReport, Evaluation, Report
+    from .report import BlockReport, Evaluation, RecoveryReport, Report
 
 
 def show_report(report: Report, out: Path | None) -> None:
@@ -36,7 +36,8 @@ def show_report(report: Report, out: Path | None) -> None:
     console.print(_total_table(report))
     if report.evaluations:
         console.print(_perplexity_table(report.evaluations))
-    for line in (_calibrated(report), *(f"Note: {note}." for note in report.notes), _spent(report)):
+    trained = [_trained(report.recovery)] if report.recovery else []
+    for line in (_calibrated(report), *trained, *(f"Note: {note}." for note in report.notes), _spent(report)):
         console.print(line)
     if out is not None:
         console.print(f"Written to {out}; reopened, logits differ by {report.reload_difference:.2g}.", soft_wrap=True)
@@ -48,6 +49,12 @@ def _calibrated(report: Report) -> str:
     if report.calibration is None:
         return f"Used: {used}; no data."
     return f"Used: {used}; {report.samples} windows of {report.seqlen} tokens of {short(report.calibration)}."
+
+
+def _trained(found: RecoveryReport) -> str:
+    from .report import describe_training
+
+    return f"{describe_training(found.model_copy(update={'data': short(found.data)}))}."
 
 
 def _spent(report: Report) -> str:
@@ -355,15 +362,18 @@ def _total_table(report: Report) -> Table:
 def _perplexity_table(evaluations: Sequence[Evaluation]) -> Table:
     table = Table(title="Perplexity", title_justify="left")
     table.add_column("data", overflow="fold")
-    for heading in ("windows", "dense", "pruned", "change"):
+    dense = any(found.dense for found in evaluations)
+    recovered = any(found.recovered for found in evaluations)
+    known = (*(("dense",) if dense else ()), "pruned", *(("recovered",) if recovered else ()))
+    for heading in ("windows", *known, "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for found in evaluations:
+        perplexities = [getattr(found, name) for name in known]
         table.add_row(
             short(found.data),
             f"{found.windows} x {found.seqlen}",
-            f"{found.dense.perplexity:.3f}",
-            f"{found.pruned.perplexity:.3f}",
-            f"{found.excess_nll:+.4f} nats/token",
+            *(f"{one.perplexity:.3f}" if one else "" for one in perplexities),
+            f"{found.change:+.4f} nats/token",
         )
     return table
 

@@ -1,7 +1,8 @@
 """Data SPECs: where text comes from.
 
 A SPEC is ``demo``, a well-known name, a local file or folder (``PATH`` or ``PATH:COLUMN``),
-``hf:REPO[:CONFIG][:SPLIT][:COLUMN]``, or a mixture ``A=0.7,B=0.3``. Calibration and evaluation take different splits.
+``hf:REPO[:CONFIG][:SPLIT][:COLUMN]``, or a mixture ``A=0.7,B=0.3``. Calibration and evaluation take different splits;
+training takes calibration's, but for ``demo``, which has a larger one for it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from .errors import DataError
 from .plugins import did_you_mean
 
-Role = Literal["calibration", "evaluation"]
+Role = Literal["calibration", "evaluation", "training"]
 
 STREAM_CHARACTERS = 8_000_000
 """How much is read of a corpus too large to be read whole: about two million tokens."""
@@ -54,6 +55,11 @@ WELL_KNOWN: dict[str, HubCorpus] = {
     ),
 }  # fmt: skip
 
+_DEMO_SPLITS: dict[Role, Literal["train", "calibration", "test"]] = {
+    "calibration": "calibration",
+    "evaluation": "test",
+    "training": "train",
+}
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -98,13 +104,14 @@ class Documents:
     joint: str
 
 
-def read_text(spec: str, role: Role) -> str:
-    """The text of one part of a SPEC.
+def read_text(spec: str, role: Role, characters: int | None = None) -> str:
+    """The text of one part of a SPEC; of a corpus too large to be read whole, about so many ``characters``, by
+    default ``STREAM_CHARACTERS``.
 
     Raises:
         DataError: it cannot be found or read, or holds no text.
     """
-    found = _read(spec, role)
+    found = _read(spec, role, characters)
     text = found.joint.join(found.texts)
     if not text.strip():
         raise DataError(f"data {spec!r} holds no text.")
@@ -126,15 +133,32 @@ def read_documents(spec: str, role: Role) -> list[str]:
     return documents
 
 
-def _read(spec: str, role: Role) -> Documents:
+def read_rows(spec: str) -> Sequence[Mapping[str, Any]]:
+    """The rows of one local file or folder, or of one data set of the Hub, that training takes: all their columns.
+
+    Raises:
+        DataError: they cannot be found or read.
+    """
+    if spec.startswith("hf:"):
+        corpus = _hub_corpus(spec)
+        with _from_hub(spec):
+            return list(_hub_rows(corpus, "training"))
+    path = Path(spec)
+    if not path.exists():
+        raise DataError(f"data {spec!r}: there is no such file or folder.")
+    with _from_disk(spec, path), _silent_datasets():
+        return list(_load_local(path, "training"))
+
+
+def _read(spec: str, role: Role, characters: int | None = None) -> Documents:
     if spec == "demo":
         from .demo import corpus
 
-        return Documents(tuple(corpus.documents("calibration" if role == "calibration" else "test")), "\n\n")
+        return Documents(tuple(corpus.documents(_DEMO_SPLITS[role])), "\n\n")
     if spec in WELL_KNOWN:
-        return _read_hub(spec, WELL_KNOWN[spec], role)
+        return _read_hub(spec, WELL_KNOWN[spec], role, characters)
     if spec.startswith("hf:"):
-        return _read_hub(spec, _hub_corpus(spec), role)
+        return _read_hub(spec, _hub_corpus(spec), role, characters)
     return _read_local(spec, role)
 
 
@@ -147,24 +171,37 @@ def _hub_corpus(spec: str) -> HubCorpus:
     return HubCorpus(repository, config or None, calibration, evaluation, column or "text")
 
 
-def _read_hub(spec: str, corpus: HubCorpus, role: Role) -> Documents:
+def _read_hub(spec: str, corpus: HubCorpus, role: Role, characters: int | None) -> Documents:
+    joint = corpus.evaluation_joint if role == "evaluation" else corpus.calibration_joint
+    with _from_hub(spec):
+        return _collect(spec, _hub_rows(corpus, role), corpus.column, joint, _stream_length(corpus, characters))
+
+
+def _stream_length(corpus: HubCorpus, characters: int | None) -> int | None:
+    return (characters or STREAM_CHARACTERS) if corpus.streamed else None
+
+
+def _hub_rows(corpus: HubCorpus, role: Role) -> Any:
     from datasets import load_dataset
 
-    split = corpus.calibration_split if role == "calibration" else corpus.evaluation_split
-    joint = corpus.calibration_joint if role == "calibration" else corpus.evaluation_joint
+    split = corpus.evaluation_split if role == "evaluation" else corpus.calibration_split
+    rows = load_dataset(
+        corpus.repository, corpus.config, split=split, streaming=corpus.streamed, revision=corpus.revision
+    )
+    return rows.skip(corpus.evaluation_skip) if role == "evaluation" and corpus.evaluation_skip else rows
+
+
+@contextmanager
+def _from_hub(spec: str) -> Generator[None]:
+    """Turn whatever datasets, its file systems and its parsers raise into a DataError."""
     try:
         with _silent_datasets():
-            rows = load_dataset(
-                corpus.repository, corpus.config, split=split, streaming=corpus.streamed, revision=corpus.revision
-            )
-            if role == "evaluation" and corpus.evaluation_skip:
-                rows = rows.skip(corpus.evaluation_skip)
-            return _collect(spec, rows, corpus.column, joint, STREAM_CHARACTERS if corpus.streamed else None)
+            yield
     except (DataError, MemoryError):
         raise
     except ConnectionError as error:
         raise DataError(f"data {spec!r}: the Hub cannot be reached; give a local file, or `demo`.") from error
-    except Exception as error:  # datasets raises whatever its file systems and parsers do
+    except Exception as error:
         raise DataError(f"data {spec!r} cannot be read from the Hub: {_one_line(error)}") from error
 
 
@@ -174,11 +211,18 @@ def _read_local(spec: str, role: Role) -> Documents:
         path, column = Path(spec.rpartition(":")[0]), spec.rpartition(":")[2]
     if not path.exists():
         raise DataError(f"data {spec!r}: there is no such file or name.{did_you_mean(spec, ['demo', *WELL_KNOWN])}")
-    try:
+    with _from_disk(spec, path):
         if path.suffix == ".txt":
             return Documents((path.read_text(encoding="utf-8"),), "")
         with _silent_datasets():
             return _collect(spec, _load_local(path, role), column, "\n\n")
+
+
+@contextmanager
+def _from_disk(spec: str, path: Path) -> Generator[None]:
+    """Turn whatever reading a local file or folder raises into a DataError."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise DataError(f"data {spec!r} is not UTF-8 text: byte {error.start} cannot be decoded.") from error
     except (DataError, MemoryError):
@@ -201,7 +245,7 @@ def _load_local(path: Path, role: Role) -> Any:
         raise DataError(f"data {str(path)!r}: expected .txt, {', '.join(_LOADERS)} or a folder with a data set.")
     if isinstance(loaded, Dataset):
         return loaded
-    wanted = ("train",) if role == "calibration" else ("test", "validation")
+    wanted = ("test", "validation") if role == "evaluation" else ("train",)
     name = next((name for name in wanted if name in loaded), next(iter(loaded)))
     return loaded[name]
 

@@ -8,9 +8,10 @@ from pathlib import PurePath
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from .files import human_bytes
-from .report import BlockReport, Report, is_mixed, place
+from .report import BlockReport, LossPoint, Report, describe_training, is_mixed, place
 
 _CHART_WIDTH, _CHART_HEIGHT = 960.0, 260.0
+_CURVE_HEIGHT = 160.0
 _MARGIN_TOP, _MARGIN_BOTTOM = 24.0, 22.0
 
 
@@ -41,6 +42,18 @@ class Chart:
     bars: tuple[Bar, ...]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A training's losses as points of polylines."""
+
+    width: float
+    height: float
+    points: str
+    held_out: str
+    highest: float
+    lowest: float
+
+
 def html_report(report: Report) -> str:
     """One page with the pictures inside it and nothing fetched from elsewhere."""
     totals = [
@@ -59,6 +72,9 @@ def html_report(report: Report) -> str:
         compensated=compensated,
         ranked=ranked,
         mixed=is_mixed(report.blocks),
+        dense=any(found.dense for found in report.evaluations),
+        trained=_described(report),
+        curve=_curve(report.recovery.curve) if report.recovery else None,
     )
 
 
@@ -71,6 +87,8 @@ def model_card(report: Report, *, code: bool) -> str:
         code=code,
         name=PurePath(report.model).name,
         base_model=None if local or report.model.count("/") != 1 else report.model,
+        dense=any(found.dense for found in report.evaluations),
+        trained=_described(report),
     )
 
 
@@ -92,6 +110,31 @@ def _chart(blocks: tuple[BlockReport, ...]) -> Chart:
         for index, block in enumerate(blocks)
     )
     return Chart(_CHART_WIDTH, _CHART_HEIGHT, bars)
+
+
+def _described(report: Report) -> str:
+    if report.recovery is None:
+        return ""
+    return describe_training(report.recovery.model_copy(update={"data": PurePath(report.recovery.data).name}))
+
+
+def _curve(points: tuple[LossPoint, ...]) -> Curve | None:
+    """None where there are not two points to join."""
+    losses = [value for one in points for value in (one.loss, one.held_out) if value is not None]
+    if len(points) < 2:
+        return None
+    last, highest, lowest = max(one.step for one in points), max(losses), min(losses)
+    room = _CURVE_HEIGHT - _MARGIN_TOP - _MARGIN_BOTTOM
+
+    def line(values: list[tuple[int, float | None]]) -> str:
+        return " ".join(
+            f"{step / last * _CHART_WIDTH:.1f},{_MARGIN_TOP + room * (highest - value) / ((highest - lowest) or 1):.1f}"
+            for step, value in values
+            if value is not None
+        )
+
+    trained, held_out = [(one.step, one.loss) for one in points], [(one.step, one.held_out) for one in points]
+    return Curve(_CHART_WIDTH, _CURVE_HEIGHT, line(trained), line(held_out), highest, lowest)
 
 
 def _environment() -> Environment:

@@ -1,4 +1,4 @@
-"""A run, top to bottom: configure, select, open, calibrate, collect, plan, cut, save, evaluate, tell."""
+"""A run, top to bottom: configure, select, open, calibrate, collect, plan, cut, recover, save, evaluate, tell."""
 
 from __future__ import annotations
 
@@ -23,16 +23,28 @@ from .errors import ConfigError, PlanError
 from .evaluation import EvaluationSet, Perplexity, perplexity
 from .files import staged_folder
 from .keys import collection_key, second_pass_key, versions
-from .models import load_model, open_model, open_skeleton
+from .models import load_model, open_model, open_skeleton, resolve
 from .notes import gather_notes
 from .planning import ModelIdentity, PruningPlan, channel_ratio, plan_blocks
 from .plugins import load_plugins
 from .progress import Progress
 from .ranks import join_ranks
+from .recovery import (
+    RecoveryTask,
+    Training,
+    kept_plan,
+    merge_adapter,
+    needed,
+    open_with_adapter,
+    plan_recovery,
+    read_pruned,
+    save_recovery_plan,
+    train_model,
+)
 from .report import Report
 from .resume import KeptCollection
 from .streaming import ShardWriter, Streamed
-from .telling import tell, write_report
+from .telling import tell, tell_recovered, write_report
 
 CRITERION = "criterion"
 """The label of a run's only criterion among the scores."""
@@ -75,19 +87,65 @@ def prune(
         drop_attention(bench, plan)
         measurements = measure(bench, planned=plan is not None)
         plan = plan or make_plan(bench, measurements)
-        check_recovery(bench, plan, measurements)
+        task = schedule(bench, plan, measurements)
         native = surgery.added_biases(bench.decoder.config)
         made = cut(bench, plan, measurements, folder)
         notes = gather_notes(bench, plan, measurements, made.updates, native)
-        save(bench, plan, made, folder)
-        written, difference = reopen(bench, made, folder)
-        pruned = evaluate(bench, written)
-        told = tell(bench, plan, made.updates, (dense, pruned), before, notes, difference)
+        training = train(bench, plan, task, folder) if task else None
+        save(bench, plan, made, folder, training)
+        expected = training.outcome.expected if training else made.expected
+        written, difference = reopen(bench, expected, folder, adapter=training is not None and config.keep_adapter)
+        after = evaluate(bench, written)
+        told = tell(bench, plan, made.updates, (dense, after), before, notes, difference, training)
         if ranks.first:
             write_report(told, folder)
             if keep_statistics:
                 metadata = {"model": bench.loaded.fingerprint, **plan.components}
                 report.save_statistics(folder / checkpoint.STATISTICS_FILE, measurements, metadata)
+        ranks.wait()
+    result = RunResult(config, plan, told, out)
+    if ranks.first:
+        bench.plugins.run_finished(result)
+    return result
+
+
+def recover(
+    config: RunConfig,
+    out: Path,
+    *,
+    adapter: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Train a pruned checkpoint, ``config.model``, into another, ``out``; its plan and report are brought up to date.
+
+    With an ``adapter``, a folder that was kept, nothing is trained: it is merged.
+
+    Raises:
+        ModelError: the model is no checkpoint that ``prune`` wrote, or the adapter is not for it.
+        ConfigError: there is nothing to train, or nothing to train on.
+    """
+    checkpoint.check_output(out, overwrite=overwrite)
+    if adapter and config.keep_adapter:
+        raise ConfigError("--adapter merges an adapter, --keep-adapter keeps one apart; leave one of both out.")
+    progress = progress or Progress()
+    ranks = join_ranks(config.device)
+    with staged_folder(out) if ranks.first else nullcontext(out) as folder:
+        plan, earlier = read_pruned(resolve(config.model))
+        bench = set_up(config, progress, planned=True, ranks=ranks)
+        if adapter is None:
+            ran = bench.selection.describe()
+            plan = plan.model_copy(update={"components": plan.components | {"recovery": ran["recovery"]}})
+            training = train(bench, plan, needed(bench, plan_recovery(bench, plan)), folder)
+        else:
+            training = Training(
+                kept_plan(bench, adapter), evaluate(bench, bench.decoder), merge_adapter(bench, adapter)
+            )
+        save(bench, plan, Cut({}, training.outcome.expected, None), folder, training)
+        written, difference = reopen(bench, training.outcome.expected, folder, adapter=config.keep_adapter)
+        told = tell_recovered(bench, plan, earlier, evaluate(bench, written), difference, training)
+        if ranks.first:
+            write_report(told, folder)
         ranks.wait()
     result = RunResult(config, plan, told, out)
     if ranks.first:
@@ -263,18 +321,20 @@ def compensation(
     )
 
 
-def check_recovery(bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasurement]) -> None:
-    """Refuse a recovery scheduler that wants training: this version has nothing to run it with, and says so in time."""
+def schedule(bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasurement]) -> RecoveryTask | None:
+    """What is to be trained after the cut, if anything; whatever cannot be done is refused here."""
     scored = all(CRITERION in measured.scores for measured in measurements)
-    summaries = summarise(bench.decoder, measurements, CRITERION) if scored else ()
-    with bench.selection.recovery.blamed("schedule()") as component:
-        wanted = component.schedule(summaries, plan)
-    if wanted is not None:
-        raise ConfigError(f"{bench.selection.recovery} asks for training, which this version cannot run; use none.")
+    return plan_recovery(bench, plan, summarise(bench.decoder, measurements, CRITERION) if scored else ())
 
 
-def save(bench: Bench, plan: PruningPlan, made: Cut, folder: Path) -> None:
-    """Write the checkpoint, or what is left of it, and the plan; the first process does."""
+def train(bench: Bench, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Training:
+    """Train what was scheduled; the model is then what is to be written, and an adapter that is kept lies in ``folder``."""
+    pruned = evaluate(bench, bench.decoder)
+    return Training(task.plan, pruned, train_model(bench, plan, task, folder))
+
+
+def save(bench: Bench, plan: PruningPlan, made: Cut, folder: Path, training: Training | None = None) -> None:
+    """Write the checkpoint, or what is left of it, and the plans; the first process does."""
     with bench.progress.phase("save"):
         if bench.ranks.first:
             if made.writer is None:
@@ -282,10 +342,12 @@ def save(bench: Bench, plan: PruningPlan, made: Cut, folder: Path) -> None:
             else:
                 checkpoint.save_streamed(bench.decoder, bench.loaded, made.writer, folder)
             (folder / checkpoint.PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
+            if training is not None:
+                save_recovery_plan(training.plan, folder, kept=bench.config.keep_adapter)
         bench.ranks.wait()
 
 
-def reopen(bench: Bench, made: Cut, folder: Path) -> tuple[Decoder, float]:
+def reopen(bench: Bench, expected: Tensor, folder: Path, *, adapter: bool = False) -> tuple[Decoder, float]:
     """Open the checkpoint as anybody would and compare: the pruned model, and the largest difference of a logit."""
     config, decoder, dtype = bench.config, bench.decoder, bench.decoder.model.dtype
     with bench.progress.phase("verify"):
@@ -293,9 +355,12 @@ def reopen(bench: Bench, made: Cut, folder: Path) -> tuple[Decoder, float]:
             decoder.resident.close()  # its embeddings, before others come
             folder = bench.ranks.agree(folder)
             decoder = open_streamed(config, replace(bench.loaded, model=open_skeleton(folder)), bench.plugins, folder)
-            return decoder, checkpoint.verify(decoder, made.expected, sample_ids(bench), dtype)
+            return decoder, checkpoint.verify(decoder, expected, sample_ids(bench), dtype)
+        if adapter:
+            decoder = open_with_adapter(bench, bench.ranks.agree(folder))
+            return decoder, checkpoint.verify(decoder, expected, sample_ids(bench), dtype)
         difference = 0.0
         if bench.ranks.first:
             written = replace(decoder, model=open_model(folder, device=decoder.device))
-            difference = checkpoint.verify(written, made.expected, sample_ids(bench), dtype)
+            difference = checkpoint.verify(written, expected, sample_ids(bench), dtype)
         return decoder, bench.ranks.agree(difference)

@@ -43,10 +43,64 @@ class Evaluation(_Frozen):
     data: str
     seqlen: int
     windows: int
-    dense: Perplexity
+    dense: Perplexity | None
+    """None where the dense model was not at hand: ``cfsp recover`` knows what pruning measured."""
     pruned: Perplexity
-    excess_nll: float
+    recovered: Perplexity | None = None
+    """After the training, where there was one."""
+    excess_nll: float | None
     """The loss pruning added, ``ln(pruned perplexity / dense perplexity)``, in nats per token."""
+    recovered_excess_nll: float | None = None
+    """What is left of it after the training."""
+
+    @property
+    def last(self) -> Perplexity:
+        """Of what was written."""
+        return self.recovered or self.pruned
+
+    @property
+    def change(self) -> float:
+        """From the first perplexity that is known to the last, in nats per token."""
+        return self.last.nll - (self.dense or self.pruned).nll
+
+
+class LossPoint(_Frozen):
+    """What one place of the loss curve says; ``loss`` is the mean since the place before."""
+
+    step: int
+    loss: float | None = None
+    held_out: float | None = None
+    """Mean cross-entropy of the held-out sequences, nats per token."""
+
+
+class RecoveryReport(_Frozen):
+    """What was trained after the cut."""
+
+    data: str
+    sequences: int
+    seqlen: int
+    parameters: int
+    """Trained ones."""
+    ranks: tuple[int, ...]
+    """Of each block's adapters; empty where all weights of the feed-forwards were trained."""
+    steps: int
+    """Taken, which an early stop makes fewer than planned."""
+    tokens: int
+    """Of all steps together."""
+    adapter: bool
+    """Whether the result is an adapter beside the pruned weights."""
+    curve: tuple[LossPoint, ...]
+
+
+def describe_training(found: RecoveryReport) -> str:
+    """What was trained, in one sentence without its full stop: ``Trained 61,440 parameters for 200 steps ...``."""
+    losses = [point.loss for point in found.curve if point.loss is not None]
+    fell = f"; loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else ""
+    kept = ", kept as an adapter," if found.adapter else ""
+    return (
+        f"Trained {found.parameters:,} parameters{kept} for {found.steps} steps, {found.tokens:,} tokens of "
+        f"{found.data}{fell}"
+    )
 
 
 class BlockReport(_Frozen):
@@ -97,6 +151,8 @@ class Report(_Frozen):
     dense: Size
     pruned: Size
     evaluations: tuple[Evaluation, ...]
+    recovery: RecoveryReport | None = None
+    """None where nothing was trained."""
     blocks: tuple[BlockReport, ...]
     notes: tuple[str, ...]
     reload_difference: float

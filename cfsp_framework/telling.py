@@ -8,10 +8,11 @@ from pathlib import Path
 from . import checkpoint, report
 from .api import Update
 from .bench import Bench, sequence_length
-from .evaluation import Perplexity
+from .evaluation import EvaluationSet, Perplexity
 from .keys import versions
 from .pages import html_report, model_card
 from .planning import PruningPlan
+from .recovery import Training
 from .report import Evaluation, Report, Size
 
 
@@ -23,8 +24,9 @@ def tell(
     before: Size,
     notes: tuple[str, ...],
     difference: float,
+    training: Training | None = None,
 ) -> Report:
-    """Put what was measured into one report."""
+    """Put what was measured into one report; ``perplexities`` are those of the dense model and of what was written."""
     config, decoder = bench.config, bench.decoder
     after = report.measure_size(decoder.model)
     in_blocks = sum(parameter.numel() for block in decoder.blocks for parameter in block.parameters())
@@ -52,22 +54,59 @@ def tell(
         dense=before,
         pruned=after,
         evaluations=tuple(
-            Evaluation(
-                data=data.spec,
-                seqlen=data.windows.shape[1],
-                windows=len(data.windows),
-                dense=dense,
-                pruned=pruned,
-                excess_nll=pruned.nll - dense.nll,
-            )
-            for data, dense, pruned in zip(bench.evaluation_sets, *perplexities, strict=True)
+            _evaluation(data, dense, written, training.pruned[number] if training else None)
+            for number, (data, dense, written) in enumerate(zip(bench.evaluation_sets, *perplexities, strict=True))
         ),
+        recovery=training.outcome.report if training else None,
         blocks=report.block_reports(plan, updates),
         notes=notes,
         reload_difference=difference,
         seconds={name: round(seconds, 3) for name, seconds in bench.progress.seconds.items()},
         peak_memory_bytes=report.peak_memory(),
         versions=versions(bench.selection),
+    )
+
+
+def tell_recovered(
+    bench: Bench, plan: PruningPlan, earlier: Report, written: list[Perplexity], difference: float, training: Training
+) -> Report:
+    """The report of a pruned model, ``earlier``, brought up to what its training made of it."""
+    found = training.outcome.report
+    if found is None and earlier.recovery is not None:
+        found = earlier.recovery.model_copy(update={"adapter": False})
+    dense = {(one.data, one.seqlen, one.windows): one.dense for one in earlier.evaluations}
+    return earlier.model_copy(
+        update={
+            "device": str(bench.decoder.device),
+            "processes": bench.ranks.world,
+            "components": plan.components,
+            "evaluations": tuple(
+                _evaluation(data, dense.get((data.spec, data.windows.shape[1], len(data.windows))), last, pruned)
+                for data, last, pruned in zip(bench.evaluation_sets, written, training.pruned, strict=True)
+            ),
+            "recovery": found,
+            "reload_difference": difference,
+            "seconds": {name: round(seconds, 3) for name, seconds in bench.progress.seconds.items()},
+            "peak_memory_bytes": report.peak_memory(),
+            "versions": versions(bench.selection),
+        }
+    )
+
+
+def _evaluation(
+    data: EvaluationSet, dense: Perplexity | None, written: Perplexity, pruned: Perplexity | None
+) -> Evaluation:
+    """``pruned`` is what the model had before it was trained; None where it was not."""
+    before = pruned or written
+    return Evaluation(
+        data=data.spec,
+        seqlen=data.windows.shape[1],
+        windows=len(data.windows),
+        dense=dense,
+        pruned=before,
+        recovered=written if pruned else None,
+        excess_nll=before.nll - dense.nll if dense else None,
+        recovered_excess_nll=written.nll - dense.nll if dense and pruned else None,
     )
 
 

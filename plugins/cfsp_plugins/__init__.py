@@ -18,7 +18,7 @@ from .compensators import Bias, NoCompensation
 from .distances import AngularDistance, CosineDistance, MaeDistance, MseDistance
 from .least_squares import LeastSquares, LeastSquaresBias, Procrustes, Sequential
 from .local_reconstruction import LocalReconstruction
-from .recovery import NoRecovery
+from .recovery import Full, IgLora, NoRecovery, UniformLora
 from .second_order import (
     BlockOutputSquares,
     DownCross,
@@ -71,4 +71,4 @@ def cfsp_compensators() -> list[type[Compensator]]:
 
 @hookimpl
 def cfsp_recovery_schedulers() -> list[type[RecoveryScheduler]]:
-    return [NoRecovery]
+    return [NoRecovery, UniformLora, IgLora, Full]

@@ -1,11 +1,30 @@
-"""What is trained after the cut."""
+"""What is trained after the cut: adapters whose ranks follow the coarse importance, or are equal; all weights; nothing."""
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from statistics import fmean
+from typing import ClassVar, Literal
 
-from cfsp_framework import BlockSummary, PruningPlan, RecoveryPlan, RecoveryScheduler
+from pydantic import Field
+
+from cfsp_framework import (
+    BlockRecovery,
+    BlockSummary,
+    Distillation,
+    PruningPlan,
+    RecoveryPlan,
+    RecoveryScheduler,
+    TrainableBlock,
+)
+from cfsp_framework.errors import ConfigError
+
+_EXACT = 1e-9
+"""Below this a share of a rank is rounding."""
+_NOTHING = 1e-12
+"""Stands for a weight of 0, of the largest weight."""
 
 
 class NoRecovery(RecoveryScheduler):
@@ -13,5 +32,183 @@ class NoRecovery(RecoveryScheduler):
 
     name: ClassVar[str] = "none"
 
-    def schedule(self, summaries: Sequence[BlockSummary], plan: PruningPlan) -> RecoveryPlan | None:
+    def schedule(
+        self, summaries: Sequence[BlockSummary], plan: PruningPlan, blocks: Sequence[TrainableBlock]
+    ) -> RecoveryPlan | None:
         return None
+
+
+class Training(RecoveryScheduler):
+    """How to train, whatever is trained."""
+
+    learning_rate: float = Field(default=3e-4, gt=0, description="the highest, of AdamW")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps in which it rises from 0")
+    decay: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="how it falls to 0, if it does"
+    )
+    batch_tokens: int = Field(default=8192, ge=1, description="tokens of one step, over all processes")
+    distillation: float = Field(
+        default=0.0, ge=0, le=1, description="share of the loss that is the divergence from the dense model"
+    )
+    temperature: float = Field(default=1.0, gt=0, description="of that divergence")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time")
+
+    def plan_for(
+        self, blocks: Sequence[BlockRecovery], targets: Sequence[str] = (), *, full: bool = False
+    ) -> RecoveryPlan:
+        """The training of these blocks with this component's options."""
+        teacher = Distillation(weight=self.distillation, temperature=self.temperature) if self.distillation else None
+        return RecoveryPlan(
+            full=full,
+            targets=tuple(targets),
+            blocks=tuple(blocks),
+            batch_tokens=self.batch_tokens,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            decay=self.decay,
+            gradient_checkpointing=self.gradient_checkpointing,
+            distillation=teacher,
+        )
+
+
+class Full(Training):
+    """Train all weights of the feed-forwards, and nothing else."""
+
+    name: ClassVar[str] = "full"
+
+    learning_rate: float = Field(default=1e-4, gt=0, description="the highest, of AdamW")
+
+    def schedule(
+        self, summaries: Sequence[BlockSummary], plan: PruningPlan, blocks: Sequence[TrainableBlock]
+    ) -> RecoveryPlan | None:
+        return self.plan_for([BlockRecovery(block=block.block, rank=1) for block in blocks], full=True)
+
+
+class LowRank(Training):
+    """Train low-rank adapters of the feed-forwards (LoRA, arXiv 2106.09685), ranks by a weight for every block.
+
+    All schedulers of this kind train the same number of parameters: those of rank ``rank`` in every block.
+    """
+
+    rank: int = Field(default=8, ge=1, description="the rank in every block that would train as many parameters")
+    scale: float = Field(default=2.0, gt=0, description="alpha over rank, in every block")
+    attention: bool = Field(default=False, description="adapt the attention's projections too")
+
+    @abstractmethod
+    def weights(self, plan: PruningPlan, blocks: Sequence[TrainableBlock]) -> list[float]:
+        """Non-negative numbers that the blocks' ranks are in proportion to."""
+
+    def bounds(self) -> tuple[int, int | None]:
+        """The least and the largest rank of a block; None where its matrices alone set a limit."""
+        return 1, None
+
+    def schedule(
+        self, summaries: Sequence[BlockSummary], plan: PruningPlan, blocks: Sequence[TrainableBlock]
+    ) -> RecoveryPlan | None:
+        shapes = [list(self._matrices(block).values()) for block in blocks]
+        costs = [sum(map(unit_of_rank, of_block)) for of_block in shapes]
+        least, largest = self.bounds()
+        caps = [min(*(min(shape[-2:]) for shape in of_block), largest or math.inf) for of_block in shapes]
+        ranks = spread_ranks(self.weights(plan, blocks), costs, caps, self.rank, least)
+        trained = [
+            BlockRecovery(block=block.block, rank=rank, alpha=self.scale * rank)
+            for block, rank in zip(blocks, ranks, strict=True)
+        ]
+        return self.plan_for(trained, list(dict.fromkeys(path for block in blocks for path in self._matrices(block))))
+
+    def _matrices(self, block: TrainableBlock) -> dict[str, tuple[int, ...]]:
+        return {**block.feed_forward, **(block.attention if self.attention else {})}
+
+
+class UniformLora(LowRank):
+    """Adapters of the same rank in every block: the baseline of `ig-lora`."""
+
+    name: ClassVar[str] = "uniform-lora"
+
+    def weights(self, plan: PruningPlan, blocks: Sequence[TrainableBlock]) -> list[float]:
+        return [1.0] * len(blocks)
+
+
+class IgLora(LowRank):
+    """Importance-guided adapters: ranks in proportion to what the blocks are worth, or to what was removed of them.
+
+    CFSP's paper (arXiv 2409.13199) lets the coarse importance allocate the effort of recovery and publishes neither a
+    formula nor code, so this is a reading of it. `importance` is the allocator's, or the removed share where it has
+    none; both directions are there because blocks worth more lose less, so that they are nearly opposite.
+    """
+
+    name: ClassVar[str] = "ig-lora"
+
+    direction: Literal["importance", "removed"] = Field(
+        default="importance", description="more rank where the coarse importance is high, or where more was removed"
+    )
+    min_rank: int = Field(default=1, ge=0, description="of a block; 0 lets blocks go untrained")
+    max_rank: int | None = Field(default=None, ge=1, description="of a block")
+
+    def weights(self, plan: PruningPlan, blocks: Sequence[TrainableBlock]) -> list[float]:
+        entries = [[entry for entry in plan.blocks if entry.block == block.block] for block in blocks]
+        removed = [1 - sum(len(e.kept) for e in mine) / sum(e.width for e in mine) for mine in entries]
+        importance = [[e.importance for e in mine if e.importance is not None] for mine in entries]
+        if self.direction == "importance" and all(importance):
+            return [max(0.0, fmean(values)) for values in importance]
+        return removed
+
+    def bounds(self) -> tuple[int, int | None]:
+        return self.min_rank, self.max_rank
+
+
+def unit_of_rank(shape: tuple[int, ...]) -> int:
+    """Parameters of one unit of rank on matrices ``(out, in)``, or on each of ``(experts, out, in)``."""
+    return math.prod(shape[:-2]) * sum(shape[-2:])
+
+
+def spread_ranks(
+    weights: Sequence[float], costs: Sequence[int], caps: Sequence[float], rank: int, least: int = 1
+) -> list[int]:
+    """Whole ranks in proportion to ``weights``, between ``least`` and ``caps``, that cost what ``rank`` everywhere costs.
+
+    A unit of rank costs ``costs[i]`` parameters in block i. Ranks are rounded by largest remainders: all are rounded
+    down, and what is left of the parameters buys one unit after another where most was lost, until one is too dear. So
+    the total never exceeds the budget, falls short of it by less than one unit of rank, and meets it where all costs
+    are the same; and a block of more weight never gets less, up to its cap. Weights of 0 only get what caps leave over.
+
+    Raises:
+        ConfigError: the budget is too small for ``least``, or too large for ``caps``.
+    """
+    budget = rank * sum(costs)
+    if rank < least:
+        raise ConfigError(f"rank {rank} is too small a budget: min_rank {least} in every block costs more.")
+    room = sum(cost * cap for cost, cap in zip(costs, caps, strict=True))
+    if budget > room:
+        raise ConfigError(
+            f"rank {rank} is too large a budget: the matrices, or max_rank, hold {room / sum(costs):.4g} on average."
+        )
+    exact = _water_level(weights, costs, caps, least, budget)
+    ranks = [math.floor(value + _EXACT) for value in exact]
+    left = budget - sum(cost * value for cost, value in zip(costs, ranks, strict=True))
+    for i in sorted(range(len(ranks)), key=lambda i: (ranks[i] - exact[i], -weights[i], i)):
+        if costs[i] > left or ranks[i] >= caps[i]:
+            break
+        ranks[i] += 1
+        left -= costs[i]
+    return ranks
+
+
+def _water_level(
+    weights: Sequence[float], costs: Sequence[int], caps: Sequence[float], least: int, budget: int
+) -> list[float]:
+    """``clamp(level * weight, least, cap)`` for the level at which the ranks cost the budget, found by bisection."""
+    largest = max(weights)
+    weights = [max(weight / largest, _NOTHING) if largest else 1.0 for weight in weights]
+
+    def at(level: float) -> list[float]:
+        return [min(max(level * weight, least), cap) for weight, cap in zip(weights, caps, strict=True)]
+
+    def cost(level: float) -> float:
+        return sum(cost * value for cost, value in zip(costs, at(level), strict=True))
+
+    low, high = 0.0, max(caps) / min(weights)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) < budget else (low, middle)
+    return at(high)

@@ -1,0 +1,468 @@
+"""Recovery: a scheduler's plan is checked against the model and carried out, and the result merged or kept apart.
+
+Transformers' Trainer and peft are imported when something is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from . import checkpoint
+from .api import BlockRecovery, BlockSummary, RecoveryPlan, TrainableBlock
+from .architectures import Decoder
+from .banks import Bank, Projection, SingleBank, matrix
+from .bench import Bench, sample_ids, sequence_length
+from .blocks import logits
+from .errors import CfspError, ConfigError, ModelError, PluginError
+from .evaluation import Perplexity
+from .keys import numerics, versions
+from .models import fingerprint, open_model, resolve
+from .planning import PruningPlan
+from .plugins import Chosen
+from .recovery_data import TrainingData, training_data
+from .report import RecoveryReport, Report
+
+if TYPE_CHECKING:
+    from .training import History, Teacher
+
+PLAN_FILE = "recovery_plan.json"
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(frozen=True)
+class RecoveryTask:
+    """What is to be trained, checked against the model, with its data."""
+
+    plan: RecoveryPlan
+    data: TrainingData
+    matrices: Mapping[str, BlockRecovery]
+    """The full names of the matrices that get adapters, with their rank and alpha; none with ``plan.full``."""
+    teacher: Path | None
+    """The folder of the dense model."""
+    seqlen: int
+
+    def batch_sequences(self, world: int) -> int:
+        """Sequences of one step over ``world`` processes, at least one each."""
+        return world * max(1, round(self.plan.batch_tokens / self.seqlen / world))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a training; the model itself holds the result, or what it held before if an adapter is kept."""
+
+    expected: Tensor  # (1, T, V): the logits of the sample after the training
+    report: RecoveryReport | None
+    """None where a kept adapter was merged and nothing trained."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that was done, and what the model was before it."""
+
+    plan: RecoveryPlan
+    pruned: list[Perplexity]
+    """On every evaluation set, before the training."""
+    outcome: Outcome
+
+
+def plan_recovery(bench: Bench, plan: PruningPlan, summaries: Sequence[BlockSummary] = ()) -> RecoveryTask | None:
+    """Ask the scheduler what to train, and open the data; whatever cannot be done shows here.
+
+    Raises:
+        ConfigError, DataError, ModelError: what the user chose cannot be trained.
+        PluginError: the scheduler's plan does not fit the model.
+    """
+    config, decoder, chosen = bench.config, bench.decoder, bench.selection.recovery
+    blocks = trainable_blocks(decoder, plan)
+    with chosen.blamed("schedule()") as component:
+        wanted = component.schedule(summaries, plan, blocks)
+    if wanted is None:
+        return None
+    if config.recovery_steps is not None:
+        wanted = wanted.model_copy(update={"steps": config.recovery_steps})
+    check_options(bench, wanted)
+    check_schedule(chosen, wanted, blocks)
+    matrices = {} if wanted.full else adapted(decoder, wanted, blocks)
+    check_adaptable(decoder, matrices)
+    seqlen = sequence_length(config, bench.loaded)
+    with bench.progress.phase("calibrate"):
+        data = training_data(
+            config.recovery_data or calibrated_on(plan),
+            bench.loaded.tokenizer,
+            seqlen,
+            wanted.steps * wanted.batch_tokens,
+            hold_out=config.recovery_check_every is not None,
+        )
+    teacher = teacher_folder(bench, plan) if wanted.distillation else None
+    return RecoveryTask(wanted, data, matrices, teacher, seqlen)
+
+
+def check_options(bench: Bench, wanted: RecoveryPlan) -> None:
+    """Refuse options that contradict each other or this machine.
+
+    Raises:
+        ConfigError: they do.
+    """
+    config, device = bench.config, bench.loaded.device
+    if config.report_to:
+        from .training import check_trackers
+
+        check_trackers(config.report_to)
+    if config.recovery_patience and not config.recovery_check_every:
+        raise ConfigError("--recovery-patience counts looks at held-out data; give --recovery-check-every too.")
+    if config.keep_adapter and wanted.full:
+        raise ConfigError("--keep-adapter: all weights are trained, there is no adapter; leave one of both out.")
+    if device.index and bench.ranks.world == 1:
+        raise ConfigError(
+            f"--device {config.device}: training takes the first GPU it sees; set CUDA_VISIBLE_DEVICES={device.index}."
+        )
+
+
+def trainable_blocks(decoder: Decoder, plan: PruningPlan) -> tuple[TrainableBlock, ...]:
+    """What each block holds once it is cut by the plan; the model may be cut already."""
+    kept = {(entry.block, entry.path): len(entry.kept) for entry in plan.blocks}
+    found: list[TrainableBlock] = []
+    for index, block in enumerate(decoder.blocks):
+        feed_forward: dict[str, tuple[int, ...]] = {}
+        for bank in decoder.banks(index):
+            feed_forward |= _matrices(bank, kept[index, bank.paths[0]])
+        found.append(TrainableBlock(index, feed_forward, _attention(block, feed_forward)))
+    return tuple(found)
+
+
+def _matrices(bank: Bank, width: int) -> dict[str, tuple[int, ...]]:
+    """The matrices of a bank whose feed-forwards have ``width`` channels, by path inside the block."""
+    layout, experts = bank.layout, (len(bank.paths),) if bank.experts else ()
+    down = bank.weights(0)["down"]
+    assert down is not None
+    hidden = down.shape[0]
+    up = (*experts, width * (1 + layout.fused), hidden)
+    shapes = {layout.gate: up, layout.up: up, layout.down: (*experts, hidden, width)}
+    return {f"{layout.path}.{name}".removeprefix("."): shape for name, shape in shapes.items() if name is not None}
+
+
+def _attention(block: nn.Module, others: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """The projections ``(out, in)`` of a block's attention, known by its name."""
+    return {
+        path: tuple(matrix(module).shape)
+        for path, module in block.named_modules()
+        if isinstance(module, Projection) and path not in others and re.search(r"attn|attention", path)
+    }
+
+
+def check_schedule(chosen: Chosen[Any], wanted: RecoveryPlan, blocks: Sequence[TrainableBlock]) -> None:
+    """Refuse a plan that does not fit the model.
+
+    Raises:
+        PluginError: it names what is not there, or nothing at all.
+    """
+    numbers = [one.block for one in wanted.blocks]
+    if len({*numbers}) < len(numbers) or max(numbers) >= len(blocks):
+        raise PluginError(f"{chosen}: its recovery plan names blocks {numbers}; the model has {len(blocks)}.")
+    trained = [one.block for one in wanted.blocks if one.rank]
+    if not trained:
+        raise PluginError(f"{chosen}: its recovery plan trains no block; None says that nothing is to be trained.")
+    known = {path for block in blocks for path in (*block.feed_forward, *block.attention)}
+    unknown = [path for path in wanted.targets if path not in known]
+    if unknown:
+        raise PluginError(f"{chosen}: no block has {unknown[0]!r}, a target of its recovery plan.")
+
+
+def adapted(decoder: Decoder, wanted: RecoveryPlan, blocks: Sequence[TrainableBlock]) -> dict[str, BlockRecovery]:
+    """The full names of the matrices that get adapters, with what their block's plan says."""
+    found: dict[str, BlockRecovery] = {}
+    for one in wanted.blocks:
+        block = blocks[one.block]
+        there = {*block.feed_forward, *block.attention}
+        for path in wanted.targets or block.feed_forward:
+            if one.rank and path in there:
+                found[f"{decoder.architecture.blocks}.{one.block}.{path}"] = one
+    return found
+
+
+def check_adaptable(decoder: Decoder, matrices: Mapping[str, BlockRecovery]) -> None:
+    """Refuse what peft does not adapt as meant, by trying.
+
+    It takes the names of some mixtures' dense feed-forwards for those their experts had once (peft 0.21).
+
+    Raises:
+        ConfigError: it adapts something else, or with other ranks.
+    """
+    if not matrices:
+        return
+    from .adapters import add_adapters, remove_adapters
+
+    try:
+        remove_adapters(add_adapters(decoder, matrices))
+    except (CfspError, ValueError) as error:
+        raise ConfigError(
+            f"adapters: peft does not adapt this {decoder.architecture.family} model as meant "
+            f"({' '.join(str(error).split())[:120].rstrip('.')}); choose --recovery full or none."
+        ) from error
+    decoder.model.requires_grad_(True)
+
+
+def teacher_folder(bench: Bench, plan: PruningPlan) -> Path:
+    """Where the dense model is that the plan was made for.
+
+    Raises:
+        ModelError: it is not there any more, or another one is.
+    """
+    if bench.loaded.fingerprint == plan.model.fingerprint:
+        return bench.loaded.folder
+    folder = resolve(plan.model.source)
+    if bench.ranks.agree(fingerprint(folder) if bench.ranks.first else "") != plan.model.fingerprint:
+        raise ModelError(f"distillation: {plan.model.source!r} is not the model any more that was pruned.")
+    return folder
+
+
+def train_model(bench: Bench, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Outcome:
+    """Train the cut model.
+
+    Afterwards it holds the result in the dtypes it had; with ``--keep-adapter`` it holds what it held, and
+    ``folder/adapter`` an adapter for it.
+    """
+    with bench.progress.phase("recover"):
+        torch.manual_seed(bench.config.seed)
+        bench.decoder.model.requires_grad_(False)
+        train = train_weights if task.plan.full else train_adapters
+        outcome = train(bench, plan, task, folder)
+        bench.decoder.model.requires_grad_(True)
+    return outcome
+
+
+def train_weights(bench: Bench, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Outcome:
+    """Train the feed-forwards' own weights."""
+    with trained_precision(bench.decoder, task.plan) as autocast:
+        parameters = feed_forward_parameters(bench.decoder, task.plan)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        history = run_training(bench, plan, task, bench.decoder.model, autocast)
+    told = tell_training(bench, task, sum(parameter.numel() for parameter in parameters), history)
+    return Outcome(logits(bench.decoder, sample_ids(bench)), told)
+
+
+def train_adapters(bench: Bench, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Outcome:
+    """Train adapters and merge them, or write them into ``folder``."""
+    from . import adapters
+
+    kept = bench.config.keep_adapter
+    with trained_precision(bench.decoder, task.plan) as autocast:
+        learner = adapters.add_adapters(bench.decoder, task.matrices)
+        count = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
+        told = tell_training(bench, task, count, run_training(bench, plan, task, learner, autocast))
+        if not kept:
+            adapters.merge(learner)
+    expected = logits(bench.decoder, sample_ids(bench))
+    if kept:
+        if bench.ranks.first:
+            adapters.save_adapter(learner, folder / ADAPTER_FOLDER)
+        adapters.remove_adapters(learner)
+    return Outcome(expected, told)
+
+
+def tell_training(bench: Bench, task: RecoveryTask, parameters: int, history: History) -> RecoveryReport:
+    """What the report says of a training."""
+    return RecoveryReport(
+        data=task.data.spec,
+        sequences=len(task.data.train),
+        seqlen=task.seqlen,
+        parameters=parameters,
+        ranks=() if task.plan.full else tuple(one.rank for one in task.plan.blocks),
+        steps=history.steps,
+        tokens=history.steps * task.batch_sequences(bench.ranks.world) * task.seqlen,
+        adapter=bench.config.keep_adapter,
+        curve=history.curve,
+    )
+
+
+def kept_plan(bench: Bench, folder: Path) -> RecoveryPlan:
+    """The plan beside an adapter that was kept.
+
+    Raises:
+        ModelError: it is no such adapter, or one for another checkpoint.
+    """
+    try:
+        plan = RecoveryPlan.model_validate_json((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"adapter {str(folder)!r} has no {PLAN_FILE} to tell which model it is for.") from error
+    if plan.base != bench.loaded.fingerprint:
+        raise ModelError(
+            f"adapter {str(folder)!r} is for another checkpoint than {bench.config.model!r}: fingerprint "
+            f"{(plan.base or 'none')[:12]} against {bench.loaded.fingerprint[:12]}."
+        )
+    return plan
+
+
+def merge_adapter(bench: Bench, folder: Path) -> Outcome:
+    """Merge an adapter that was kept."""
+    from . import adapters
+
+    with bench.progress.phase("recover"), trained_precision(bench.decoder, kept_plan(bench, folder)):
+        adapters.merge(adapters.open_adapted(bench.decoder.model, folder))
+    return Outcome(logits(bench.decoder, sample_ids(bench)), None)
+
+
+def needed(bench: Bench, task: RecoveryTask | None) -> RecoveryTask:
+    """The task of a command that does nothing but train.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if task is None:
+        raise ConfigError(f"{bench.selection.recovery} trains nothing; choose another --recovery.")
+    return task
+
+
+def feed_forward_parameters(decoder: Decoder, plan: RecoveryPlan) -> list[nn.Parameter]:
+    """The parameters of the feed-forwards in the blocks that are trained."""
+    found: dict[int, nn.Parameter] = {}
+    for one in plan.blocks:
+        for bank in decoder.banks(one.block) if one.rank else ():
+            for parameter in _parameters(bank):
+                found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def _parameters(bank: Bank) -> Generator[nn.Parameter]:
+    if isinstance(bank, SingleBank):
+        for projection in bank.projections.values():
+            yield from projection.parameters()
+        return
+    names = {bank.layout.up, bank.layout.down, bank.layout.gate}
+    for name, parameter in bank.module.named_parameters(recurse=False):
+        if name.removesuffix("_bias") in names:
+            yield parameter
+
+
+@contextmanager
+def trained_precision(decoder: Decoder, plan: RecoveryPlan) -> Generator[bool]:
+    """While open, what is trained is float32, and all else too unless the device computes in bfloat16: yields that.
+
+    Afterwards every parameter and buffer has its own dtype again. What was not trained comes back to the last bit.
+    """
+    model = decoder.model
+    autocast = decoder.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    own = {id(tensor): tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+    wide = feed_forward_parameters(decoder, plan) if plan.full else []
+    for tensor in wide if autocast else (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    try:
+        yield autocast
+    finally:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dtype = own.get(id(tensor), tensor.dtype)
+            if tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
+
+
+def save_recovery_plan(plan: RecoveryPlan, folder: Path, *, kept: bool) -> None:
+    """Write ``recovery_plan.json`` into ``folder``, where the weights are; with a kept adapter, beside that too."""
+    told = plan.model_copy(update={"base": fingerprint(folder) if kept else None}).to_json()
+    for place in (folder, folder / ADAPTER_FOLDER) if kept else (folder,):
+        (place / PLAN_FILE).write_text(told, encoding="utf-8")
+
+
+def open_with_adapter(bench: Bench, folder: Path) -> Decoder:
+    """The pruned checkpoint in ``folder`` with the adapter beside it, as the user opens them."""
+    from .adapters import open_adapted
+
+    model = open_model(folder, device=bench.decoder.device)
+    open_adapted(model, folder / ADAPTER_FOLDER)
+    return replace(bench.decoder, model=model.eval())
+
+
+def read_pruned(folder: Path) -> tuple[PruningPlan, Report]:
+    """The plan and the report of a checkpoint that was pruned.
+
+    Raises:
+        ModelError: it was not, or not by this package.
+    """
+    files = folder / checkpoint.PLAN_FILE, folder / checkpoint.REPORT_FILE
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise ModelError(f"{str(folder)!r} has no {missing[0]}: it was not written by `cfsp prune`.")
+    plan, told = (path.read_text(encoding="utf-8") for path in files)
+    try:
+        return PruningPlan.from_json(plan), Report.model_validate_json(told)
+    except ValidationError as error:
+        raise ModelError(f"{files[1]} is not the report of a run: {error.errors()[0]['msg']}.") from error
+
+
+def calibrated_on(plan: PruningPlan) -> str:
+    """The data SPEC that a plan was measured on.
+
+    Raises:
+        ConfigError: nothing was measured.
+    """
+    if plan.calibration is None:
+        raise ConfigError("nothing was measured for this plan, so there is no text to train on; give --recovery-data.")
+    return plan.calibration.spec
+
+
+def run_training(bench: Bench, plan: PruningPlan, task: RecoveryTask, learner: nn.Module, autocast: bool) -> History:
+    """Train what takes gradients in ``learner``; with ``--resume`` from the last checkpoint on."""
+    from .training import Course, train
+
+    config = bench.config
+    with tempfile.TemporaryDirectory(prefix="cfsp-recovery-") as scratch:
+        folder = config.resume / f"recovery-{recovery_key(bench, plan, task)[:32]}" if config.resume else Path(scratch)
+        course = Course(
+            folder=bench.ranks.agree(folder),
+            device=bench.decoder.device,
+            keep=config.resume is not None,
+            batch_size=config.batch_size,
+            check_every=config.recovery_check_every,
+            patience=config.recovery_patience,
+            report_to=config.report_to,
+            autocast=autocast,
+            batch_sequences=task.batch_sequences(bench.ranks.world),
+            seqlen=task.seqlen,
+            seed=config.seed,
+            ranks=bench.ranks,
+            progress=bench.progress,
+        )
+        history = train(learner, task.plan, task.data, course, _teacher(bench, task, autocast))
+        bench.ranks.wait()  # the first process's folder goes
+    return history
+
+
+def _teacher(bench: Bench, task: RecoveryTask, autocast: bool) -> Teacher | None:
+    from .training import Teacher
+
+    if task.teacher is None or task.plan.distillation is None:
+        return None
+    model = open_model(
+        task.teacher,
+        "auto" if autocast else "float32",
+        device=bench.decoder.device,
+        trust_remote_code=bench.config.trust_remote_code,
+    )
+    return Teacher(model.requires_grad_(False), task.plan.distillation)
+
+
+def recovery_key(bench: Bench, plan: PruningPlan, task: RecoveryTask) -> str:
+    """A hash of all that decides what is learnt."""
+    told = {
+        "model": bench.loaded.fingerprint,
+        "plan": plan.model_dump(mode="json", exclude={"versions"}),
+        "recovery": task.plan.model_dump(mode="json"),
+        "data": task.data.fingerprint,
+        "checks": [bench.config.recovery_check_every, bench.config.recovery_patience],
+        "versions": {**versions(bench.selection), "peft": importlib.metadata.version("peft")},
+        "numerics": numerics(bench),
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

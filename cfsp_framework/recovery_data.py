@@ -1,0 +1,232 @@
+"""What recovery trains on: a text cut into windows without gaps, or instructions whose prompts are not learnt."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .calibration import tokenize
+from .data import STREAM_CHARACTERS, mixture, read_rows, read_text, shares
+from .errors import DataError
+
+NOT_LEARNT = -100
+"""The label of a token that no loss counts."""
+HELD_OUT_EVERY = 20
+"""Every so many-th sequence is held out where training looks at held-out data."""
+MOST_HELD_OUT = 64
+_INSTRUCTIONS = "instructions:"
+_CHARACTERS_PER_TOKEN = 6
+_FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
+"""The columns of instruction data, the first form a data set has; ``input`` may stand beside ``instruction``."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: tokens ``(t,)`` int64, and the same as labels, ``NOT_LEARNT`` where no loss counts."""
+
+    ids: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The sequences to train on, and those held out to look at meanwhile."""
+
+    spec: str
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all tokens and labels."""
+        found = hashlib.sha256()
+        for one in (*self.train, *self.held_out):
+            found.update(one.ids.numpy().tobytes())
+            found.update(one.labels.numpy().tobytes())
+        return found.hexdigest()
+
+
+def training_data(spec: str, tokenizer: Any, seqlen: int, tokens: int, *, hold_out: bool) -> TrainingData:
+    """The sequences of a data SPEC, none longer than ``seqlen``; of a large corpus enough for ``tokens``.
+
+    Raises:
+        DataError: the data cannot be read, has too little text, or not the columns of instructions.
+    """
+    if spec.startswith(_INSTRUCTIONS):
+        found = instructions(spec.removeprefix(_INSTRUCTIONS), tokenizer, seqlen)
+    else:
+        found = [Example(window, window) for window in packed_windows(spec, tokenizer, seqlen, tokens)]
+    if not hold_out:
+        return TrainingData(spec, tuple(found))
+    held_out = found[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY][:MOST_HELD_OUT]
+    if not held_out:
+        raise DataError(f"data {spec!r} has {len(found)} sequences; to hold some out takes {HELD_OUT_EVERY}.")
+    numbers = {id(one) for one in held_out}
+    return TrainingData(spec, tuple(one for one in found if id(one) not in numbers), tuple(held_out))
+
+
+def packed_windows(spec: str, tokenizer: Any, seqlen: int, tokens: int) -> Tensor:
+    """A text's consecutive windows of ``seqlen``, ``(N, seqlen)``; the tail is dropped.
+
+    A mixture's parts have as many windows as their weights say, so that none comes twice.
+
+    Raises:
+        DataError: a part cannot be read, or is shorter than one window.
+    """
+    parts = mixture(spec)
+    weights = [weight / sum(weight for _, weight in parts) for _, weight in parts]
+    found: list[Tensor] = []
+    for (name, _), weight in zip(parts, weights, strict=True):
+        length = max(STREAM_CHARACTERS, math.ceil(tokens * weight * _CHARACTERS_PER_TOKEN))
+        ids = tokenize(read_text(name, "training", length), tokenizer)
+        if len(ids) < seqlen:
+            raise DataError(
+                f"data {name!r} has {len(ids)} tokens; one training window of {seqlen} needs more. "
+                "Give more text or a smaller --seqlen."
+            )
+        found.append(ids[: len(ids) // seqlen * seqlen].view(-1, seqlen))  # (n, T)
+    total = min(math.floor(len(windows) / weight) for windows, weight in zip(found, weights, strict=True))
+    counts = shares(weights, total)
+    return torch.cat([windows[:count] for windows, count in zip(found, counts, strict=True)])
+
+
+def instructions(spec: str, tokenizer: Any, seqlen: int) -> list[Example]:
+    """The rows of an instruction data set, cut at ``seqlen``, of which only the answers are learnt.
+
+    Columns are ``messages``; ``prompt`` and ``completion``; or ``instruction``, ``output`` and perhaps ``input``. With
+    a chat template every row becomes a conversation; without one, prompts of the last form are worded as Alpaca's.
+    Rows without an answer within ``seqlen`` are left out.
+
+    Raises:
+        DataError: it cannot be read, has none of these columns, or no row with an answer.
+    """
+    rows = read_rows(spec)
+    columns = set(rows[0]) if rows else set[str]()
+    form = next((form for form in _FORMS if columns >= set(form)), None)
+    if form is None:
+        wanted = "; ".join(" and ".join(map(repr, form)) for form in _FORMS)
+        raise DataError(f"data {spec!r} holds no instructions: it has {_listed(columns)}; expected {wanted}.")
+    found: list[Example] = []
+    for number, row in enumerate(rows):
+        try:
+            one = _sequence(_pieces(row, form, tokenizer), tokenizer, seqlen)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"data {spec!r}: row {number} is no instruction: {' '.join(str(error).split())}."
+            ) from error
+        if (one.labels[1:] != NOT_LEARNT).any():
+            found.append(one)
+    if not found:
+        raise DataError(f"data {spec!r}: no row has an answer within {seqlen} tokens.")
+    return found
+
+
+def collate(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch ``(B, T)``; shorter sequences end with padding that nothing attends to and no loss counts."""
+    ids = [one["input_ids"] for one in sequences]
+    batch = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": pad_sequence([one["labels"] for one in sequences], batch_first=True, padding_value=NOT_LEARNT),
+    }
+    if len({len(one) for one in ids}) > 1:
+        batch["attention_mask"] = pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
+    return batch
+
+
+Piece = tuple[str, bool]
+"""Some text, and whether it is learnt."""
+
+
+def _pieces(row: Mapping[str, Any], form: tuple[str, ...], tokenizer: Any) -> list[Piece]:
+    """A row as text, piece by piece."""
+    if form == ("messages",):
+        return _conversation(row["messages"], tokenizer)
+    prompt: Any = row[form[0]]
+    answer: Any = row[form[1]]
+    if isinstance(prompt, list) and isinstance(answer, list):
+        return _conversation([*prompt, *answer], tokenizer)
+    more = row.get("input") if form[0] == "instruction" else None
+    if tokenizer.chat_template:
+        asked = f"{prompt}\n\n{more}" if more else prompt
+        return _conversation([_message("user", asked), _message("assistant", answer)], tokenizer)
+    asked = _worded(_text(prompt), more) if form[0] == "instruction" else _text(prompt)
+    return [(asked, False), (_text(answer) + (tokenizer.eos_token or ""), True)]
+
+
+def _worded(instruction: str, more: str | None) -> str:
+    """The prompt of Stanford Alpaca, without its opening sentence."""
+    middle = f"### Input:\n{more}\n\n" if more else ""
+    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+
+
+def _conversation(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:
+    """The assistant's turns are learnt; of all of them, where the template only adds to what it wrote before."""
+    messages = [_message(one["role"], one["content"]) for one in messages]
+    if not tokenizer.chat_template:
+        ends = {"assistant": tokenizer.eos_token or ""}
+        return [
+            piece
+            for one in messages
+            for piece in (
+                (f"### {one['role'].capitalize()}:\n", False),
+                (f"{one['content']}{ends.get(one['role'], '')}", one["role"] == "assistant"),
+                ("\n\n", False),
+            )
+        ]
+    turns = [number for number, one in enumerate(messages) if one["role"] == "assistant"]
+    pieces = _turns(messages, turns, tokenizer) or _turns(messages, turns[-1:], tokenizer)
+    if pieces is None:
+        raise ValueError("the tokenizer's chat template does not write a prompt as the beginning of the conversation")
+    return pieces
+
+
+def _turns(messages: Sequence[Mapping[str, str]], learnt: Sequence[int], tokenizer: Any) -> list[Piece] | None:
+    """The conversation up to its last learnt turn; None where the template does not only add to what it wrote."""
+    pieces, written = list[Piece](), ""
+    for number in learnt:
+        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        if not (before.startswith(written) and after.startswith(before)):
+            return None
+        pieces += [(before[len(written) :], False), (after[len(before) :], True)]
+        written = after
+    return pieces
+
+
+def _sequence(pieces: Sequence[Piece], tokenizer: Any, seqlen: int) -> Example:
+    """Tokens piece by piece, so that no token lies in two; the first piece has the default special tokens before it."""
+    ids, labels = list[int](), list[int]()
+    beginning = tokenizer.bos_token or ""
+    if pieces and not pieces[0][0].startswith(beginning or "\0") and _begins(tokenizer):
+        ids, labels = [tokenizer.bos_token_id], [NOT_LEARNT]
+    for text, learnt in pieces:
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += found
+        labels += found if learnt else [NOT_LEARNT] * len(found)
+    return Example(torch.tensor(ids[:seqlen], dtype=torch.int64), torch.tensor(labels[:seqlen], dtype=torch.int64))
+
+
+def _begins(tokenizer: Any) -> bool:
+    """Whether this tokenizer writes a beginning-of-sequence token of its own accord."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _message(role: str, content: object) -> dict[str, str]:
+    return {"role": role, "content": _text(content)}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"it holds {type(value).__name__} where text is expected")
+    return value
+
+
+def _listed(names: set[str]) -> str:
+    return f"columns {', '.join(sorted(names))}" if names else "no rows"
