@@ -1,0 +1,125 @@
+"""What the commands' options have in common: most are the fields of RunConfig, typed and explained by them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+from pydantic import ValidationError
+
+from cfsp_framework.config import PRESETS, RunConfig
+
+MODEL = ("trust_remote_code", "device", "device_map", "dtype", "stream", "spill")
+COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
+AMOUNT = ("ratio", "budget", "round_to", "rebalance", "drop_attention")
+RESUME = ("resume",)
+RECOVERY = ("recovery_data", "recovery_steps", "recovery_check_every", "recovery_patience", "report_to", "keep_adapter")
+CALIBRATION = ("calibration", "samples", "reuse_windows", "seqlen", "pack", "skip_bos", "batch_size", "seed")
+EVALUATION = ("evaluate", "evaluate_windows")
+
+_COMPONENT_HELP = {
+    "criterion": "Fine importance: which channels stay.",
+    "allocator": "Coarse importance: what each block keeps.",
+    "compensator": "How the kept weights change.",
+    "recovery": "What is trained afterwards.",
+}
+_METAVARS = {
+    "calibration": "SPEC",
+    "recovery_data": "SPEC",
+    "evaluate": "SPEC",
+    "report_to": "NAME",
+    "device": "NAME",
+    "spill": "FOLDER",
+    "resume": "FOLDER",
+}
+SPEC_HELP = """A data SPEC is `demo`; a well-known name (`wikitext2`, `c4`, `ptb`, `fineweb-edu`); a .txt, .jsonl,
+.parquet or .csv file or the folder of a data set, with :COLUMN where the column is not `text`;
+hf:REPO[:CONFIG][:SPLIT][:COLUMN]; or, for calibration, a mixture A=0.7,B=0.3."""
+Command = Callable[..., Any]
+
+
+def config_options(*names: str) -> Callable[[Command], Command]:
+    """One option per field of RunConfig, typed and explained by it; absent ones are not passed on."""
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(names):
+            command = _option(name)(command)
+        return command
+
+    return decorate
+
+
+def _option(name: str) -> Callable[[Command], Command]:
+    field, flag = RunConfig.model_fields[name], "--" + name.replace("_", "-")
+    if name in COMPONENTS:
+        help_text = f"{_COMPONENT_HELP[name]} [default: {field.default}]"
+        return click.option(flag, metavar="NAME[:k=v,...]", help=help_text)
+    if field.annotation is bool:
+        both = f"{flag}/--no-{flag[2:]}" if field.default else flag
+        default = f" [default: {flag[2:]}]" if field.default else ""
+        return click.option(both, default=None, is_flag=True, help=f"{field.description}{default}")
+    kind, multiple = _click_type(field.annotation)
+    default = " May be repeated." if multiple else "" if field.default is None else f" [default: {field.default}]"
+    return click.option(
+        flag,
+        type=kind,
+        multiple=multiple,
+        metavar=_METAVARS.get(name, "N" if kind is int else "NUMBER" if kind is float else None),
+        callback=_validated,
+        help=f"{field.description}{default}",
+    )
+
+
+def _click_type(annotation: Any) -> tuple[Any, bool]:
+    if get_origin(annotation) is Literal:
+        return click.Choice(get_args(annotation)), False
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0], True
+    if get_origin(annotation) in (Union, types.UnionType):
+        first = get_args(annotation)[0]
+        return str if get_origin(first) is Literal else first, False
+    return annotation, False
+
+
+def _validated(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Refuse what RunConfig would refuse, by the name of the option."""
+    if value is None or value == () or parameter.name is None:
+        return value
+    try:
+        RunConfig.model_validate({"model": "demo", parameter.name: value})
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise click.BadParameter(f"{problem[0].lower()}{problem[1:]}, not {value}.") from error
+    return value
+
+
+def _keep_traceback(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    ctx.meta["traceback"] = value
+
+
+plugin_option = click.option(
+    "-p", "--plugin", "plugins", multiple=True, metavar="PLUGIN",
+    help="Load a module or a file.py as a plugin; no:NAME leaves an installed one out.",
+)  # fmt: skip
+traceback_option = click.option(
+    "--traceback", is_flag=True, expose_value=False, callback=_keep_traceback, help="Show where an error came from."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no tables.")
+preset_option = click.option(
+    "--preset", metavar="NAME", help=f"A named set of components, to start from: {', '.join(PRESETS)}."
+)
+config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A YAML file of these options; those given here come after it.",
+)
+
+
+def given(options: dict[str, Any]) -> dict[str, object]:
+    """What was really given: neither absent options nor empty lists."""
+    return {name: value for name, value in options.items() if value not in (None, ())}

@@ -1,0 +1,99 @@
+"""``cfsp prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cfsp_framework.config import layered
+from cfsp_framework.errors import PlanError
+
+from .options import (
+    AMOUNT,
+    CALIBRATION,
+    COMPONENTS,
+    EVALUATION,
+    MODEL,
+    RECOVERY,
+    RESUME,
+    SPEC_HELP,
+    config_option,
+    config_options,
+    given,
+    json_option,
+    plugin_option,
+    preset_option,
+    quiet_option,
+    traceback_option,
+)
+
+
+@click.command(epilog=SPEC_HELP)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *RECOVERY, *RESUME, *EVALUATION, *MODEL)
+@preset_option
+@config_option
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Cut by this plan, whatever ratio, criterion and allocator say.",
+)
+@click.option("--keep-statistics", is_flag=True, help="Keep the statistics as statistics.safetensors.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@plugin_option
+@quiet_option
+@json_option
+@traceback_option
+def prune(
+    out: Path,
+    preset: str | None,
+    config_file: Path | None,
+    plan_file: Path | None,
+    keep_statistics: bool,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Prune MODEL (a folder, a Hub id or `demo`) into the checkpoint folder OUT.
+
+    What --preset, --config and the options leave open is CFSP on half of the feed-forward channels.
+    """
+    from cfsp_framework import console, pipeline
+    from cfsp_framework.progress import Progress
+    from cfsp_framework.ranks import is_first
+
+    config = layered(preset, config_file, given(options))
+    result = pipeline.prune(
+        config,
+        out,
+        plan=_read_plan(plan_file) if plan_file else None,
+        overwrite=overwrite,
+        keep_statistics=keep_statistics,
+        progress=Progress(visible=is_first() and not (quiet or as_json)),
+    )
+    if not is_first():
+        return
+    if as_json:
+        click.echo(result.report.to_json(), nl=False)
+    elif not quiet:
+        console.show_report(result.report, out)
+
+
+def _read_plan(path: Path) -> Any:
+    from cfsp_framework.planning import PruningPlan
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{path} is no pruning plan; `cfsp plan` writes one.") from error
+    if "cfsp-pruning-plan" not in text:
+        raise PlanError(f"{path} is no pruning plan; `cfsp plan` writes one.")
+    try:
+        return PruningPlan.from_json(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
