@@ -64,7 +64,7 @@ def html_report(report: Report) -> str:
     ]
     compensated = any(block.error is not None for block in report.blocks)
     ranked = any(block.importance is not None for block in report.blocks)
-    page = _environment().get_template("report.html.j2")
+    page = page_environment().get_template("report.html.j2")
     return page.render(
         report=report,
         totals=totals,
@@ -81,7 +81,7 @@ def html_report(report: Report) -> str:
 def model_card(report: Report, *, code: bool) -> str:
     """README.md of the checkpoint; ``code`` says that it brings the code its widths need."""
     local = PurePath(report.model).is_absolute() or report.model.startswith((".", "~")) or report.model == "demo"
-    card = _environment().get_template("card.md.j2")
+    card = page_environment().get_template("card.md.j2")
     return card.render(
         report=report,
         code=code,
@@ -137,7 +137,8 @@ def _curve(points: tuple[LossPoint, ...]) -> Curve | None:
     return Curve(_CHART_WIDTH, _CURVE_HEIGHT, line(trained), line(held_out), highest, lowest)
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Of all templates: what is missing is an error, and pages escape what they are given."""
     environment = Environment(
         loader=PackageLoader("cfsp_framework"),
         autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
