@@ -55,6 +55,8 @@ _AXES = {
 _COUNTED = {"channels": "feed-forward channels", "parameters": "all parameters"}
 _FEW_RATIOS = 3
 """As many overlaps as stand side by side."""
+_LABEL = 34
+"""Letters of a heatmap's row."""
 _WARM = (217, 119, 54)
 
 Read = Callable[[CellResult], float | None]
@@ -73,6 +75,8 @@ class Column:
     better: Callable[[Sequence[float]], float] | None = None
     """Which value is the best of several; None where none is."""
     dense: float | None = None
+    spread: bool = True
+    """Whether its confidence is worth telling."""
 
     @property
     def largest_first(self) -> bool:
@@ -300,7 +304,8 @@ def _widths(found: Sequence[Group], results: SweepResults) -> dict[str, object]:
         for row in held
         for share in row.kept.values()
     ]
-    reach = max([0.02, *distances])
+    # All but one in twenty: a single wide block would leave all others pale.
+    reach = max(0.02, sorted(distances)[int(0.95 * (len(distances) - 1))]) if distances else 0.02
     drawn = [
         Markup(pictures.widths_by_block(held, ratio, reach, f"widths-{place}"))
         for place, (ratio, held) in enumerate(rows.items())
@@ -309,22 +314,30 @@ def _widths(found: Sequence[Group], results: SweepResults) -> dict[str, object]:
 
 
 def _width_rows(held: Sequence[tuple[Group, dict[int, float]]]) -> list[pictures.WidthRow]:
-    """Rows of different widths, named by the allocator where all its methods and no others are in one row."""
+    """One row for all methods whose widths are the same."""
     alike: dict[tuple[float, ...], list[tuple[Group, dict[int, float]]]] = {}
     for group, kept in held:
         alike.setdefault(tuple(round(share, 4) for share in kept.values()), []).append((group, kept))
-    names = short_labels(group.method.allocator for group, _ in held)
-    rows = []
-    for together in alike.values():
-        allocators = {group.method.allocator for group, _ in together}
-        theirs = sum(group.method.allocator in allocators for group, _ in held)
-        if theirs == len(together) and theirs > 1:
-            label = " = ".join(f"{names[one]}" for one in sorted(allocators))
-        else:
-            label = together[0][0].method.label
-            label += f" and {len(together) - 1} more" if len(together) > 1 else ""
-        rows.append(pictures.WidthRow(label, together[0][1]))
-    return rows
+    every = [group.method for group, _ in held]
+    return [
+        pictures.WidthRow(_width_label([group.method for group, _ in together], every), together[0][1])
+        for together in alike.values()
+    ]
+
+
+def _width_label(together: Sequence[Method], every: Sequence[Method]) -> str:
+    """Allocators all of whose methods are in the row, several each; then the other methods, as many as fit."""
+    names = short_labels(method.allocator for method in every)
+    own = Counter(method.allocator for method in together)
+    whole = [one for one, count in own.items() if count > 1 and count == sum(m.allocator == one for m in every)]
+    words = [names[one] for one in whole] + [method.label for method in together if method.allocator not in whole]
+    shown = words[:1]
+    for word in words[1:]:
+        if len(", ".join([*shown, word])) > _LABEL:
+            break
+        shown.append(word)
+    more = f" and {len(words) - len(shown)} more" if len(shown) < len(words) else ""
+    return ", ".join(shown) + more
 
 
 def _agreement(results: SweepResults) -> dict[str, object]:
@@ -435,7 +448,7 @@ def _columns(results: SweepResults) -> list[Column]:
         Column("", "latency", "a forward, of the dense model's", relative_latency,
                lambda value: f"{100 * value:.1f}%", None, 1.0),
         Column("", "seconds", "of one cell, without what all cells share", lambda cell: cell.seconds,
-               lambda value: f"{value:.1f}"),
+               lambda value: f"{value:.1f}", spread=False),
     ]  # fmt: skip
     return [column for column in columns if column.over or any(column.read(cell) is not None for cell in results.cells)]
 
@@ -486,7 +499,7 @@ def _entry(mean: Interval | None, column: Column, best: float | None) -> Entry:
     if not math.isfinite(mean.mean):
         endless = number(mean.mean)
         return Entry(endless, "", {"∞": "Infinity", "-∞": "-Infinity"}.get(endless, ""), False)
-    spread = column.write(mean.half).lstrip("+") if mean.half is not None else ""
+    spread = column.write(mean.half).lstrip("+") if column.spread and mean.half is not None else ""
     spread = spread if any(digit in "123456789" for digit in spread) else ""  # what is the same with every seed
     return Entry(column.write(mean.mean), spread, repr(mean.mean), mean.mean == best)
 

@@ -37,8 +37,8 @@ _AXIS = "share of {} to remove"
 _MANY_PAIRS = 45
 """Of criteria: as many rows as can be read, those of ten."""
 
-_BANDS = 3
-"""Methods whose confidence is drawn; more bands hide each other."""
+_WITH_CONFIDENCE = 3
+"""Methods whose intervals are drawn; more would hide each other."""
 
 WIDTH_COLOURS, AGREEMENT_COLOURS, SHARE_COLOURS = "PuOr", "RdBu", "Blues"
 
@@ -119,11 +119,12 @@ def _draw_curves(
             axes.plot(ratios, means, color=MUTED, linewidth=0.9, marker=".", markersize=3, gid=f"series-{place}")
             continue
         colour, marker, line = HIGHLIGHTS[place]
-        spread = [one.half or 0.0 for _, one in curves[method]]
-        if place < _BANDS and any(spread):
-            low = [one.low for _, one in curves[method]]
-            high = [one.high for _, one in curves[method]]
-            axes.fill_between(ratios, low, high, color=colour, alpha=0.12, linewidth=0, gid=f"series-{place}-band")
+        if place < _WITH_CONFIDENCE and any(one.half for _, one in curves[method]):
+            spread = [one.half or 0.0 for _, one in curves[method]]
+            axes.errorbar(
+                ratios, means, yerr=spread, color=colour, linestyle="", elinewidth=1, capsize=2.5, capthick=1, alpha=0.7,
+                gid=f"series-{place}-spread", zorder=2,
+            )  # fmt: skip
         axes.plot(
             ratios, means, color=colour, linewidth=1.6, marker=marker, markersize=4.5, linestyle=line,
             markeredgecolor="white", markeredgewidth=0.6, gid=f"series-{place}", zorder=3,
@@ -143,6 +144,8 @@ def _finish(
         )  # fmt: skip
         values.append(dense)
     logarithmic = bool(values) and min(values) > 0 and max(values) / min(values) > 3
+    if values:
+        axes.set_ylim(*_limits(values, logarithmic=logarithmic))  # by the means: an interval of two seeds may be huge
     if logarithmic:
         use_log_axis(axes, values)
     axes.set_title(f"{title}, logarithmic" if logarithmic else title)
@@ -150,6 +153,15 @@ def _finish(
     if ratios:
         axes.set_xticks(ratios if len(ratios) <= 9 else ratios[:: math.ceil(len(ratios) / 9)])
     use_share_axis(axes)
+
+
+def _limits(values: Sequence[float], *, logarithmic: bool) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if logarithmic:
+        room = (high / low) ** 0.06
+        return low / room, high * room
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - room, high + room
 
 
 def _label_ends(axes: Axes, curves: Mapping[Method, Sequence[tuple[float, Interval]]], order: Sequence[Method]) -> None:
@@ -334,7 +346,9 @@ def agreement_matrix(
 
 
 def _decimals(value: float) -> str:
-    """Two decimals without the 0 before the point: .83, -.20, 1."""
+    """Two decimals without the 0 before the point: .83, -.20; 1 for 1 alone."""
+    if 0.995 <= value < 1:
+        return ">.99"
     return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
 
 

@@ -8,7 +8,7 @@
     let ratio = "";
 
     // Sorting: numbers by value and words by alphabet; what has no number stays last either way.
-    const value = (body, column) => body.rows[0].cells[column].dataset.sort;
+    const value = (body, column) => body.rows[0].cells[column]?.dataset.sort ?? "";  // a failed row's error spans columns
     const compare = (first, second, words) => {
       if (first === "" || second === "") return { last: (first === "") - (second === "") };
       return { order: words ? first.localeCompare(second, "en", { numeric: true }) : parseFloat(first) - parseFloat(second) };
