@@ -68,7 +68,7 @@ def make_sweep(
 ) -> SweepResults:
     """A grid made up. What is named first is better; ``failing`` criteria fail, ``exploding`` ones lose everything."""
     draw = random.Random(0)
-    cells = []
+    cells: list[CellResult] = []
     grid = product(enumerate(criteria), enumerate(allocators), compensators, samples, ratios, seeds)
     for (first, criterion), (second, allocator), compensator, windows, ratio, seed in grid:
         chosen = [name.partition(":")[0] for name in (criterion, allocator, compensator) if name != "none"]
@@ -546,6 +546,15 @@ def test_a_seed_that_failed_is_counted_and_told() -> None:
     assert "1 of 3 seeds failed." in text
     assert "2<small>/3</small>" in text
     assert text.count("out of luck") == 3  # above, in the words to filter by, beside the seed
+
+
+def test_any_name_is_told_as_it_is() -> None:
+    made = make_sweep(criteria=["规则:a=$x$ & <b>", "plain_$y"], allocators=ALLOCATORS[:2], ratios=(0.3, 0.5), blocks=2)
+    text = sweep_page(made)
+    assert Page(text).opened == []
+    assert "规则 + cfsp" in text
+    assert "&lt;b&gt;" in text
+    assert "plain_$y" in text
 
 
 sweeps = st.fixed_dictionaries(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _HREF = "{http://www.w3.org/1999/xlink}href"
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 _NUMBER = re.compile(r"-?\d+\.\d+")
 _SERIES = re.compile(r"series-(\d+)")
-_STYLE = {
+_STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
     "axes.grid": True,
@@ -50,6 +51,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cfsp",
     "text.color": INK,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "xtick.color": SOFT,
     "xtick.labelsize": 8,
     "xtick.major.size": 0,
@@ -77,7 +79,9 @@ def to_svg(figure: Figure, name: str, label: str, titles: Mapping[str, str] | No
     ``sN``, and shows ``titles[gid]`` under the mouse; ``name`` keeps the identifiers of several pictures apart.
     """
     written = io.StringIO()
-    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a browser has fonts for what matplotlib has none
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     root = ElementTree.fromstring(written.getvalue())
     for unwanted in ("metadata", "defs/{*}style"):
         parent, _, last = unwanted.rpartition("/")
@@ -161,7 +165,7 @@ def use_log_axis(axes: Axes, values: Sequence[float]) -> None:
 
     axes.set_yscale("log")
     decades = max(values) / min(values)
-    steps = (1.0, 2.0, 5.0) if decades < 300 else (1.0,)
+    steps: tuple[float, ...] = (1.0, 2.0, 5.0) if decades < 300 else (1.0,)
     if decades < 10:
         steps = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
     axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
