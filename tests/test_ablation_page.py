@@ -283,6 +283,21 @@ def test_the_best_of_a_ratio_has_the_lowest_mean_loss() -> None:
     assert best[0.5].group.method.criterion == "wanda-sp"
 
 
+@untimed
+@given(st.lists(st.floats(0, 9) | st.sampled_from([math.nan, math.inf]), max_size=8))
+def test_ranks_are_of_finite_losses(losses: list[float]) -> None:
+    made = make_sweep(criteria=CRITERIA[:1], allocators=ALLOCATORS[:1], ratios=(0.5,), seeds=(0,))
+    [group] = summary.groups(made)
+    every = [
+        summary.Group(
+            group.method, 0.5, (group.cells[0].model_copy(update={"qualities": (make_quality("wikitext2", loss),)}),)
+        )
+        for loss in losses
+    ]
+    found = [one.cells[0].qualities[0].nll for one in summary.ranked(every, "wikitext2")]
+    assert found == sorted(loss for loss in losses if math.isfinite(loss))
+
+
 def test_nothing_is_best_where_nothing_was_measured() -> None:
     failed = summary.groups(make_sweep(criteria=["flap"], failing=["flap"]))
     assert summary.best_per_ratio(failed, "wikitext2") == {}

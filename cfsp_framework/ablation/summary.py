@@ -295,20 +295,20 @@ def relative_latency(cell: CellResult) -> float | None:
 
 def ranked(found: Sequence[Group], data: str) -> tuple[Group, ...]:
     """Groups with a finite loss on ``data``, the lowest mean first; equal ones in the order given."""
-    scored = [(mean.mean, group) for group in found if (mean := group.interval(lambda cell: nll(cell, data)))]
-    return tuple(group for score, group in sorted(scored, key=lambda one: one[0]) if math.isfinite(score))
+    measured = ((group.interval(lambda cell: nll(cell, data)), group) for group in found)
+    finite = [(mean.mean, group) for mean, group in measured if mean is not None and math.isfinite(mean.mean)]
+    return tuple(group for _, group in sorted(finite, key=lambda one: one[0]))
 
 
 def best_per_ratio(found: Sequence[Group], data: str) -> dict[float, Best]:
     """By ratio, ascending, the method of lowest mean loss on ``data``; ratios where nothing finite was measured lack."""
     best: dict[float, Best] = {}
     for ratio in sorted({group.ratio for group in found}):
-        order = ranked([group for group in found if group.ratio == ratio], data)
-        measured = order[0].interval(lambda cell: perplexity(cell, data)) if order else None
-        if measured is not None:
-            second = order[1] if len(order) > 1 else None
-            margin = paired_difference(second, order[0], data) if second else None
-            best[ratio] = Best(order[0], measured, second, margin)
+        first, second, *_ = [*ranked([group for group in found if group.ratio == ratio], data), None, None]
+        measured = first.interval(lambda cell: perplexity(cell, data)) if first else None
+        if first is not None and measured is not None:
+            margin = paired_difference(second, first, data) if second else None
+            best[ratio] = Best(first, measured, second, margin)
     return best
 
 
