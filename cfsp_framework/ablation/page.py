@@ -183,6 +183,7 @@ def sweep_page(results: SweepResults) -> str:
             percent=percent,
             number=number,
             clock=clock,
+            minus=minus,
             breakable=breakable,
         )
     )
@@ -405,7 +406,9 @@ def _shades(
         if not math.isfinite(mean.mean):
             return Shade(number(mean.mean), "#f2f4f7", False, group.method.label)
         best = mean.mean == min(finite)
-        return Shade(f"{mean.mean:.3f}", _warm(mean.mean, finite), best, f"{group.method.label}: {told(mean, '.4f')}")
+        return Shade(
+            minus(f"{mean.mean:.3f}"), _warm(mean.mean, finite), best, f"{group.method.label}: {told(mean, '.4f')}"
+        )
 
     return tuple(tuple(shade(group) for group in row) for row in cells)
 
@@ -501,7 +504,7 @@ def _entry(mean: Interval | None, column: Column, best: float | None) -> Entry:
         return Entry(endless, "", {"∞": "Infinity", "-∞": "-Infinity"}.get(endless, ""), False)
     spread = column.write(mean.half).lstrip("+") if column.spread and mean.half is not None else ""
     spread = spread if any(digit in "123456789" for digit in spread) else ""  # what is the same with every seed
-    return Entry(column.write(mean.mean), spread, repr(mean.mean), mean.mean == best)
+    return Entry(minus(column.write(mean.mean)), spread, repr(mean.mean), mean.mean == best)
 
 
 def _words(group: Group) -> str:
@@ -539,6 +542,11 @@ def number(value: float) -> str:
         if value < 1e6
         else f"{value:.1e}"
     )
+
+
+def minus(text: str) -> str:
+    """A written number with a minus sign where it has a hyphen."""
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def told(mean: Interval, form: str) -> str:
