@@ -194,9 +194,7 @@ def adapted(decoder: Decoder, wanted: RecoveryPlan, blocks: Sequence[TrainableBl
 
 
 def check_adaptable(decoder: Decoder, matrices: Mapping[str, BlockRecovery]) -> None:
-    """Refuse what peft does not adapt as meant, by trying.
-
-    It takes the names of some mixtures' dense feed-forwards for those their experts had once (peft 0.21).
+    """Refuse what peft does not adapt as meant, by trying: it may rename what it is told (``targets_of``).
 
     Raises:
         ConfigError: it adapts something else, or with other ranks.

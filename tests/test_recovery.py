@@ -180,7 +180,7 @@ def test_budgets_that_cannot_be_met_are_refused() -> None:
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-EXPERTS = ("mixtral", "gpt_oss", "llama4_text")
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "llama4_text")
 OPTIONS: dict[str, Any] = {"samples": 4, "seqlen": 32, "round_to": 8, "device": "cpu"}
 
 
@@ -268,6 +268,9 @@ def test_a_pattern_that_matches_nothing_is_noticed(
     monkeypatch.setattr("cfsp_framework.adapters.adapter_config", wrong)
     with pytest.raises(CfspError, match=r"rank and alpha \(1, .*where \("):
         add_adapters(bench.decoder, task.matrices)
+    again, _ = opened(pruned("llama"))
+    with pytest.raises(ConfigError, match="peft does not adapt this llama model as meant .* choose --recovery full"):
+        plan_recovery_on_text(again, plan)
 
 
 def plan_recovery_on_text(bench: Bench, plan: PruningPlan) -> recovery_module.RecoveryTask:
@@ -480,7 +483,7 @@ def test_prune_recovers_in_one_go(recovery: str, make_model: MakeModel, calibrat
     assert loaded(IDS).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "deepseek_v3"])
 def test_a_kept_adapter_loads_on_the_pruned_base_and_merges_to_the_same(
     family: str, pruned: Callable[[str], Path], calibration_text: Path, tmp_path: Path
 ) -> None:
@@ -696,13 +699,6 @@ def test_a_model_that_was_not_pruned_is_refused(make_model: MakeModel, tmp_path:
     result = run("recover", make_model("llama"), tmp_path / "out", *SMALL)
     assert result.exit_code == 2
     assert "has no pruning_plan.json: it was not written by `cfsp prune`." in result.stderr
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_mixtures_that_peft_renames_are_refused(family: str, pruned: Callable[[str], Path], tmp_path: Path) -> None:
-    result = run("recover", pruned(family), tmp_path / "out", *SMALL, "--recovery", "ig-lora:rank=2")
-    assert result.exit_code == 2
-    assert f"peft does not adapt this {family} model as meant" in result.stderr
 
 
 def test_streams_are_refused(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> None:
