@@ -384,15 +384,16 @@ def open_with_adapter(bench: Bench, folder: Path) -> Decoder:
     return replace(bench.decoder, model=model.eval())
 
 
-def read_pruned(folder: Path) -> tuple[PruningPlan, Report]:
-    """The plan and the report of a checkpoint that was pruned.
+def read_pruned(model: str) -> tuple[PruningPlan, Report]:
+    """The plan and the report of a checkpoint that was pruned, a folder or a Hub id.
 
     Raises:
         ModelError: it was not, or not by this package.
     """
+    folder = resolve(model)
     files = folder / checkpoint.PLAN_FILE, folder / checkpoint.REPORT_FILE
     if missing := [path.name for path in files if not path.is_file()]:
-        raise ModelError(f"{str(folder)!r} has no {missing[0]}: it was not written by `cfsp prune`.")
+        raise ModelError(f"model {model!r} has no {missing[0]}: it was not written by `cfsp prune`.")
     plan, told = (path.read_text(encoding="utf-8") for path in files)
     try:
         return PruningPlan.from_json(plan), Report.model_validate_json(told)

@@ -149,10 +149,13 @@ def test_directions_are_nearly_opposite_and_spend_the_same() -> None:
     assert all(0 <= spent[2] - one < max(costs) for one in spent)
 
 
-def test_without_importance_the_removed_share_decides() -> None:
+def test_without_importance_the_kept_share_stands_for_it() -> None:
     plan, blocks = plan_of([64, 32, 16], [None] * 3), blocks_of(64, 32, 16)
-    removed = IgLora(direction="removed").schedule((), plan, blocks)
-    assert ranks_of(IgLora().schedule((), plan, blocks)) == ranks_of(removed)
+    kept = ranks_of(IgLora().schedule((), plan, blocks))
+    assert kept == ranks_of(IgLora().schedule((), plan_of([64, 32, 16], [4.0, 2.0, 1.0]), blocks))
+    assert kept == sorted(kept, reverse=True)
+    removed = ranks_of(IgLora(direction="removed").schedule((), plan, blocks))
+    assert removed == sorted(removed)
 
 
 def test_the_schedulers_say_what_is_trained() -> None:
@@ -173,7 +176,9 @@ def test_budgets_that_cannot_be_met_are_refused() -> None:
     plan, blocks = plan_of([4, 4], [1.0, 1.0]), blocks_of(4, 4)
     with pytest.raises(ConfigError, match="rank 2 is too small a budget: min_rank 3"):
         IgLora(rank=2, min_rank=3).schedule((), plan, blocks)
-    with pytest.raises(ConfigError, match="rank 8 is too large a budget: the matrices, or max_rank, hold 4 on average"):
+    with pytest.raises(ConfigError, match="min_rank 3 is above max_rank 2"):
+        IgLora(rank=2, min_rank=3, max_rank=2).schedule((), plan, blocks)
+    with pytest.raises(ConfigError, match="rank 8 is too large a budget: what the matrices hold, or max_rank, is 4 on"):
         UniformLora(rank=8).schedule((), plan, blocks)
 
 
@@ -211,7 +216,7 @@ def pruned(
 
 def opened(folder: Path, **options: Any) -> tuple[Bench, PruningPlan]:
     """A pruned model as ``cfsp recover`` opens it."""
-    plan, _ = read_pruned(folder)
+    plan, _ = read_pruned(str(folder))
     given = {"recovery": "ig-lora:rank=4", "seqlen": 32, "device": "cpu", **options}
     return set_up(RunConfig.build(model=str(folder), **given), Progress(), planned=True), plan
 
@@ -269,7 +274,7 @@ def test_a_pattern_that_matches_nothing_is_noticed(
     with pytest.raises(CfspError, match=r"rank and alpha \(1, .*where \("):
         add_adapters(bench.decoder, task.matrices)
     again, _ = opened(pruned("llama"))
-    with pytest.raises(ConfigError, match="peft does not adapt this llama model as meant .* choose --recovery full"):
+    with pytest.raises(ConfigError, match=r"peft does not adapt this llama model as meant .* choose --recovery full"):
         plan_recovery_on_text(again, plan)
 
 
@@ -332,7 +337,21 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 FORMS: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "the quick ", "completion": "brown fox"},
+    "response": {"prompt": "the quick ", "response": "brown fox"},
+    "question": {"question": "the quick ", "answer": "brown fox"},
     "alpaca": {"instruction": "say it", "input": "quick", "output": "brown fox"},
+    "dolly": {"instruction": "say it", "context": "quick", "response": "brown fox", "category": "x"},
+    "turns": {
+        "prompt": [{"role": "user", "content": "the quick"}],
+        "completion": [{"role": "assistant", "content": "brown fox"}],
+    },
+    "sharegpt": {
+        "conversations": [
+            {"from": "system", "value": "hello"},
+            {"from": "human", "value": "the quick"},
+            {"from": "gpt", "value": "brown fox"},
+        ]
+    },
     "messages": {
         "messages": [
             {"role": "user", "content": "hello"},
@@ -514,7 +533,7 @@ def test_distillation_brings_the_model_nearer_to_its_teacher(
     pruned: Callable[[str], Path], make_model: MakeModel, calibration_text: Path, tmp_path: Path
 ) -> None:
     recovery = f"uniform-lora:{TINY},distillation=1.0,temperature=2.0"
-    assert read_pruned(pruned("llama"))[0].model.source == str(make_model("llama"))
+    assert read_pruned(str(pruned("llama")))[0].model.source == str(make_model("llama"))
     words = "--recovery", recovery, "--recovery-data", calibration_text, "--recovery-steps", 30
     result = run("recover", pruned("llama"), tmp_path / "out", *SMALL, *words)
     assert result.exit_code == 0, result.output
@@ -555,6 +574,22 @@ def test_instructions_can_be_trained_on(pruned: Callable[[str], Path], tmp_path:
     curve = json.loads((tmp_path / "out" / "report.json").read_text())["recovery"]["curve"]
     losses = [point["loss"] for point in curve if point["loss"] is not None]
     assert losses[-1] < losses[0]
+
+
+def test_a_tracker_is_told_the_loss(
+    pruned: Callable[[str], Path], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.chdir(tmp_path)
+    data = "--recovery", f"ig-lora:{TINY}", "--recovery-data", calibration_text, "--recovery-check-every", 5
+    result = run("recover", pruned("llama"), tmp_path / "out", *SMALL, *data, "--report-to", "tensorboard")
+    assert result.exit_code == 0, result.output
+    curve = json.loads((tmp_path / "out" / "report.json").read_text())["recovery"]["curve"]
+    found = events.EventAccumulator(str(tmp_path / "runs"))
+    found.Reload()
+    for name, tag in (("loss", "train/loss"), ("held_out", "eval/loss")):
+        told = {event.step: event.value for event in found.Scalars(tag)}
+        assert told == pytest.approx({point["step"]: point[name] for point in curve if point[name] is not None})
 
 
 def test_a_training_that_gains_nothing_stops_and_keeps_the_best(pruned: Callable[[str], Path], tmp_path: Path) -> None:
@@ -664,8 +699,10 @@ def test_two_processes_train_together(pruned: Callable[[str], Path], calibration
     (["--report-to", "nothing"], "--report-to nothing: no such tracker."),
     (["--recovery-data", "nowhere.txt"], "there is no such file or name"),
     (["--recovery-data", "instructions:nowhere.jsonl"], "there is no such file or folder"),
-    (["--recovery-data", "instructions:TEXT"], "holds no instructions: it has columns text; expected 'messages';"),
+    (["--recovery-data", "instructions:TEXT"], "holds no instructions: it has columns text; expected one of messages, "),
     (["--recovery-data", "instructions:ODD"], "row 0 is no instruction: it holds int where text is expected"),
+    (["--recovery-data", "instructions:SILENT"], "row 0 is no instruction: a turn has no 'content'"),
+    (["--recovery-data", "instructions:NONE"], "holds no rows"),
     (["--adapter", "EMPTY", "--keep-adapter"], "leave one of both out"),
     (["--adapter", "EMPTY"], "has no recovery_plan.json to tell which model it is for"),
 ])  # fmt: skip
@@ -675,6 +712,8 @@ def test_bad_input_is_refused_in_a_line(
     files = {
         "TEXT": str(write_rows(tmp_path / "text.jsonl", [{"text": "hello"}])),
         "ODD": str(write_rows(tmp_path / "odd.jsonl", [{"prompt": 1, "completion": "x"}])),
+        "SILENT": str(write_rows(tmp_path / "silent.jsonl", [{"messages": [{"role": "user"}]}])),
+        "NONE": str(write_rows(tmp_path / "none.jsonl", [])),
         "EMPTY": str(tmp_path / "empty"),
     }
     (tmp_path / "empty").mkdir()

@@ -133,7 +133,7 @@ class IgLora(LowRank):
     """Importance-guided adapters: ranks in proportion to what the blocks are worth, or to what was removed of them.
 
     CFSP's paper (arXiv 2409.13199) lets the coarse importance allocate the effort of recovery and publishes neither a
-    formula nor code, so this is a reading of it. `importance` is the allocator's, or the removed share where it has
+    formula nor code, so this is a reading of it. `importance` is the allocator's, or the kept share where it has
     none; both directions are there because blocks worth more lose less, so that they are nearly opposite.
     """
 
@@ -147,13 +147,15 @@ class IgLora(LowRank):
 
     def weights(self, plan: PruningPlan, blocks: Sequence[TrainableBlock]) -> list[float]:
         entries = [[entry for entry in plan.blocks if entry.block == block.block] for block in blocks]
-        removed = [1 - sum(len(e.kept) for e in mine) / sum(e.width for e in mine) for mine in entries]
-        importance = [[e.importance for e in mine if e.importance is not None] for mine in entries]
-        if self.direction == "importance" and all(importance):
-            return [max(0.0, fmean(values)) for values in importance]
-        return removed
+        kept = [sum(len(entry.kept) for entry in mine) / sum(entry.width for entry in mine) for mine in entries]
+        if self.direction == "removed":
+            return [1 - share for share in kept]
+        importance = [[entry.importance for entry in mine if entry.importance is not None] for mine in entries]
+        return [max(0.0, fmean(values)) for values in importance] if all(importance) else kept
 
     def bounds(self) -> tuple[int, int | None]:
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise ConfigError(f"min_rank {self.min_rank} is above max_rank {self.max_rank}.")
         return self.min_rank, self.max_rank
 
 
@@ -177,11 +179,14 @@ def spread_ranks(
     """
     budget = rank * sum(costs)
     if rank < least:
-        raise ConfigError(f"rank {rank} is too small a budget: min_rank {least} in every block costs more.")
+        raise ConfigError(
+            f"rank {rank} is too small a budget: min_rank {least} in every block costs more; lower it, or raise rank."
+        )
     room = sum(cost * cap for cost, cap in zip(costs, caps, strict=True))
     if budget > room:
         raise ConfigError(
-            f"rank {rank} is too large a budget: the matrices, or max_rank, hold {room / sum(costs):.4g} on average."
+            f"rank {rank} is too large a budget: what the matrices hold, or max_rank, is {room / sum(costs):.4g} on average; "
+            "lower it."
         )
     exact = _water_level(weights, costs, caps, least, budget)
     ranks = [math.floor(value + _EXACT) for value in exact]
