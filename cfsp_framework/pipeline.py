@@ -23,7 +23,7 @@ from .errors import ConfigError, PlanError
 from .evaluation import EvaluationSet, Perplexity, perplexity
 from .files import staged_folder
 from .keys import collection_key, second_pass_key, versions
-from .models import load_model, open_model, open_skeleton
+from .models import load_model, open_model, open_skeleton, resolve
 from .notes import gather_notes
 from .planning import ModelIdentity, PruningPlan, channel_ratio, plan_blocks
 from .plugins import load_plugins
@@ -131,7 +131,7 @@ def recover(
     progress = progress or Progress()
     ranks = join_ranks(config.device)
     with staged_folder(out) if ranks.first else nullcontext(out) as folder:
-        plan, earlier = read_pruned(config.model)
+        plan, earlier = read_pruned(resolve(config.model))
         bench = set_up(config, progress, planned=True, ranks=ranks)
         if adapter is None:
             ran = bench.selection.describe()

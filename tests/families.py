@@ -43,8 +43,8 @@ from cfsp_framework.models import load_model, open_model, quiet
 from cfsp_framework.pipeline import RunResult, prune
 from cfsp_framework.planning import BlockPlan, ModelIdentity
 from cfsp_framework.plugins import Plugins, load_plugins
-from cfsp_framework.recovery import adapted, trainable_blocks
 from cfsp_framework.surgery import apply_plan
+from cfsp_framework.trainable import adapted, trainable_blocks
 from cfsp_plugins.recovery import unit_of_rank
 
 CUT_TOLERANCE = 1e-5

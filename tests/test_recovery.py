@@ -33,8 +33,9 @@ from cfsp_framework.cli import cli
 from cfsp_framework.errors import CfspError, ConfigError, DataError, PluginError
 from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
 from cfsp_framework.progress import Progress
-from cfsp_framework.recovery import adapted, plan_recovery, read_pruned, trainable_blocks, trained_precision
+from cfsp_framework.recovery import plan_recovery, read_pruned
 from cfsp_framework.recovery_data import NOT_LEARNT, instructions, packed_windows, training_data
+from cfsp_framework.trainable import adapted, trainable_blocks, trained_precision
 from cfsp_framework.training import Course, divergence, train
 from cfsp_plugins.recovery import Full, IgLora, UniformLora, spread_ranks, unit_of_rank
 
@@ -158,6 +159,18 @@ def test_without_importance_the_kept_share_stands_for_it() -> None:
     assert removed == sorted(removed)
 
 
+def test_the_learning_rate_follows_the_hidden_size_where_none_is_given() -> None:
+    def rate(scheduler: UniformLora | Full, hidden: int) -> float:
+        found = scheduler.schedule((), plan_of([32], [1.0]), blocks_of(32, hidden=hidden))
+        assert found is not None
+        return found.learning_rate
+
+    assert rate(UniformLora(), 2000) == pytest.approx(5e-4)
+    assert rate(UniformLora(), 4096) == pytest.approx(2.86e-4, rel=1e-2)
+    assert rate(Full(), 256) == pytest.approx(rate(UniformLora(), 256) / 10)
+    assert rate(UniformLora(learning_rate=0.01), 256) == 0.01
+
+
 def test_the_schedulers_say_what_is_trained() -> None:
     plan, blocks = plan_of([32, 32], [1.0, 1.0]), blocks_of(32, 32)
     found = IgLora(rank=4, scale=3, attention=True, distillation=0.25, decay="linear").schedule((), plan, blocks)
@@ -216,7 +229,7 @@ def pruned(
 
 def opened(folder: Path, **options: Any) -> tuple[Bench, PruningPlan]:
     """A pruned model as ``cfsp recover`` opens it."""
-    plan, _ = read_pruned(str(folder))
+    plan, _ = read_pruned(folder)
     given = {"recovery": "ig-lora:rank=4", "seqlen": 32, "device": "cpu", **options}
     return set_up(RunConfig.build(model=str(folder), **given), Progress(), planned=True), plan
 
@@ -529,11 +542,27 @@ def test_a_kept_adapter_loads_on_the_pruned_base_and_merges_to_the_same(
     assert len(refused.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_memory_can_be_saved_without_changing_what_is_learnt(
+    family: str, pruned: Callable[[str], Path], calibration_text: Path, tmp_path: Path
+) -> None:
+    data = "--recovery-data", calibration_text, "--recovery-steps", 3
+    found = []
+    for options, more in (("", ()), (",gradient_checkpointing=true", ("--batch-size", 1))):
+        recovery = "--recovery", f"ig-lora:{TINY}{options}"
+        result = run("recover", pruned(family), tmp_path / "out", *SMALL, *data, *recovery, *more, "--overwrite")
+        assert result.exit_code == 0, result.output
+        found.append(weights(tmp_path / "out"))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(tensor, weights(pruned(family))[name]) for name, tensor in found[0].items())
+
+
 def test_distillation_brings_the_model_nearer_to_its_teacher(
     pruned: Callable[[str], Path], make_model: MakeModel, calibration_text: Path, tmp_path: Path
 ) -> None:
     recovery = f"uniform-lora:{TINY},distillation=1.0,temperature=2.0"
-    assert read_pruned(str(pruned("llama")))[0].model.source == str(make_model("llama"))
+    assert read_pruned(pruned("llama"))[0].model.source == str(make_model("llama"))
     words = "--recovery", recovery, "--recovery-data", calibration_text, "--recovery-steps", 30
     result = run("recover", pruned("llama"), tmp_path / "out", *SMALL, *words)
     assert result.exit_code == 0, result.output
