@@ -51,7 +51,8 @@ def targets_of(decoder: Decoder, matrices: Mapping[str, BlockRecovery]) -> dict[
 def adapter_config(decoder: Decoder, targets: Mapping[str, BlockRecovery]) -> LoraConfig:
     """peft's configuration for adapters on exactly these modules and parameters.
 
-    peft takes the default rank wherever no pattern matches, and says so in a warning at most: see ``check_adapters``.
+    There is one pattern for each block, not for each matrix, because peft tries them all for each matrix. It takes the
+    default rank wherever none matches, and says so in a warning at most: see ``check_adapters``.
     """
     prefix = decoder.architecture.blocks
     paths: dict[int, str] = {}  # of each block, as alternatives of a regular expression

@@ -25,7 +25,7 @@ from .bench import Bench, sample_ids, sequence_length
 from .blocks import logits
 from .errors import CfspError, ConfigError, ModelError, PluginError
 from .evaluation import Perplexity
-from .keys import numerics, versions
+from .keys import second_pass_key
 from .models import fingerprint, open_model, resolve
 from .planning import PruningPlan
 from .plugins import Chosen
@@ -367,11 +367,10 @@ def recovery_key(bench: Bench, plan: PruningPlan, task: RecoveryTask) -> str:
     """A hash of all that decides what is learnt."""
     told = {
         "model": bench.loaded.fingerprint,
-        "plan": plan.model_dump(mode="json", exclude={"versions"}),
+        "weights": second_pass_key(bench, plan),  # what decides them once they are cut and compensated
         "recovery": task.plan.model_dump(mode="json"),
         "data": task.data.fingerprint,
         "checks": [bench.config.recovery_check_every, bench.config.recovery_patience],
-        "versions": {**versions(bench.selection), "peft": importlib.metadata.version("peft")},
-        "numerics": numerics(bench),
+        "peft": importlib.metadata.version("peft"),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
