@@ -23,6 +23,8 @@ from cfsp_framework import RunConfig, pipeline
 from cfsp_framework.config import layered
 
 SCHEDULERS = ("uniform-lora", "ig-lora:direction=importance", "ig-lora:direction=removed")
+WORTH_A_SHARE = 0.02
+"""Nats per token that pruning has to add for the share that is left to mean something."""
 Cell = dict[str, Any]
 
 
@@ -104,8 +106,8 @@ def table(cells: list[Cell]) -> str:
         labels = [name.removeprefix("left:") for name in mine[0] if name.startswith("left:")]
         lines += [f"**{Path(model).name}** ({how})", ""]
         head = "| removed | pruned by | scheduler | seeds | trained parameters | "
-        lines.append(head + " | ".join(columns(labels)) + " | seconds |")
-        lines.append("|---:|---|---|---:|---:|" + "---:|" * (3 * len(labels) + 1))
+        lines.append(head + " | ".join(columns(labels)) + " |")
+        lines.append("|---:|---|---|---:|---:|" + "---:|" * (3 * len(labels)))
         lines += [row(own, labels) for own in alike(mine)]
         lines.append("")
     return "\n".join(lines)
@@ -119,24 +121,16 @@ def alike(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
 
 
 def row(cells: Sequence[Cell], labels: Sequence[str]) -> str:
-    """One line of the table."""
+    """One line of the table; a share of what pruning hardly added is not told."""
     first = cells[0]
-    shown = [
-        describe(values)
-        for label in labels
-        for values in (
-            [cell[f"excess:{label}"] for cell in cells],
-            [cell[f"left:{label}"] for cell in cells],
-            [cell[f"left:{label}"] / cell[f"excess:{label}"] for cell in cells],
-        )
-    ]
+    shown = []
+    for label in labels:
+        added, left = [cell[f"excess:{label}"] for cell in cells], [cell[f"left:{label}"] for cell in cells]
+        shares = [after / before for before, after in zip(added, left, strict=True) if before > WORTH_A_SHARE]
+        shown += [describe(added), describe(left), describe(shares, 2) if len(shares) == len(added) else ""]
     parameters = f"{statistics.fmean(cell['parameters'] for cell in cells):,.0f}"
-    seconds = f"{statistics.median(cell['seconds'] for cell in cells):.0f}"
-    cells_of_row = [
-        *(f"{first['ratio']:.0%}", f"`{preset_of(first)}`", f"`{first['scheduler']}`", str(len(cells)), parameters),
-        *(*shown, seconds),
-    ]
-    return f"| {' | '.join(cells_of_row)} |"
+    where = f"{first['ratio']:.0%}", f"`{preset_of(first)}`", f"`{first['scheduler']}`", str(len(cells)), parameters
+    return f"| {' | '.join([*where, *shown])} |"
 
 
 def columns(labels: Iterable[str]) -> list[str]:
@@ -144,10 +138,10 @@ def columns(labels: Iterable[str]) -> list[str]:
     return [f"{label}, {kind}" for label in labels for kind in ("pruned", "recovered", "share left")]
 
 
-def describe(values: Sequence[float]) -> str:
+def describe(values: Sequence[float], digits: int = 4) -> str:
     """Mean, and half the spread over seeds."""
-    spread = f" ±{(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{spread}"
+    spread = f" ±{(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def settings(options: argparse.Namespace) -> str:
