@@ -29,37 +29,50 @@ def add_adapters(decoder: Decoder, matrices: Mapping[str, BlockRecovery]) -> Pef
     Raises:
         CfspError: peft adapted others than meant, or with other ranks.
     """
+    targets = targets_of(decoder, matrices)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Linear and Conv1D in one model, peft warns about one or the other
-        learner: PeftModel = get_peft_model(decoder.model, adapter_config(decoder, matrices))
-    check_adapters(learner, matrices)
+        learner: PeftModel = get_peft_model(decoder.model, adapter_config(decoder, targets))
+    check_adapters(learner, targets)
     return learner
 
 
-def adapter_config(decoder: Decoder, matrices: Mapping[str, BlockRecovery]) -> LoraConfig:
-    """peft's configuration for adapters on exactly these matrices, modules or parameters of experts.
+def targets_of(decoder: Decoder, matrices: Mapping[str, BlockRecovery]) -> dict[str, BlockRecovery]:
+    """The matrices under the names that peft is given: those of modules, or of parameters.
 
-    peft takes the default rank wherever no pattern matches, and says so in a warning at most: see ``check_adapters``.
+    In a mixture all are parameters, as the experts' are anyway: peft takes a module's name there for that of an expert
+    in earlier versions of Transformers, and adapts the experts instead (``_convert_peft_config_moe`` of peft 0.21).
+    """
+    modules = {name for name, _ in decoder.model.named_modules()}
+    mixture = any(layout.experts for layout in decoder.architecture.feed_forwards)
+    return {f"{name}.weight" if mixture and name in modules else name: one for name, one in matrices.items()}
+
+
+def adapter_config(decoder: Decoder, targets: Mapping[str, BlockRecovery]) -> LoraConfig:
+    """peft's configuration for adapters on exactly these modules and parameters.
+
+    There is one pattern for each block, not for each matrix, because peft tries them all for each matrix. It takes the
+    default rank wherever none matches, and says so in a warning at most: see ``check_adapters``.
     """
     prefix = decoder.architecture.blocks
     paths: dict[int, str] = {}  # of each block, as alternatives of a regular expression
-    for name, one in matrices.items():
+    for name, one in targets.items():
         path = re.escape(name.removeprefix(f"{prefix}.{one.block}."))
         paths[one.block] = f"{paths[one.block]}|{path}" if one.block in paths else path
     patterns = {block: _pattern(prefix, [block], alternatives) for block, alternatives in paths.items()}
     alike = {alternatives: [b for b, same in paths.items() if same == alternatives] for alternatives in paths.values()}
-    targets = [_pattern(prefix, blocks, alternatives) for alternatives, blocks in alike.items()]
-    chosen = {one.block: one for one in matrices.values()}
+    expressions = [_pattern(prefix, blocks, alternatives) for alternatives, blocks in alike.items()]
+    chosen = {one.block: one for one in targets.values()}
     modules = dict(decoder.model.named_modules())
-    projections = [modules[name] for name in matrices if name in modules]
-    experts = [name for name in matrices if name not in modules]
+    projections = [modules[name] for name in targets if name in modules]
+    parameters = [name for name in targets if name not in modules]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=1,
         lora_alpha=1,
         lora_dropout=0.0,
-        target_modules="|".join(targets) if projections else [],
-        target_parameters=experts or None,
+        target_modules="|".join(expressions) if projections else [],
+        target_parameters=parameters or None,
         rank_pattern={pattern: chosen[block].rank for block, pattern in patterns.items()},
         alpha_pattern={pattern: chosen[block].alpha for block, pattern in patterns.items()},
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in projections),
@@ -70,14 +83,14 @@ def _pattern(prefix: str, blocks: Sequence[int], alternatives: str) -> str:
     return rf"{re.escape(prefix)}\.(?:{'|'.join(map(str, blocks))})\.(?:{alternatives})"
 
 
-def check_adapters(learner: PeftModel, matrices: Mapping[str, BlockRecovery]) -> None:
+def check_adapters(learner: PeftModel, targets: Mapping[str, BlockRecovery]) -> None:
     """Compare the adapters there are with those meant.
 
     Raises:
         CfspError: they are not the same.
     """
     found = {_adapted(name, layer): (layer.r[_ADAPTER], layer.lora_alpha[_ADAPTER]) for name, layer in _layers(learner)}
-    meant = {name: (one.rank, one.alpha) for name, one in matrices.items()}
+    meant = {name: (one.rank, one.alpha) for name, one in targets.items()}
     if found != meant:
         name = next(name for name in [*found, *meant] if found.get(name) != meant.get(name))
         raise CfspError(f"peft gave {name} rank and alpha {found.get(name)} where {meant.get(name)} was meant.")
@@ -90,7 +103,7 @@ def _layers(learner: PeftModel) -> list[tuple[str, LoraLayer]]:
 
 
 def _adapted(name: str, layer: LoraLayer) -> str:
-    """The full name of the matrix a layer adapts; peft wraps a module once for each of its parameters."""
+    """The name of the target a layer adapts; peft wraps a module once for each of its parameters."""
     return f"{name.replace('.base_layer', '')}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 

@@ -240,6 +240,8 @@ def _load_local(path: Path, role: Role) -> Any:
         saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
         loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
     elif path.suffix in _LOADERS:
+        if not path.stat().st_size:
+            raise DataError(f"data {str(path)!r} holds no rows: the file is empty.")
         loaded = load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
     else:
         raise DataError(f"data {str(path)!r}: expected .txt, {', '.join(_LOADERS)} or a folder with a data set.")

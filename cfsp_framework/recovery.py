@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import re
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +21,17 @@ from torch import Tensor, nn
 from . import checkpoint
 from .api import BlockRecovery, BlockSummary, RecoveryPlan, TrainableBlock
 from .architectures import Decoder
-from .banks import Bank, Projection, SingleBank, matrix
 from .bench import Bench, sample_ids, sequence_length
 from .blocks import logits
 from .errors import CfspError, ConfigError, ModelError, PluginError
 from .evaluation import Perplexity
-from .keys import numerics, versions
+from .keys import second_pass_key
 from .models import fingerprint, open_model, resolve
 from .planning import PruningPlan
 from .plugins import Chosen
 from .recovery_data import TrainingData, training_data
 from .report import RecoveryReport, Report
+from .trainable import adapted, feed_forward_parameters, trainable_blocks, trained_precision
 
 if TYPE_CHECKING:
     from .training import History, Teacher
@@ -131,38 +129,6 @@ def check_options(bench: Bench, wanted: RecoveryPlan) -> None:
         )
 
 
-def trainable_blocks(decoder: Decoder, plan: PruningPlan) -> tuple[TrainableBlock, ...]:
-    """What each block holds once it is cut by the plan; the model may be cut already."""
-    kept = {(entry.block, entry.path): len(entry.kept) for entry in plan.blocks}
-    found: list[TrainableBlock] = []
-    for index, block in enumerate(decoder.blocks):
-        feed_forward: dict[str, tuple[int, ...]] = {}
-        for bank in decoder.banks(index):
-            feed_forward |= _matrices(bank, kept[index, bank.paths[0]])
-        found.append(TrainableBlock(index, feed_forward, _attention(block, feed_forward)))
-    return tuple(found)
-
-
-def _matrices(bank: Bank, width: int) -> dict[str, tuple[int, ...]]:
-    """The matrices of a bank whose feed-forwards have ``width`` channels, by path inside the block."""
-    layout, experts = bank.layout, (len(bank.paths),) if bank.experts else ()
-    down = bank.weights(0)["down"]
-    assert down is not None
-    hidden = down.shape[0]
-    up = (*experts, width * (1 + layout.fused), hidden)
-    shapes = {layout.gate: up, layout.up: up, layout.down: (*experts, hidden, width)}
-    return {f"{layout.path}.{name}".removeprefix("."): shape for name, shape in shapes.items() if name is not None}
-
-
-def _attention(block: nn.Module, others: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    """The projections ``(out, in)`` of a block's attention, known by its name."""
-    return {
-        path: tuple(matrix(module).shape)
-        for path, module in block.named_modules()
-        if isinstance(module, Projection) and path not in others and re.search(r"attn|attention", path)
-    }
-
-
 def check_schedule(chosen: Chosen[Any], wanted: RecoveryPlan, blocks: Sequence[TrainableBlock]) -> None:
     """Refuse a plan that does not fit the model.
 
@@ -181,22 +147,8 @@ def check_schedule(chosen: Chosen[Any], wanted: RecoveryPlan, blocks: Sequence[T
         raise PluginError(f"{chosen}: no block has {unknown[0]!r}, a target of its recovery plan.")
 
 
-def adapted(decoder: Decoder, wanted: RecoveryPlan, blocks: Sequence[TrainableBlock]) -> dict[str, BlockRecovery]:
-    """The full names of the matrices that get adapters, with what their block's plan says."""
-    found: dict[str, BlockRecovery] = {}
-    for one in wanted.blocks:
-        block = blocks[one.block]
-        there = {*block.feed_forward, *block.attention}
-        for path in wanted.targets or block.feed_forward:
-            if one.rank and path in there:
-                found[f"{decoder.architecture.blocks}.{one.block}.{path}"] = one
-    return found
-
-
 def check_adaptable(decoder: Decoder, matrices: Mapping[str, BlockRecovery]) -> None:
-    """Refuse what peft does not adapt as meant, by trying.
-
-    It takes the names of some mixtures' dense feed-forwards for those their experts had once (peft 0.21).
+    """Refuse what peft does not adapt as meant, by trying: it may rename what it is told (``targets_of``).
 
     Raises:
         ConfigError: it adapts something else, or with other ranks.
@@ -327,49 +279,6 @@ def needed(bench: Bench, task: RecoveryTask | None) -> RecoveryTask:
     return task
 
 
-def feed_forward_parameters(decoder: Decoder, plan: RecoveryPlan) -> list[nn.Parameter]:
-    """The parameters of the feed-forwards in the blocks that are trained."""
-    found: dict[int, nn.Parameter] = {}
-    for one in plan.blocks:
-        for bank in decoder.banks(one.block) if one.rank else ():
-            for parameter in _parameters(bank):
-                found[id(parameter)] = parameter
-    return list(found.values())
-
-
-def _parameters(bank: Bank) -> Generator[nn.Parameter]:
-    if isinstance(bank, SingleBank):
-        for projection in bank.projections.values():
-            yield from projection.parameters()
-        return
-    names = {bank.layout.up, bank.layout.down, bank.layout.gate}
-    for name, parameter in bank.module.named_parameters(recurse=False):
-        if name.removesuffix("_bias") in names:
-            yield parameter
-
-
-@contextmanager
-def trained_precision(decoder: Decoder, plan: RecoveryPlan) -> Generator[bool]:
-    """While open, what is trained is float32, and all else too unless the device computes in bfloat16: yields that.
-
-    Afterwards every parameter and buffer has its own dtype again. What was not trained comes back to the last bit.
-    """
-    model = decoder.model
-    autocast = decoder.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    own = {id(tensor): tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
-    wide = feed_forward_parameters(decoder, plan) if plan.full else []
-    for tensor in wide if autocast else (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.float()
-    try:
-        yield autocast
-    finally:
-        for tensor in (*model.parameters(), *model.buffers()):
-            dtype = own.get(id(tensor), tensor.dtype)
-            if tensor.dtype != dtype:
-                tensor.data = tensor.data.to(dtype)
-
-
 def save_recovery_plan(plan: RecoveryPlan, folder: Path, *, kept: bool) -> None:
     """Write ``recovery_plan.json`` into ``folder``, where the weights are; with a kept adapter, beside that too."""
     told = plan.model_copy(update={"base": fingerprint(folder) if kept else None}).to_json()
@@ -458,11 +367,10 @@ def recovery_key(bench: Bench, plan: PruningPlan, task: RecoveryTask) -> str:
     """A hash of all that decides what is learnt."""
     told = {
         "model": bench.loaded.fingerprint,
-        "plan": plan.model_dump(mode="json", exclude={"versions"}),
+        "weights": second_pass_key(bench, plan),  # what decides them once they are cut and compensated
         "recovery": task.plan.model_dump(mode="json"),
         "data": task.data.fingerprint,
         "checks": [bench.config.recovery_check_every, bench.config.recovery_patience],
-        "versions": {**versions(bench.selection), "peft": importlib.metadata.version("peft")},
-        "numerics": numerics(bench),
+        "peft": importlib.metadata.version("peft"),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

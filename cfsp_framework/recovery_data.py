@@ -23,8 +23,36 @@ HELD_OUT_EVERY = 20
 MOST_HELD_OUT = 64
 _INSTRUCTIONS = "instructions:"
 _CHARACTERS_PER_TOKEN = 6
-_FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
-"""The columns of instruction data, the first form a data set has; ``input`` may stand beside ``instruction``."""
+_SAYS = {"human": "user", "gpt": "assistant"}
+"""Roles by the names ShareGPT has for them."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """The columns of one kind of instruction data."""
+
+    asked: str
+    """A prompt, or a conversation where there is no ``answered``."""
+    answered: str | None = None
+    more: str | None = None
+    """What the prompt is about; the column, or a row's value, may be missing."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those without which it is another form."""
+        return (self.asked,) if self.answered is None else (self.asked, self.answered)
+
+
+FORMS = (
+    Form("messages"),
+    Form("conversations"),
+    Form("prompt", "completion"),
+    Form("prompt", "response"),
+    Form("instruction", "output", "input"),
+    Form("instruction", "response", "context"),
+    Form("question", "answer"),
+)
+"""Of several that a data set has, the first is taken."""
 
 
 @dataclass(frozen=True)
@@ -100,24 +128,25 @@ def packed_windows(spec: str, tokenizer: Any, seqlen: int, tokens: int) -> Tenso
 def instructions(spec: str, tokenizer: Any, seqlen: int) -> list[Example]:
     """The rows of an instruction data set, cut at ``seqlen``, of which only the answers are learnt.
 
-    Columns are ``messages``; ``prompt`` and ``completion``; or ``instruction``, ``output`` and perhaps ``input``. With
-    a chat template every row becomes a conversation; without one, prompts of the last form are worded as Alpaca's.
-    Rows without an answer within ``seqlen`` are left out.
+    With a chat template every row becomes a conversation; without one, the prompts of an ``instruction`` are worded as
+    Alpaca's. Rows without an answer within ``seqlen`` are left out.
 
     Raises:
-        DataError: it cannot be read, has none of these columns, or no row with an answer.
+        DataError: it cannot be read, has the columns of none of ``FORMS``, or no row with an answer.
     """
     rows = read_rows(spec)
     columns = set(rows[0]) if rows else set[str]()
-    form = next((form for form in _FORMS if columns >= set(form)), None)
+    form = next((form for form in FORMS if columns >= set(form.columns)), None)
     if form is None:
-        wanted = "; ".join(" and ".join(map(repr, form)) for form in _FORMS)
-        raise DataError(f"data {spec!r} holds no instructions: it has {_listed(columns)}; expected {wanted}.")
+        wanted = ", ".join("+".join(form.columns) for form in FORMS)
+        raise DataError(f"data {spec!r} holds no instructions: it has {_listed(columns)}; expected one of {wanted}.")
     found: list[Example] = []
     for number, row in enumerate(rows):
         try:
             one = _sequence(_pieces(row, form, tokenizer), tokenizer, seqlen)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except KeyError as error:
+            raise DataError(f"data {spec!r}: row {number} is no instruction: a turn has no {error}.") from error
+        except (TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"data {spec!r}: row {number} is no instruction: {' '.join(str(error).split())}."
             ) from error
@@ -144,19 +173,19 @@ Piece = tuple[str, bool]
 """Some text, and whether it is learnt."""
 
 
-def _pieces(row: Mapping[str, Any], form: tuple[str, ...], tokenizer: Any) -> list[Piece]:
+def _pieces(row: Mapping[str, Any], form: Form, tokenizer: Any) -> list[Piece]:
     """A row as text, piece by piece."""
-    if form == ("messages",):
-        return _conversation(row["messages"], tokenizer)
-    prompt: Any = row[form[0]]
-    answer: Any = row[form[1]]
+    prompt: Any = row[form.asked]
+    if form.answered is None:
+        return _conversation(prompt, tokenizer)
+    answer: Any = row[form.answered]
     if isinstance(prompt, list) and isinstance(answer, list):
         return _conversation([*prompt, *answer], tokenizer)
-    more = row.get("input") if form[0] == "instruction" else None
+    more = row.get(form.more) if form.more else None
     if tokenizer.chat_template:
         asked = f"{prompt}\n\n{more}" if more else prompt
         return _conversation([_message("user", asked), _message("assistant", answer)], tokenizer)
-    asked = _worded(_text(prompt), more) if form[0] == "instruction" else _text(prompt)
+    asked = _worded(_text(prompt), more) if form.asked == "instruction" else _text(prompt)
     return [(asked, False), (_text(answer) + (tokenizer.eos_token or ""), True)]
 
 
@@ -166,9 +195,9 @@ def _worded(instruction: str, more: str | None) -> str:
     return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
-def _conversation(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:
+def _conversation(turns: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:
     """The assistant's turns are learnt; of all of them, where the template only adds to what it wrote before."""
-    messages = [_message(one["role"], one["content"]) for one in messages]
+    messages = [_turn(one) for one in turns]
     if not tokenizer.chat_template:
         ends = {"assistant": tokenizer.eos_token or ""}
         return [
@@ -180,8 +209,8 @@ def _conversation(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list
                 ("\n\n", False),
             )
         ]
-    turns = [number for number, one in enumerate(messages) if one["role"] == "assistant"]
-    pieces = _turns(messages, turns, tokenizer) or _turns(messages, turns[-1:], tokenizer)
+    learnt = [number for number, one in enumerate(messages) if one["role"] == "assistant"]
+    pieces = _turns(messages, learnt, tokenizer) or _turns(messages, learnt[-1:], tokenizer)
     if pieces is None:
         raise ValueError("the tokenizer's chat template does not write a prompt as the beginning of the conversation")
     return pieces
@@ -216,6 +245,13 @@ def _sequence(pieces: Sequence[Piece], tokenizer: Any, seqlen: int) -> Example:
 def _begins(tokenizer: Any) -> bool:
     """Whether this tokenizer writes a beginning-of-sequence token of its own accord."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _turn(one: Mapping[str, str]) -> dict[str, str]:
+    """A turn with ``role`` and ``content``, which ShareGPT calls ``from`` and ``value``."""
+    if "from" in one:
+        return _message(_SAYS.get(one["from"], one["from"]), one["value"])
+    return _message(one["role"], one["content"])
 
 
 def _message(role: str, content: object) -> dict[str, str]:

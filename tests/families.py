@@ -34,7 +34,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from cfsp_framework import PruningPlan, RunConfig, Update
+from cfsp_framework import BlockRecovery, PruningPlan, RecoveryPlan, RunConfig, Update
+from cfsp_framework.adapters import add_adapters, merge, open_adapted, save_adapter
 from cfsp_framework.architectures import Decoder, open_decoder
 from cfsp_framework.banks import Bank, ExpertBank, SingleBank
 from cfsp_framework.errors import ModelError
@@ -43,10 +44,14 @@ from cfsp_framework.pipeline import RunResult, prune
 from cfsp_framework.planning import BlockPlan, ModelIdentity
 from cfsp_framework.plugins import Plugins, load_plugins
 from cfsp_framework.surgery import apply_plan
+from cfsp_framework.trainable import adapted, trainable_blocks
+from cfsp_plugins.recovery import unit_of_rank
 
 CUT_TOLERANCE = 1e-5
 """How far, of the largest logit, a cut model may be from a masked one."""
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
+ADAPTER_TOLERANCE = 1e-5
+"""How far, of the largest logit, a model may be from itself with its adapters merged, or written and opened again."""
 VOCABULARY = 320
 IDS = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
 
@@ -499,6 +504,53 @@ def reader(home: Path) -> Generator[Reader]:
         yield Reader(process.stdin, process.stdout)
 
 
+@dataclass(frozen=True)
+class AdapterCheck:
+    """What came of adapters on every matrix of the feed-forwards and the attention, a rank higher from block to block."""
+
+    trained: int
+    """Parameters that take gradients."""
+    planned: int
+    """Parameters of the ranks that were asked for."""
+    added: float
+    """How far from the model without adapters that with them is."""
+    merged: float
+    """How far from the model with adapters that is with them merged."""
+    reopened: float
+    """How far from it that is with the adapters written and opened again."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the adapters are those meant, and stay so."""
+        return self.trained == self.planned and max(self.merged, self.reopened) <= ADAPTER_TOLERANCE < self.added
+
+
+@torch.no_grad()
+def check_adapters(decoder: Decoder, plan: PruningPlan, place: Path) -> AdapterCheck:
+    """Put adapters on a model that was cut by the plan, all but its first block; write and merge them."""
+    blocks, plain, other = trainable_blocks(decoder, plan), logits_of(decoder), copy.deepcopy(decoder.model)
+    paths = dict.fromkeys(path for block in blocks for path in (*block.feed_forward, *block.attention))
+    ranks = tuple(BlockRecovery(block=block.block, rank=block.block, alpha=2 * block.block) for block in blocks)
+    learner = add_adapters(decoder, adapted(decoder, RecoveryPlan(targets=tuple(paths), blocks=ranks), blocks))
+    for name, parameter in learner.named_parameters():
+        if "lora_B" in name:  # which are 0 at first
+            parameter.normal_(0, 0.1)
+    found = logits_of(decoder)
+    save_adapter(learner, place)
+    open_adapted(other, place)
+    trained = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
+    merge(learner)
+    return AdapterCheck(
+        trained,
+        sum(
+            b.block * unit_of_rank(shape) for b in blocks for shape in (*b.feed_forward.values(), *b.attention.values())
+        ),
+        added=relative(found, plain),
+        merged=relative(logits_of(decoder), found),
+        reopened=relative(logits_of(replace(decoder, model=other)), found),
+    )
+
+
 @cache
 def _plugins() -> Plugins:
     return load_plugins()
@@ -563,6 +615,13 @@ class Examination:
         return found
 
     @cached_property
+    def adapters(self) -> AdapterCheck:
+        """What comes of adapters on the cut model."""
+        decoder, plan = self.open(), random_plan(self.dense)
+        apply_plan(decoder, plan, _unchanged)
+        return check_adapters(decoder, plan, self.place / "adapter")
+
+    @cached_property
     def expected(self) -> dict[str, Any]:
         """What the dense model computes once it is cut by the run's plan in memory."""
         decoder = self.open()
@@ -594,6 +653,7 @@ class Examination:
             _passes(lambda: agree(self.imported, self.expected)),
             code if code == "no" or self.remote["own_code"] else "needs none",
             _passes(lambda: not self.streaming_differences),
+            _passes(lambda: self.adapters.holds),
         ]
 
     @property
@@ -655,6 +715,7 @@ HEADINGS = (
     "reopens: import",
     "reopens: remote code",
     "streams",
+    "adapters",
 )
 REFUSALS = ("family", "what a run says")
 

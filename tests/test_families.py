@@ -127,6 +127,13 @@ def test_streaming_writes_the_same_checkpoint(examined: Examination) -> None:
     assert examined.streamed.report.streamed
 
 
+def test_adapters_lie_on_what_was_meant_and_merge_to_the_same(examined: Examination) -> None:
+    found = examined.adapters
+    assert found.trained == found.planned
+    assert found.added > 1e-2
+    assert max(found.merged, found.reopened) <= families.ADAPTER_TOLERANCE
+
+
 def test_reopens_where_this_package_is_imported(examined: Examination) -> None:
     assert examined.imported == examined.expected
 

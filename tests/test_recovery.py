@@ -33,8 +33,9 @@ from cfsp_framework.cli import cli
 from cfsp_framework.errors import CfspError, ConfigError, DataError, PluginError
 from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
 from cfsp_framework.progress import Progress
-from cfsp_framework.recovery import adapted, plan_recovery, read_pruned, trainable_blocks, trained_precision
+from cfsp_framework.recovery import plan_recovery, read_pruned
 from cfsp_framework.recovery_data import NOT_LEARNT, instructions, packed_windows, training_data
+from cfsp_framework.trainable import adapted, trainable_blocks, trained_precision
 from cfsp_framework.training import Course, divergence, train
 from cfsp_plugins.recovery import Full, IgLora, UniformLora, spread_ranks, unit_of_rank
 
@@ -149,10 +150,25 @@ def test_directions_are_nearly_opposite_and_spend_the_same() -> None:
     assert all(0 <= spent[2] - one < max(costs) for one in spent)
 
 
-def test_without_importance_the_removed_share_decides() -> None:
+def test_without_importance_the_kept_share_stands_for_it() -> None:
     plan, blocks = plan_of([64, 32, 16], [None] * 3), blocks_of(64, 32, 16)
-    removed = IgLora(direction="removed").schedule((), plan, blocks)
-    assert ranks_of(IgLora().schedule((), plan, blocks)) == ranks_of(removed)
+    kept = ranks_of(IgLora().schedule((), plan, blocks))
+    assert kept == ranks_of(IgLora().schedule((), plan_of([64, 32, 16], [4.0, 2.0, 1.0]), blocks))
+    assert kept == sorted(kept, reverse=True)
+    removed = ranks_of(IgLora(direction="removed").schedule((), plan, blocks))
+    assert removed == sorted(removed)
+
+
+def test_the_learning_rate_follows_the_hidden_size_where_none_is_given() -> None:
+    def rate(scheduler: UniformLora | Full, hidden: int) -> float:
+        found = scheduler.schedule((), plan_of([32], [1.0]), blocks_of(32, hidden=hidden))
+        assert found is not None
+        return found.learning_rate
+
+    assert rate(UniformLora(), 2000) == pytest.approx(5e-4)
+    assert rate(UniformLora(), 4096) == pytest.approx(2.86e-4, rel=1e-2)
+    assert rate(Full(), 256) == pytest.approx(rate(UniformLora(), 256) / 10)
+    assert rate(UniformLora(learning_rate=0.01), 256) == 0.01
 
 
 def test_the_schedulers_say_what_is_trained() -> None:
@@ -173,14 +189,16 @@ def test_budgets_that_cannot_be_met_are_refused() -> None:
     plan, blocks = plan_of([4, 4], [1.0, 1.0]), blocks_of(4, 4)
     with pytest.raises(ConfigError, match="rank 2 is too small a budget: min_rank 3"):
         IgLora(rank=2, min_rank=3).schedule((), plan, blocks)
-    with pytest.raises(ConfigError, match="rank 8 is too large a budget: the matrices, or max_rank, hold 4 on average"):
+    with pytest.raises(ConfigError, match="min_rank 3 is above max_rank 2"):
+        IgLora(rank=2, min_rank=3, max_rank=2).schedule((), plan, blocks)
+    with pytest.raises(ConfigError, match="rank 8 is too large a budget: what the matrices hold, or max_rank, is 4 on"):
         UniformLora(rank=8).schedule((), plan, blocks)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-EXPERTS = ("mixtral", "gpt_oss", "llama4_text")
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "llama4_text")
 OPTIONS: dict[str, Any] = {"samples": 4, "seqlen": 32, "round_to": 8, "device": "cpu"}
 
 
@@ -268,6 +286,9 @@ def test_a_pattern_that_matches_nothing_is_noticed(
     monkeypatch.setattr("cfsp_framework.adapters.adapter_config", wrong)
     with pytest.raises(CfspError, match=r"rank and alpha \(1, .*where \("):
         add_adapters(bench.decoder, task.matrices)
+    again, _ = opened(pruned("llama"))
+    with pytest.raises(ConfigError, match=r"peft does not adapt this llama model as meant .* choose --recovery full"):
+        plan_recovery_on_text(again, plan)
 
 
 def plan_recovery_on_text(bench: Bench, plan: PruningPlan) -> recovery_module.RecoveryTask:
@@ -329,7 +350,21 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 FORMS: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "the quick ", "completion": "brown fox"},
+    "response": {"prompt": "the quick ", "response": "brown fox"},
+    "question": {"question": "the quick ", "answer": "brown fox"},
     "alpaca": {"instruction": "say it", "input": "quick", "output": "brown fox"},
+    "dolly": {"instruction": "say it", "context": "quick", "response": "brown fox", "category": "x"},
+    "turns": {
+        "prompt": [{"role": "user", "content": "the quick"}],
+        "completion": [{"role": "assistant", "content": "brown fox"}],
+    },
+    "sharegpt": {
+        "conversations": [
+            {"from": "system", "value": "hello"},
+            {"from": "human", "value": "the quick"},
+            {"from": "gpt", "value": "brown fox"},
+        ]
+    },
     "messages": {
         "messages": [
             {"role": "user", "content": "hello"},
@@ -480,7 +515,7 @@ def test_prune_recovers_in_one_go(recovery: str, make_model: MakeModel, calibrat
     assert loaded(IDS).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "deepseek_v3"])
 def test_a_kept_adapter_loads_on_the_pruned_base_and_merges_to_the_same(
     family: str, pruned: Callable[[str], Path], calibration_text: Path, tmp_path: Path
 ) -> None:
@@ -505,6 +540,22 @@ def test_a_kept_adapter_loads_on_the_pruned_base_and_merges_to_the_same(
     assert refused.exit_code == 2
     assert "is for another checkpoint than" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_memory_can_be_saved_without_changing_what_is_learnt(
+    family: str, pruned: Callable[[str], Path], calibration_text: Path, tmp_path: Path
+) -> None:
+    data = "--recovery-data", calibration_text, "--recovery-steps", 3
+    found = []
+    for options, more in (("", ()), (",gradient_checkpointing=true", ("--batch-size", 1))):
+        recovery = "--recovery", f"ig-lora:{TINY}{options}"
+        result = run("recover", pruned(family), tmp_path / "out", *SMALL, *data, *recovery, *more, "--overwrite")
+        assert result.exit_code == 0, result.output
+        found.append(weights(tmp_path / "out"))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(tensor, weights(pruned(family))[name]) for name, tensor in found[0].items())
 
 
 def test_distillation_brings_the_model_nearer_to_its_teacher(
@@ -552,6 +603,22 @@ def test_instructions_can_be_trained_on(pruned: Callable[[str], Path], tmp_path:
     curve = json.loads((tmp_path / "out" / "report.json").read_text())["recovery"]["curve"]
     losses = [point["loss"] for point in curve if point["loss"] is not None]
     assert losses[-1] < losses[0]
+
+
+def test_a_tracker_is_told_the_loss(
+    pruned: Callable[[str], Path], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.chdir(tmp_path)
+    data = "--recovery", f"ig-lora:{TINY}", "--recovery-data", calibration_text, "--recovery-check-every", 5
+    result = run("recover", pruned("llama"), tmp_path / "out", *SMALL, *data, "--report-to", "tensorboard")
+    assert result.exit_code == 0, result.output
+    curve = json.loads((tmp_path / "out" / "report.json").read_text())["recovery"]["curve"]
+    found = events.EventAccumulator(str(tmp_path / "runs"))
+    found.Reload()
+    for name, tag in (("loss", "train/loss"), ("held_out", "eval/loss")):
+        told = {event.step: event.value for event in found.Scalars(tag)}
+        assert told == pytest.approx({point["step"]: point[name] for point in curve if point[name] is not None})
 
 
 def test_a_training_that_gains_nothing_stops_and_keeps_the_best(pruned: Callable[[str], Path], tmp_path: Path) -> None:
@@ -661,8 +728,10 @@ def test_two_processes_train_together(pruned: Callable[[str], Path], calibration
     (["--report-to", "nothing"], "--report-to nothing: no such tracker."),
     (["--recovery-data", "nowhere.txt"], "there is no such file or name"),
     (["--recovery-data", "instructions:nowhere.jsonl"], "there is no such file or folder"),
-    (["--recovery-data", "instructions:TEXT"], "holds no instructions: it has columns text; expected 'messages';"),
+    (["--recovery-data", "instructions:TEXT"], "holds no instructions: it has columns text; expected one of messages, "),
     (["--recovery-data", "instructions:ODD"], "row 0 is no instruction: it holds int where text is expected"),
+    (["--recovery-data", "instructions:SILENT"], "row 0 is no instruction: a turn has no 'content'"),
+    (["--recovery-data", "instructions:NONE"], "holds no rows"),
     (["--adapter", "EMPTY", "--keep-adapter"], "leave one of both out"),
     (["--adapter", "EMPTY"], "has no recovery_plan.json to tell which model it is for"),
 ])  # fmt: skip
@@ -672,6 +741,8 @@ def test_bad_input_is_refused_in_a_line(
     files = {
         "TEXT": str(write_rows(tmp_path / "text.jsonl", [{"text": "hello"}])),
         "ODD": str(write_rows(tmp_path / "odd.jsonl", [{"prompt": 1, "completion": "x"}])),
+        "SILENT": str(write_rows(tmp_path / "silent.jsonl", [{"messages": [{"role": "user"}]}])),
+        "NONE": str(write_rows(tmp_path / "none.jsonl", [])),
         "EMPTY": str(tmp_path / "empty"),
     }
     (tmp_path / "empty").mkdir()
@@ -696,13 +767,6 @@ def test_a_model_that_was_not_pruned_is_refused(make_model: MakeModel, tmp_path:
     result = run("recover", make_model("llama"), tmp_path / "out", *SMALL)
     assert result.exit_code == 2
     assert "has no pruning_plan.json: it was not written by `cfsp prune`." in result.stderr
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_mixtures_that_peft_renames_are_refused(family: str, pruned: Callable[[str], Path], tmp_path: Path) -> None:
-    result = run("recover", pruned(family), tmp_path / "out", *SMALL, "--recovery", "ig-lora:rank=2")
-    assert result.exit_code == 2
-    assert f"peft does not adapt this {family} model as meant" in result.stderr
 
 
 def test_streams_are_refused(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> None:

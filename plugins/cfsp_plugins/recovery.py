@@ -41,7 +41,12 @@ class NoRecovery(RecoveryScheduler):
 class Training(RecoveryScheduler):
     """How to train, whatever is trained."""
 
-    learning_rate: float = Field(default=3e-4, gt=0, description="the highest, of AdamW")
+    times_full: ClassVar[float] = 1.0
+    """The learning rate, over the one for all weights, where none is given."""
+
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="the highest, of AdamW; null: by the hidden size, docs/recovery.md"
+    )
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps in which it rises from 0")
     decay: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="how it falls to 0, if it does"
@@ -54,16 +59,22 @@ class Training(RecoveryScheduler):
     gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time")
 
     def plan_for(
-        self, blocks: Sequence[BlockRecovery], targets: Sequence[str] = (), *, full: bool = False
+        self,
+        trained: Sequence[BlockRecovery],
+        blocks: Sequence[TrainableBlock],
+        targets: Sequence[str] = (),
+        *,
+        full: bool = False,
     ) -> RecoveryPlan:
-        """The training of these blocks with this component's options."""
+        """The training of some of these blocks with this component's options."""
+        hidden = next(iter(blocks[0].feed_forward.values()))[-1]  # the up or gate projection's inputs
         teacher = Distillation(weight=self.distillation, temperature=self.temperature) if self.distillation else None
         return RecoveryPlan(
             full=full,
             targets=tuple(targets),
-            blocks=tuple(blocks),
+            blocks=tuple(trained),
             batch_tokens=self.batch_tokens,
-            learning_rate=self.learning_rate,
+            learning_rate=self.learning_rate or self.times_full * usual_learning_rate(hidden),
             warmup=self.warmup,
             decay=self.decay,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -76,12 +87,10 @@ class Full(Training):
 
     name: ClassVar[str] = "full"
 
-    learning_rate: float = Field(default=1e-4, gt=0, description="the highest, of AdamW")
-
     def schedule(
         self, summaries: Sequence[BlockSummary], plan: PruningPlan, blocks: Sequence[TrainableBlock]
     ) -> RecoveryPlan | None:
-        return self.plan_for([BlockRecovery(block=block.block, rank=1) for block in blocks], full=True)
+        return self.plan_for([BlockRecovery(block=block.block, rank=1) for block in blocks], blocks, full=True)
 
 
 class LowRank(Training):
@@ -89,6 +98,8 @@ class LowRank(Training):
 
     All schedulers of this kind train the same number of parameters: those of rank ``rank`` in every block.
     """
+
+    times_full: ClassVar[float] = 10.0
 
     rank: int = Field(default=8, ge=1, description="the rank in every block that would train as many parameters")
     scale: float = Field(default=2.0, gt=0, description="alpha over rank, in every block")
@@ -114,7 +125,8 @@ class LowRank(Training):
             BlockRecovery(block=block.block, rank=rank, alpha=self.scale * rank)
             for block, rank in zip(blocks, ranks, strict=True)
         ]
-        return self.plan_for(trained, list(dict.fromkeys(path for block in blocks for path in self._matrices(block))))
+        targets = dict.fromkeys(path for block in blocks for path in self._matrices(block))
+        return self.plan_for(trained, blocks, list(targets))
 
     def _matrices(self, block: TrainableBlock) -> dict[str, tuple[int, ...]]:
         return {**block.feed_forward, **(block.attention if self.attention else {})}
@@ -133,7 +145,7 @@ class IgLora(LowRank):
     """Importance-guided adapters: ranks in proportion to what the blocks are worth, or to what was removed of them.
 
     CFSP's paper (arXiv 2409.13199) lets the coarse importance allocate the effort of recovery and publishes neither a
-    formula nor code, so this is a reading of it. `importance` is the allocator's, or the removed share where it has
+    formula nor code, so this is a reading of it. `importance` is the allocator's, or the kept share where it has
     none; both directions are there because blocks worth more lose less, so that they are nearly opposite.
     """
 
@@ -147,14 +159,24 @@ class IgLora(LowRank):
 
     def weights(self, plan: PruningPlan, blocks: Sequence[TrainableBlock]) -> list[float]:
         entries = [[entry for entry in plan.blocks if entry.block == block.block] for block in blocks]
-        removed = [1 - sum(len(e.kept) for e in mine) / sum(e.width for e in mine) for mine in entries]
-        importance = [[e.importance for e in mine if e.importance is not None] for mine in entries]
-        if self.direction == "importance" and all(importance):
-            return [max(0.0, fmean(values)) for values in importance]
-        return removed
+        kept = [sum(len(entry.kept) for entry in mine) / sum(entry.width for entry in mine) for mine in entries]
+        if self.direction == "removed":
+            return [1 - share for share in kept]
+        importance = [[entry.importance for entry in mine if entry.importance is not None] for mine in entries]
+        return [max(0.0, fmean(values)) for values in importance] if all(importance) else kept
 
     def bounds(self) -> tuple[int, int | None]:
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise ConfigError(f"min_rank {self.min_rank} is above max_rank {self.max_rank}.")
         return self.min_rank, self.max_rank
+
+
+def usual_learning_rate(hidden: int) -> float:
+    """What trains all weights of a Llama of hidden size ``hidden`` well; low-rank adapters take ten times as much.
+
+    The fit of Schulman and others, "LoRA Without Regret" (Thinking Machines, 2025), as Tinker's documentation gives it.
+    """
+    return float(5e-5 * (2000 / hidden) ** 0.781)
 
 
 def unit_of_rank(shape: tuple[int, ...]) -> int:
@@ -177,11 +199,14 @@ def spread_ranks(
     """
     budget = rank * sum(costs)
     if rank < least:
-        raise ConfigError(f"rank {rank} is too small a budget: min_rank {least} in every block costs more.")
+        raise ConfigError(
+            f"rank {rank} is too small a budget: min_rank {least} in every block costs more; lower it, or raise rank."
+        )
     room = sum(cost * cap for cost, cap in zip(costs, caps, strict=True))
     if budget > room:
         raise ConfigError(
-            f"rank {rank} is too large a budget: the matrices, or max_rank, hold {room / sum(costs):.4g} on average."
+            f"rank {rank} is too large a budget: what the matrices hold, or max_rank, is {room / sum(costs):.4g} on average; "
+            "lower it."
         )
     exact = _water_level(weights, costs, caps, least, budget)
     ranks = [math.floor(value + _EXACT) for value in exact]

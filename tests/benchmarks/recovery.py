@@ -3,13 +3,14 @@
     python tests/benchmarks/recovery.py run results.jsonl --model demo --ratio 0.5 --seed 0 --seed 1      # resumable
     python tests/benchmarks/recovery.py table results.jsonl                                               # Markdown
 
-A model is pruned once for each ratio and seed, and every scheduler starts from that checkpoint. The seed draws the
-calibration windows, the adapters and the order of the training data.
+A model is pruned once for each preset, ratio and seed, and every scheduler starts from that checkpoint. The seed draws
+the calibration windows, the adapters and the order of the training data.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -19,27 +20,29 @@ from pathlib import Path
 from typing import Any
 
 from cfsp_framework import RunConfig, pipeline
+from cfsp_framework.config import layered
 
 SCHEDULERS = ("uniform-lora", "ig-lora:direction=importance", "ig-lora:direction=removed")
+WORTH_A_SHARE = 0.02
+"""Nats per token that pruning has to add for the share that is left to mean something."""
 Cell = dict[str, Any]
 
 
 def run(options: argparse.Namespace, results: Path) -> None:
     """Every cell that ``results`` does not hold yet, a line of JSON each."""
     done = {key(cell) for cell in read(results)}
-    for seed in options.seed:
-        for ratio in options.ratio:
-            wanted = [
-                one for one in options.scheduler if (options.model, ratio, one, settings(options), seed) not in done
-            ]
-            if wanted:
-                for cell in run_pruned(options, ratio, seed, wanted):
-                    print(json.dumps(cell), flush=True)
-                    with results.open("a") as file:
-                        file.write(json.dumps(cell) + "\n")
+    for seed, ratio, preset in itertools.product(options.seed, options.ratio, options.preset):
+        where = options.model, preset, ratio, seed
+        wanted = [one for one in options.scheduler if (*where, one, settings(options)) not in done]
+        for cell in run_pruned(options, preset, ratio, seed, wanted) if wanted else ():
+            print(json.dumps(cell), flush=True)
+            with results.open("a") as file:
+                file.write(json.dumps(cell) + "\n")
 
 
-def run_pruned(options: argparse.Namespace, ratio: float, seed: int, schedulers: Sequence[str]) -> Iterator[Cell]:
+def run_pruned(
+    options: argparse.Namespace, preset: str, ratio: float, seed: int, schedulers: Sequence[str]
+) -> Iterator[Cell]:
     """The cells of one pruned checkpoint."""
     common = {
         "seed": seed,
@@ -50,14 +53,14 @@ def run_pruned(options: argparse.Namespace, ratio: float, seed: int, schedulers:
     }
     with tempfile.TemporaryDirectory() as scratch:
         pruned = Path(scratch, "pruned")
-        config = RunConfig.build(
-            model=options.model,
-            ratio=ratio,
-            round_to=options.round_to,
-            samples=options.samples,
-            calibration=options.calibration,
-            **common,
-        )
+        given = {
+            "model": options.model,
+            "ratio": ratio,
+            "round_to": options.round_to,
+            "samples": options.samples,
+            "calibration": options.calibration,
+        }
+        config = layered(preset, None, common | given)
         pipeline.prune(config, pruned)
         for scheduler in schedulers:
             chosen = with_options(scheduler, options.options)
@@ -71,7 +74,13 @@ def run_pruned(options: argparse.Namespace, ratio: float, seed: int, schedulers:
             start = time.perf_counter()
             told = pipeline.recover(config, Path(scratch, "recovered"), overwrite=True).report
             assert told.recovery is not None
-            cell: Cell = {"model": options.model, "ratio": ratio, "scheduler": scheduler, "seed": seed}
+            cell: Cell = {
+                "model": options.model,
+                "preset": preset,
+                "ratio": ratio,
+                "scheduler": scheduler,
+                "seed": seed,
+            }
             cell |= {"settings": settings(options), "seconds": round(time.perf_counter() - start, 1)}
             cell |= told.recovery.model_dump(include={"parameters", "ranks", "steps", "tokens"})
             for found in told.evaluations:
@@ -95,29 +104,44 @@ def table(cells: list[Cell]) -> str:
     for model, how in dict.fromkeys((cell["model"], cell["settings"]) for cell in cells):
         mine = [cell for cell in cells if (cell["model"], cell["settings"]) == (model, how)]
         labels = [name.removeprefix("left:") for name in mine[0] if name.startswith("left:")]
-        lines += [f"**{model}** ({how})", ""]
-        lines.append("| ratio | scheduler | trained parameters | " + " | ".join(columns(labels)) + " | seconds |")
-        lines.append("|---:|---|---:|" + "---:|" * (2 * len(labels) + 1))
-        for ratio, scheduler in sorted({(cell["ratio"], cell["scheduler"]) for cell in mine}):
-            own = [cell for cell in mine if (cell["ratio"], cell["scheduler"]) == (ratio, scheduler)]
-            values = [f"{kind}:{label}" for label in labels for kind in ("excess", "left")]
-            shown = " | ".join(describe([cell[name] for cell in own]) for name in values)
-            parameters = f"{statistics.fmean(cell['parameters'] for cell in own):,.0f}"
-            seconds = f"{statistics.median(cell['seconds'] for cell in own):.0f}"
-            lines.append(f"| {ratio:.0%} | `{scheduler}` | {parameters} | {shown} | {seconds} |")
+        lines += [f"**{Path(model).name}** ({how})", ""]
+        head = "| removed | pruned by | scheduler | seeds | trained parameters | "
+        lines.append(head + " | ".join(columns(labels)) + " |")
+        lines.append("|---:|---|---|---:|---:|" + "---:|" * (3 * len(labels)))
+        lines += [row(own, labels) for own in alike(mine)]
         lines.append("")
     return "\n".join(lines)
 
 
+def alike(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
+    """The cells that differ in nothing but the seed."""
+    kinds = [(cell["ratio"], preset_of(cell), cell["scheduler"]) for cell in cells]
+    for kind in sorted(dict.fromkeys(kinds), key=lambda kind: kind[0]):
+        yield [cell for cell, own in zip(cells, kinds, strict=True) if own == kind]
+
+
+def row(cells: Sequence[Cell], labels: Sequence[str]) -> str:
+    """One line of the table; a share of what pruning hardly added is not told."""
+    first = cells[0]
+    shown = []
+    for label in labels:
+        added, left = [cell[f"excess:{label}"] for cell in cells], [cell[f"left:{label}"] for cell in cells]
+        shares = [after / before for before, after in zip(added, left, strict=True) if before > WORTH_A_SHARE]
+        shown += [describe(added), describe(left), describe(shares, 2) if len(shares) == len(added) else ""]
+    parameters = f"{statistics.fmean(cell['parameters'] for cell in cells):,.0f}"
+    where = f"{first['ratio']:.0%}", f"`{preset_of(first)}`", f"`{first['scheduler']}`", str(len(cells)), parameters
+    return f"| {' | '.join([*where, *shown])} |"
+
+
 def columns(labels: Iterable[str]) -> list[str]:
-    """Two for each evaluation text."""
-    return [f"{label}, {kind}" for label in labels for kind in ("pruned", "recovered")]
+    """Three for each evaluation text."""
+    return [f"{label}, {kind}" for label in labels for kind in ("pruned", "recovered", "share left")]
 
 
-def describe(values: Sequence[float]) -> str:
+def describe(values: Sequence[float], digits: int = 4) -> str:
     """Mean, and half the spread over seeds."""
-    spread = f" ±{(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{spread}"
+    spread = f" ±{(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def settings(options: argparse.Namespace) -> str:
@@ -127,7 +151,12 @@ def settings(options: argparse.Namespace) -> str:
 
 def key(cell: Cell) -> tuple[Any, ...]:
     """What makes a cell that cell."""
-    return cell["model"], cell["ratio"], cell["scheduler"], cell["settings"], cell["seed"]
+    return cell["model"], preset_of(cell), cell["ratio"], cell["seed"], cell["scheduler"], cell["settings"]
+
+
+def preset_of(cell: Cell) -> str:
+    """What the model was pruned with; the first results do not say."""
+    return str(cell.get("preset", "cfsp"))
 
 
 def read(results: Path) -> list[Cell]:
@@ -142,6 +171,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--ratio", type=float, action="append")
     parser.add_argument("--seed", type=int, action="append")
+    parser.add_argument("--preset", action="append", help="may be given again; default: cfsp")
     parser.add_argument("--scheduler", action="append", help="may be given again; default: the three of this project")
     parser.add_argument("--options", default="", help="options of every scheduler: rank=8,learning_rate=0.001")
     parser.add_argument("--steps", type=int, default=200)
@@ -156,6 +186,7 @@ def main() -> None:
     options = parser.parse_args()
     options.ratio = options.ratio or [0.5]
     options.seed = options.seed or [0]
+    options.preset = options.preset or ["cfsp"]
     options.scheduler = options.scheduler or list(SCHEDULERS)
     options.evaluate = options.evaluate or ["demo"]
     if options.action == "run":

@@ -1,0 +1,102 @@
+"""What a model has to train: the matrices of its blocks, the parameters behind them, and their precision meanwhile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .api import BlockRecovery, RecoveryPlan, TrainableBlock
+from .architectures import Decoder
+from .banks import Bank, Projection, SingleBank, matrix
+from .planning import PruningPlan
+
+
+def trainable_blocks(decoder: Decoder, plan: PruningPlan) -> tuple[TrainableBlock, ...]:
+    """What each block holds once it is cut by the plan; the model may be cut already."""
+    kept = {(entry.block, entry.path): len(entry.kept) for entry in plan.blocks}
+    found: list[TrainableBlock] = []
+    for index, block in enumerate(decoder.blocks):
+        feed_forward: dict[str, tuple[int, ...]] = {}
+        for bank in decoder.banks(index):
+            feed_forward |= _matrices(bank, kept[index, bank.paths[0]])
+        found.append(TrainableBlock(index, feed_forward, _attention(block, feed_forward)))
+    return tuple(found)
+
+
+def _matrices(bank: Bank, width: int) -> dict[str, tuple[int, ...]]:
+    """The matrices of a bank whose feed-forwards have ``width`` channels, by path inside the block."""
+    layout, experts = bank.layout, (len(bank.paths),) if bank.experts else ()
+    down = bank.weights(0)["down"]
+    assert down is not None
+    hidden = down.shape[0]
+    up = (*experts, width * (1 + layout.fused), hidden)
+    shapes = {layout.gate: up, layout.up: up, layout.down: (*experts, hidden, width)}
+    return {f"{layout.path}.{name}".removeprefix("."): shape for name, shape in shapes.items() if name is not None}
+
+
+def _attention(block: nn.Module, others: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """The projections ``(out, in)`` of a block's attention, known by its name."""
+    return {
+        path: tuple(matrix(module).shape)
+        for path, module in block.named_modules()
+        if isinstance(module, Projection) and path not in others and re.search(r"attn|attention", path)
+    }
+
+
+def adapted(decoder: Decoder, wanted: RecoveryPlan, blocks: Sequence[TrainableBlock]) -> dict[str, BlockRecovery]:
+    """The full names of the matrices that get adapters, with what their block's plan says."""
+    found: dict[str, BlockRecovery] = {}
+    for one in wanted.blocks:
+        block = blocks[one.block]
+        there = {*block.feed_forward, *block.attention}
+        for path in wanted.targets or block.feed_forward:
+            if one.rank and path in there:
+                found[f"{decoder.architecture.blocks}.{one.block}.{path}"] = one
+    return found
+
+
+def feed_forward_parameters(decoder: Decoder, plan: RecoveryPlan) -> list[nn.Parameter]:
+    """The parameters of the feed-forwards in the blocks that are trained."""
+    found: dict[int, nn.Parameter] = {}
+    for one in plan.blocks:
+        for bank in decoder.banks(one.block) if one.rank else ():
+            for parameter in _parameters(bank):
+                found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def _parameters(bank: Bank) -> Generator[nn.Parameter]:
+    if isinstance(bank, SingleBank):
+        for projection in bank.projections.values():
+            yield from projection.parameters()
+        return
+    names = {bank.layout.up, bank.layout.down, bank.layout.gate}
+    for name, parameter in bank.module.named_parameters(recurse=False):
+        if name.removesuffix("_bias") in names:
+            yield parameter
+
+
+@contextmanager
+def trained_precision(decoder: Decoder, plan: RecoveryPlan) -> Generator[bool]:
+    """While open, what is trained is float32, and all else too unless the device computes in bfloat16: yields that.
+
+    Afterwards every parameter and buffer has its own dtype again. What was not trained comes back to the last bit.
+    """
+    model = decoder.model
+    autocast = decoder.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    own = {id(tensor): tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+    wide = feed_forward_parameters(decoder, plan) if plan.full else []
+    for tensor in wide if autocast else (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    try:
+        yield autocast
+    finally:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dtype = own.get(id(tensor), tensor.dtype)
+            if tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
