@@ -6,11 +6,12 @@ The data come from the Hub, or from local files: one folder a task, one file a s
 from __future__ import annotations
 
 import copy
+import difflib
 import io
 import logging
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -23,8 +24,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
+from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import CfspError, ConfigError, DataError
-from cfsp_framework.plugins import did_you_mean
+from cfsp_framework.models import LoadedModel, load_model
+from cfsp_framework.progress import Progress
+from cfsp_framework.ranks import join_ranks
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """What papers on pruning report zero-shot, CFSP's among them."""
@@ -135,6 +139,47 @@ def run_tasks(
         return _run(model, copy.deepcopy(tokenizer), _load(specs, task_data), notes, limit, fewshot, size, seed)
 
 
+def score(
+    config: RunConfig,
+    tasks: Sequence[str],
+    *,
+    task_data: Path | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[LoadedModel, TaskResults]:
+    """Open ``config.model`` and score it; what is wrong with the tasks shows before the model is read.
+
+    Raises:
+        ConfigError: as of ``run_tasks``, or the model is to be streamed or shared out.
+        DataError: as of ``run_tasks``.
+        ModelError: the model cannot be opened.
+    """
+    progress = progress or Progress()
+    if config.stream:
+        raise ConfigError("--stream: the tasks run the whole model; leave one of both out.")
+    ranks = join_ranks(config.device)
+    if ranks.world > 1:
+        raise ConfigError("--tasks: the harness's requests are not shared out; run one process.")
+    with _harness_kept_quiet(bars=False):
+        check_names(tasks, local=task_data is not None)
+    with progress.phase("load"):
+        loaded = load_model(config, ranks)
+    with progress.phase("tasks"):
+        found = run_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            tasks,
+            task_data=task_data,
+            limit=limit,
+            fewshot=fewshot,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            bars=progress.visible,
+        )
+    return loaded, found
+
+
 def check_names(names: Sequence[str], *, local: bool = False) -> None:
     """Refuse what the harness has no task, group or tag of that name for; on local data only tasks will do.
 
@@ -144,7 +189,9 @@ def check_names(names: Sequence[str], *, local: bool = False) -> None:
     manager = _manager()
     for name in names:
         if name not in manager.all_tasks:
-            raise ConfigError(f"--tasks: lm-eval has no {name!r}.{did_you_mean(name, manager.all_tasks)}")
+            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else " `lm-eval ls tasks` lists all."
+            raise ConfigError(f"--tasks: lm-eval has no {name!r}.{hint}")
         if local and name not in manager.all_subtasks:
             raise ConfigError(f"--tasks: {name!r} is a group; with --task-data name its tasks one by one.")
 
@@ -373,6 +420,7 @@ def _harness_kept_quiet(bars: bool) -> Generator[None]:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
+        stack.enter_context(redirect_stdout(io.StringIO()))
         if not bars:
             stack.enter_context(redirect_stderr(io.StringIO()))
         try:
