@@ -20,7 +20,8 @@ COMMANDS = {
     "prune": "Prune a model into a checkpoint folder.",
     "plan": "Decide what to prune and write the plan, without cutting.",
     "recover": "Train a pruned model, and write the result.",
-    "evaluate": "Report a model's perplexity.",
+    "evaluate": "Report a model's perplexity and its scores on tasks.",
+    "benchmark": "Time models side by side, and say how much of the ideal is reached.",
     "plugins": "List and explain the components plugins offer.",
     "demo": "Prune the embedded model and show what happens.",
 }

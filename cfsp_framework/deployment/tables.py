@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .tasks import Metric, TaskResult, TaskResults
+from cfsp_framework.files import human_bytes
+
+if TYPE_CHECKING:
+    from .benchmark import Benchmark, ModelSize, Speed
+    from .tasks import Metric, TaskResult, TaskResults
 
 
 def show_tasks(model: str, found: TaskResults) -> None:
@@ -53,3 +60,83 @@ def _others(one: TaskResult) -> str:
 def _name(model: str) -> str:
     """A model's folder by its name alone; a Hub id as it is."""
     return Path(model).name if Path(model).is_dir() else model
+
+
+def show_benchmark(found: Benchmark, plot: Path | None = None) -> None:
+    """What the models are, and a row for each phase, setting and model."""
+    console = Console(highlight=False, markup=False)
+    console.print(_model_table(found))
+    for name in dict.fromkeys(one.phase for one in found.speeds):
+        console.print(_speed_table(name, [one for one in found.speeds if one.phase == name], len(found.models) > 1))
+    console.print(
+        f"{found.device}, {found.threads} thread{'s'[: found.threads > 1]}, {found.dtype}: {found.flops_per_second / 1e9:,.0f} GFLOP/s and "
+        f"{found.bytes_per_second / 1e9:,.1f} GB/s in products just now."
+    )
+    if len(found.models) > 1:
+        console.print(
+            "speed-up: median over rounds in which the models run in turn. ideal: if only products (FLOPs) or reading "
+            "the weights (bytes) took time; the bound one is named. reached: the share of it that was measured."
+        )
+    weights = ", random weights" if found.random_weights else ""
+    memory = "" if found.memory == "not measured" else f" peak: weights and what a run adds, {found.memory}."
+    console.print(f"{found.workload.repeats} rounds, {found.workload.cache} cache{weights}.{memory}")
+    if plot:
+        console.print(f"Drawn into {plot}.", soft_wrap=True)
+
+
+def _model_table(found: Benchmark) -> Table:
+    table = Table(title="Models", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold", min_width=8)
+    for heading in ("parameters", "weights", "MFLOPs/token", "widths", "peak"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in found.models:
+        table.add_row(
+            one.name,
+            f"{one.parameters:,}",
+            human_bytes(one.bytes),
+            f"{one.flops_per_token / 1e6:,.1f}",
+            _widths(one),
+            "" if one.peak_bytes is None else human_bytes(one.peak_bytes),
+        )
+    return table
+
+
+def _widths(one: ModelSize) -> str:
+    if one.widths == 1:
+        return str(one.least_width)
+    return f"{one.least_width} to {one.most_width}"
+
+
+def _speed_table(phase: str, speeds: Sequence[Speed], compared: bool) -> Table:
+    unit = "a prompt" if phase == "prefill" else "a token"
+    table = Table(
+        title=f"{phase.capitalize()}, milliseconds for {unit}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("batch", no_wrap=True)
+    table.add_column("model", overflow="fold", min_width=8)
+    for heading in ("ms", "quartiles", "tokens/s", *(("speed-up", "ideal", "reached") if compared else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
+    before = None
+    for one in speeds:
+        setting = f"{one.batch_size} x {one.length}"
+        seconds = one.seconds
+        row = [
+            setting if setting != before else "",
+            one.model,
+            _milliseconds(seconds.median),
+            f"{_milliseconds(seconds.low)}-{_milliseconds(seconds.high)}",
+            f"{one.tokens_per_second:,.0f}" if one.tokens_per_second >= 100 else f"{one.tokens_per_second:.1f}",
+        ]
+        if one.speed_up and one.ideal and one.reached is not None:
+            row += [f"{one.speed_up.median:.2f}", f"{one.ideal.expected:.2f} {one.ideal.bound}", f"{one.reached:.0%}"]
+        table.add_row(*row)
+        before = setting
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1000 * seconds
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
