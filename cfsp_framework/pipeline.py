@@ -98,7 +98,7 @@ def prune(
         after = evaluate(bench, written)
         told = tell(bench, plan, made.updates, (dense, after), before, notes, difference, training)
         if ranks.first:
-            write_report(told, folder)
+            write_report(told, folder, bench.loaded.folder)
             if keep_statistics:
                 metadata = {"model": bench.loaded.fingerprint, **plan.components}
                 report.save_statistics(folder / checkpoint.STATISTICS_FILE, measurements, metadata)
@@ -145,7 +145,7 @@ def recover(
         written, difference = reopen(bench, training.outcome.expected, folder, adapter=config.keep_adapter)
         told = tell_recovered(bench, plan, earlier, evaluate(bench, written), difference, training)
         if ranks.first:
-            write_report(told, folder)
+            write_report(told, folder, bench.loaded.folder)
         ranks.wait()
     result = RunResult(config, plan, told, out)
     if ranks.first:
