@@ -246,17 +246,20 @@ def _episode(model: PreTrainedModel, ids: Tensor, workload: Workload) -> tuple[f
     cache = _cache(model, ids.shape[1] + workload.decode_tokens, workload.cache)
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"cache" if "cache" in accepted else "past_key_values": cache, "use_cache": True}
-    if "logits_to_keep" in accepted:  # the head for the last token alone, as ``generate`` does
-        options["logits_to_keep"] = 1
+    keep = "logits_to_keep" in accepted  # the head for the last token alone, as ``generate`` does
+    # By index, which copies that token's hidden state: of a slice, PyTorch on a CPU multiplies a copy of the whole head.
+    prompt, single = (
+        {"logits_to_keep": torch.tensor([n - 1], device=ids.device)} if keep else {} for n in (ids.shape[1], 1)
+    )
     device = model.device
     synchronise(device)
     start = time.perf_counter()
-    model(ids, **options)
+    model(ids, **options, **prompt)
     synchronise(device)
     middle = time.perf_counter()
     last = ids[:, -1:]  # (B, 1): which token it is takes no time
     for _ in range(workload.decode_tokens):
-        model(last, **options)
+        model(last, **options, **single)
     synchronise(device)
     return middle - start, time.perf_counter() - middle
 

@@ -14,6 +14,7 @@ from cfsp_framework.files import human_bytes
 
 if TYPE_CHECKING:
     from .benchmark import Benchmark, ModelSize, Speed
+    from .publishing import Upload
     from .tasks import Metric, TaskResult, TaskResults
 
 
@@ -140,3 +141,33 @@ def _speed_table(phase: str, speeds: Sequence[Speed], compared: bool) -> Table:
 def _milliseconds(seconds: float) -> str:
     value = 1000 * seconds
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def show_upload(upload: Upload) -> None:
+    """The files, what was checked, and what the card tells the Hub."""
+    console = Console(highlight=False, markup=False)
+    table = Table(title=f"To {upload.repository}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("file", overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for file in upload.files:
+        table.add_row(file.name, f"{file.bytes:,}")
+    table.add_section()
+    table.add_row(f"{len(upload.files)} files", f"{upload.bytes:,}")
+    console.print(table)
+    if upload.left_out:
+        console.print(f"Left out: {', '.join(upload.left_out)}.", soft_wrap=True)
+    for check in upload.checks:
+        console.print(f"{check.outcome:6}  {check.what}: {check.detail}", soft_wrap=True)
+    told = [f"{key} {_value(upload.card[key])}" for key in _CARD_KEYS if upload.card.get(key)]
+    console.print(f"card: {'; '.join(told)}", soft_wrap=True)
+    if upload.url:
+        console.print(f"Uploaded: {upload.url}", soft_wrap=True)
+    else:
+        console.print(f"Nothing was uploaded. Commit message: {upload.message}", soft_wrap=True)
+
+
+_CARD_KEYS = ("base_model", "base_model_relation", "license", "license_name", "language", "datasets", "tags")
+
+
+def _value(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
