@@ -76,6 +76,13 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     show_default=True,
     help="Rounds: in each one every model runs in turn.",
 )
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "processor"]),
+    default="wall",
+    show_default=True,
+    help="Seconds that pass, or those a CPU works: on a machine with other work to do.",
+)
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Of a CPU. [default: PyTorch's own choice]")
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the speeds into this .svg, .png or .pdf file."
@@ -97,6 +104,7 @@ def benchmark(
     decode_tokens: int,
     cache: Any,
     repeats: int,
+    clock: Any,
     threads: int | None,
     plot: Path | None,
     quiet: bool,
@@ -128,6 +136,7 @@ def benchmark(
             decode_tokens=decode_tokens,
             repeats=repeats,
             cache=cache,
+            clock=clock,
             seed=options["seed"] or 0,
         ),
         random_weights=random_weights,

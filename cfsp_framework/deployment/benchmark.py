@@ -57,6 +57,8 @@ class Workload(_Frozen):
     """Rounds that are measured, after one that warms up."""
     cache: Literal["dynamic", "static"] = "dynamic"
     """Whether the cache grows with each token, as ``generate`` has it, or has its full length from the start."""
+    clock: Literal["wall", "processor"] = "wall"
+    """Processor seconds, of all threads, are what other programs on a CPU disturb less."""
     seed: int = 0
 
     @property
@@ -209,6 +211,8 @@ def check_workload(contestants: Sequence[Contestant], workload: Workload) -> Non
                 f"{one.name} is in {str(one.model.dtype).removeprefix('torch.')}, {contestants[0].name} in "
                 f"{str(contestants[0].model.dtype).removeprefix('torch.')}; give --dtype."
             )
+    if workload.clock == "processor" and contestants[0].model.device.type != "cpu":
+        raise ConfigError("--clock processor is for CPUs; a GPU's work is none of the processor's.")
 
 
 Rounds = dict[int, list[tuple[float, float]]]
@@ -252,16 +256,17 @@ def _episode(model: PreTrainedModel, ids: Tensor, workload: Workload) -> tuple[f
         {"logits_to_keep": torch.tensor([n - 1], device=ids.device)} if keep else {} for n in (ids.shape[1], 1)
     )
     device = model.device
+    now = time.perf_counter if workload.clock == "wall" else time.process_time
     synchronise(device)
-    start = time.perf_counter()
+    start = now()
     model(ids, **options, **prompt)
     synchronise(device)
-    middle = time.perf_counter()
+    middle = now()
     last = ids[:, -1:]  # (B, 1): which token it is takes no time
     for _ in range(workload.decode_tokens):
         model(last, **options, **single)
     synchronise(device)
-    return middle - start, time.perf_counter() - middle
+    return middle - start, now() - middle
 
 
 def _cache(model: PreTrainedModel, length: int, kind: str) -> Any:

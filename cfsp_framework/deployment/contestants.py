@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cfsp_framework import surgery
@@ -28,6 +29,7 @@ from cfsp_framework.planning import ModelIdentity, PruningPlan, plan_blocks
 from cfsp_framework.plugins import Plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.selection import select
+from cfsp_framework.skeletons import without_weights
 
 _WINDOWS, _TOKENS = 4, 64
 
@@ -75,17 +77,37 @@ def open_contestant(
 
 
 def random_model(config: RunConfig, device: torch.device) -> PreTrainedModel:
-    """A model of ``config.model``'s shape, its weights drawn as its family draws them before training.
+    """A model of ``config.model``'s shape with random matrices, which are small, as before training.
 
     The configuration is enough: of a Hub id only that is fetched, and ``config.model`` may be the file itself.
     """
     sketch, stored = sketch_model(config)
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
-    torch.manual_seed(config.seed)
-    with device:
-        drawn: Any = type(sketch)._from_config(sketch.config, dtype=dtype)
-    model: PreTrainedModel = drawn.eval().requires_grad_(False)
+    family: Any = type(sketch)
+    with without_weights():
+        model: PreTrainedModel = family._from_config(sketch.config, dtype=dtype)
+    draw = torch.Generator().manual_seed(config.seed)
+    # One draw over and over: a million values are as slow to multiply with as a billion, and drawn in no time.
+    values = (0.02 * torch.randn(1 << 20, generator=draw)).to(device, dtype)
+    made: dict[int, nn.Parameter] = {}  # tied parameters stay one
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(_filled(parameter, name, values), requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+    opened: Any = model.to(device)  # type: ignore[arg-type]
+    model = opened.eval()
     return model
+
+
+def _filled(parameter: Tensor, name: str, values: Tensor) -> Tensor:
+    """Matrices of ``values``, scales of norms of ones, biases of zeros; on the device and in the dtype of ``values``."""
+    if parameter.ndim < 2:
+        return torch.full_like(parameter, float("bias" not in name), device=values.device, dtype=values.dtype)
+    filled = torch.empty(parameter.shape, device=values.device, dtype=values.dtype)
+    for part in filled.view(-1).split(len(values)):
+        part.copy_(values[: len(part)])
+    return filled
 
 
 def cut_in_memory(dense: Contestant, cuts: Cuts, config: RunConfig, plugins: Plugins) -> Iterator[Contestant]:

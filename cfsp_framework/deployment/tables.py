@@ -73,6 +73,8 @@ def show_benchmark(found: Benchmark, plot: Path | None = None) -> None:
         f"{found.device}, {found.threads} thread{'s'[: found.threads > 1]}, {found.dtype}: {found.flops_per_second / 1e9:,.0f} GFLOP/s and "
         f"{found.bytes_per_second / 1e9:,.1f} GB/s in products just now."
     )
+    clock = "" if found.workload.clock == "wall" else " Processor seconds, not those on the wall."
+    console.print(f"±: half of what lies between the quartiles of the rounds.{clock}")
     if len(found.models) > 1:
         console.print(
             "speed-up: median over rounds in which the models run in turn. ideal: if only products (FLOPs) or reading "
@@ -109,7 +111,7 @@ def _widths(one: ModelSize) -> str:
 
 
 def _speed_table(phase: str, speeds: Sequence[Speed], compared: bool) -> Table:
-    unit = "a prompt" if phase == "prefill" else "a token"
+    unit = "a prompt" if phase == "prefill" else "a token of each sequence"
     table = Table(
         title=f"{phase.capitalize()}, milliseconds for {unit}",
         title_justify="left",
@@ -118,7 +120,7 @@ def _speed_table(phase: str, speeds: Sequence[Speed], compared: bool) -> Table:
     )
     table.add_column("batch", no_wrap=True)
     table.add_column("model", overflow="fold", min_width=8)
-    for heading in ("ms", "quartiles", "tokens/s", *(("speed-up", "ideal", "reached") if compared else ())):
+    for heading in ("ms", "±", "tokens/s", *(("speed-up", "ideal", "reached") if compared else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for one in speeds:
@@ -128,7 +130,7 @@ def _speed_table(phase: str, speeds: Sequence[Speed], compared: bool) -> Table:
             setting if setting != before else "",
             one.model,
             _milliseconds(seconds.median),
-            f"{_milliseconds(seconds.low)}-{_milliseconds(seconds.high)}",
+            f"{(seconds.high - seconds.low) / 2 / seconds.median:.0%}",
             f"{one.tokens_per_second:,.0f}" if one.tokens_per_second >= 100 else f"{one.tokens_per_second:.1f}",
         ]
         if one.speed_up and one.ideal and one.reached is not None:
