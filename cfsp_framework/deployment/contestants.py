@@ -86,6 +86,7 @@ def random_model(config: RunConfig, device: torch.device) -> PreTrainedModel:
     family: Any = type(sketch)
     with without_weights():
         model: PreTrainedModel = family._from_config(sketch.config, dtype=dtype)
+    model.tie_weights()  # without weights, each got a parameter of its own
     draw = torch.Generator().manual_seed(config.seed)
     # One draw over and over: a million values are as slow to multiply with as a billion, and drawn in no time.
     values = (0.02 * torch.randn(1 << 20, generator=draw)).to(device, dtype)
