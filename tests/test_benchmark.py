@@ -71,7 +71,7 @@ def test_products_are_those_pytorch_counts(name: str, batch: int, length: int, m
 
 def test_bytes_are_those_of_the_weights_a_call_reads(make_model: MakeModel) -> None:
     for name in ("llama", "llama-tied"):
-        model = opened(make_model(name)).model
+        model: Any = opened(make_model(name)).model
         stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         table = 0 if name == "llama-tied" else model.get_input_embeddings().weight.numel() * 4
         assert count_costs(model).decode(1, 0).bytes == stored - table

@@ -83,7 +83,8 @@ def test_three_ways_to_load_where_code_is_needed_and_one_where_not(report: Repor
     for told in ("trust_remote_code=True", "import cfsp_framework", "--format padded"):
         assert told in special
         assert told not in plain
-    assert "custom_code" not in ModelCard(plain).data.tags
+    data: Any = ModelCard(plain).data
+    assert "custom_code" not in data.tags
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,6 @@ def test_what_is_no_absolute_path_is_left_alone(text: str) -> None:
 
 def test_the_card_that_is_uploaded_is_one_the_hub_reads(pruned: Path, hub: Hub) -> None:
     push(pruned, "me/fox")
-    data = ModelCard(hub.texts["README.md"]).data
+    data: Any = ModelCard(hub.texts["README.md"]).data
     assert (data.license, data.license_name, data.license_link) == ("other", "fox-1", "LICENSE.md")
     assert data.library_name == "transformers"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported, but not by name
 from pydantic import BaseModel, ConfigDict
 
 from cfsp_framework.checkpoint import CARD_FILE, CODE_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE, STATISTICS_FILE
