@@ -37,7 +37,7 @@ QUICK = Workload(batch_sizes=(1,), lengths=(8,), decode_tokens=2, repeats=2)
 def quick_rates() -> Iterator[None]:
     """A machine of known rates, so that nothing is measured for seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Machine, "measured", classmethod(lambda cls, dtype, device: cls(flops=1e11, bytes=1e10)))
+        patch.setattr(Machine, "measured", staticmethod(lambda dtype, device: Machine(flops=1e11, bytes=1e10)))
         patch.setattr(timing, "_LEAST_SECONDS", 0.0)
         yield
 
@@ -306,6 +306,7 @@ def test_one_model_alone_is_timed_too(run: Callable[..., Result], make_model: Ma
     ("words", "told"),
     [
         (["demo", "--allocator", "uniform"], "give --ratio too"),
+        (["demo", "--round-to", "64"], "give --ratio too"),
         (["demo", "--batch-sizes", "1,x"], "such as 1,8"),
         (["demo", "--plot", "speed.txt"], "a picture's name ends in"),
         (["demo", "--ratio", "0.5", "--allocator", "unifrom"], "Did you mean 'uniform'?"),

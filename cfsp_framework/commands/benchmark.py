@@ -13,8 +13,10 @@ from cfsp_framework.errors import ConfigError
 from .options import config_options, given, json_option, plugin_option, quiet_option, traceback_option
 
 
-def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """``1,8`` as numbers, each once."""
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """``1,8`` as numbers, each once; none where nothing was given."""
+    if value is None:
+        return ()
     try:
         found = tuple(dict.fromkeys(int(part) for part in value.split(",")))
     except ValueError:
@@ -38,11 +40,9 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
 @click.option(
     "--round-to",
     "roundings",
-    default="128",
     callback=_numbers,
     metavar="N,N",
-    show_default=True,
-    help="With --ratio: widths are multiples of this; a cut for each.",
+    help="With --ratio: widths are multiples of this; a cut for each. [default: 128]",
 )
 @click.option(
     "--random-weights", is_flag=True, help="Take the shapes from each config.json and draw the weights: no download."
@@ -122,14 +122,14 @@ def benchmark(
     from cfsp_framework.deployment.tables import show_benchmark
     from cfsp_framework.progress import Progress
 
-    if ratio is None and allocators:
-        raise ConfigError("--allocator is about cuts in memory; give --ratio too.")
+    if ratio is None and (allocators or roundings):
+        raise ConfigError("--allocator and --round-to are about cuts in memory; give --ratio too.")
     if plot:
         plots.check_file(plot)
     found = race(
         RunConfig.build(**given({**options, "model": model})),
         pruned,
-        Cuts(ratio, allocators or ("uniform",), roundings) if ratio is not None else None,
+        Cuts(ratio, allocators or ("uniform",), roundings or (128,)) if ratio is not None else None,
         Workload(
             batch_sizes=batch_sizes,
             lengths=lengths,

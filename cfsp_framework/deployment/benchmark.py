@@ -225,11 +225,12 @@ def _race(contestants: Sequence[Contestant], workload: Workload, batch: int, len
     counts = []
     for one, ids in zip(contestants, prompts, strict=True):
         _episode(one.model, ids, workload)
-        spent = sum(_episode(one.model, ids, workload))
+        spent = max(1e-6, sum(_episode(one.model, ids, workload)))
         counts.append(max(1, math.ceil(_LEAST_SECONDS / spent)))
         step()
     times: Rounds = {number: [] for number in range(len(contestants))}
     gc.collect()
+    collecting = gc.isenabled()
     gc.disable()  # a collection in the middle of an episode would be somebody's bad luck
     try:
         for number in range(workload.repeats):
@@ -240,7 +241,8 @@ def _race(contestants: Sequence[Contestant], workload: Workload, batch: int, len
                 times[index].append((prefill, decode / max(1, workload.decode_tokens)))
                 step()
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
     return times
 
 
