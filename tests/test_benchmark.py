@@ -143,7 +143,7 @@ def test_random_weights_need_the_configuration_alone(name: str, make_model: Make
     folder = make_model(name)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     for source in (tmp_path, tmp_path / "config.json"):
-        model = random_model(RunConfig.build(model=str(source), dtype="bfloat16"), CPU)
+        model: Any = random_model(RunConfig.build(model=str(source), dtype="bfloat16"), CPU)
         stored = opened(folder).model
         assert [p.shape for p in model.parameters()] == [p.shape for p in stored.parameters()]
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -355,7 +355,8 @@ def _run(
     random.seed(seed)
     numpy.random.seed(seed + 1234)
     torch.manual_seed(seed + 1234)
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    harness_model: Any = HFLM  # whose decorators hide its signature
+    language_model = harness_model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found: Any = lm_eval.evaluate(language_model, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
     return TaskResults(
         harness=version("lm-eval"),
