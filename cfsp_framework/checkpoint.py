@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from .architectures import Decoder
 from .blocks import logits
 from .errors import CfspError, ModelError, OutputError
+from .files import licence_files
 from .heterogeneous import StandIn, finish_block
 from .models import LoadedModel
 from .streaming import ShardWriter
@@ -94,6 +95,8 @@ def _save_beside(code: str | None, loaded: LoadedModel, folder: Path) -> None:
     for name in _PROCESSOR_FILES:
         if (loaded.folder / name).exists():
             shutil.copyfile(loaded.folder / name, folder / name)
+    for path in licence_files(loaded.folder):
+        shutil.copyfile(path, folder / path.name)
 
 
 @torch.no_grad()

@@ -21,7 +21,9 @@ COMMANDS = {
     "plan": "Decide what to prune and write the plan, without cutting.",
     "recover": "Train a pruned model, and write the result.",
     "compare": "Tell where two plans differ.",
-    "evaluate": "Report a model's perplexity.",
+    "evaluate": "Report a model's perplexity and its scores on tasks.",
+    "benchmark": "Time models side by side, and say how much of the ideal is reached.",
+    "push": "Publish a pruned checkpoint on the Hugging Face Hub.",
     "plugins": "List and explain the components plugins offer.",
     "demo": "Prune the embedded model and show what happens.",
 }

@@ -18,6 +18,8 @@ from .errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""What a checkpoint carries along from the model it is made from, by pattern."""
 _USERS_PROBLEM = frozenset(
     {
         errno.ENOSPC,
@@ -86,6 +88,11 @@ def save_aside(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             save_file(dict(tensors), aside / path.name, dict(metadata))
             _make_readable(aside)
             os.replace(aside / path.name, path)
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """The files of ``folder`` that state terms of use."""
+    return sorted({path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
 def check_parent(path: Path) -> None:

@@ -154,7 +154,7 @@ def product_rate(dtype: str, device: torch.device, *, hidden: int = 1024, second
     from torch.nn.functional import linear, silu
 
     hidden = 4 * hidden if device.type == "cuda" else hidden
-    width, tokens = 3 * hidden, BATCH_TOKENS[device.type]
+    width, tokens = 3 * hidden, BATCH_TOKENS.get(device.type, 4096)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(getattr(torch, dtype))
@@ -170,6 +170,17 @@ def product_rate(dtype: str, device: torch.device, *, hidden: int = 1024, second
 
     products = 2 if dtype == "float64" else 3
     return 2.0 * products * tokens * hidden * width / _time(run, device, seconds)
+
+
+def read_rate(dtype: str, device: torch.device, *, hidden: int = 4096, seconds: float = 1.0) -> float:
+    """Bytes/s at which a matrix too large for the caches is multiplied with one vector, as decoding does."""
+    import torch
+    from torch.nn.functional import linear
+
+    rows = 4 * hidden if device.type == "cpu" else 16 * hidden
+    weight = torch.ones(rows, hidden, device=device, dtype=getattr(torch, dtype))  # 256 MB in float32 on a CPU
+    inputs = torch.ones(1, hidden, device=device, dtype=getattr(torch, dtype))
+    return weight.numel() * weight.element_size() / _time(lambda: linear(inputs, weight), device, seconds)
 
 
 def gram_rate(device: torch.device, *, width: int = 4096, tokens: int = 512, seconds: float = 1.0) -> float:
@@ -240,13 +251,21 @@ def copy_rate(device: torch.device, megabytes: int = 256) -> float:
     return len(content) / _time(lambda: content.to(device), device, 0.2)
 
 
-def _time(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds of one ``run``, the mean of all that fit into ``seconds`` after two that warm up."""
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
     import torch
 
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _time(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Seconds of one ``run``, the mean of all that fit into ``seconds`` after two that warm up."""
+
     def finish() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise(device)
         return time.perf_counter()
 
     for _ in range(2):

@@ -32,13 +32,14 @@ from transformers.utils import logging as transformers_logging
 
 from .config import RunConfig
 from .errors import CfspError, ConfigError, ModelError
+from .files import LICENCE_FILES
 from .ranks import SOLO, Ranks
 from .skeletons import without_weights
 
 _CHUNK = 1 << 22
 _HASHES_AT_ONCE = 4
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
+_CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py", "README.md", *LICENCE_FILES)
 
 
 @dataclass(frozen=True)

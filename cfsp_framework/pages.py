@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from .cards import BaseModel, front_matter
 from .files import human_bytes
 from .report import BlockReport, LossPoint, Report, describe_training, is_mixed, place
 
@@ -78,17 +79,35 @@ def html_report(report: Report) -> str:
     )
 
 
-def model_card(report: Report, *, code: bool) -> str:
+PLACE = "PATH_OR_REPOSITORY"
+"""What stands in a card's examples where nobody knows yet where the checkpoint will lie."""
+
+
+def model_card(report: Report, *, code: bool, base: BaseModel | None = None) -> str:
     """README.md of the checkpoint; ``code`` says that it brings the code its widths need."""
-    local = PurePath(report.model).is_absolute() or report.model.startswith((".", "~")) or report.model == "demo"
-    card = page_environment().get_template("card.md.j2")
-    return card.render(
-        report=report,
-        code=code,
-        name=PurePath(report.model).name,
-        base_model=None if local or report.model.count("/") != 1 else report.model,
-        dense=any(found.dense for found in report.evaluations),
-        trained=_described(report),
+    base = base or BaseModel(PurePath(report.model).name)
+    dense, pruned = report.dense, report.pruned
+    totals = [
+        ("feed-forward channels", report.channels_before, report.channels_after, "{:,}".format),
+        ("parameters", dense.parameters, pruned.parameters, "{:,}".format),
+        ("weights", dense.bytes, pruned.bytes, human_bytes),
+        ("FLOPs per token", dense.flops_per_token, pruned.flops_per_token, "{:,}".format),
+    ]
+    name = f"{base.name}-pruned"
+    return (
+        page_environment()
+        .get_template("card.md.j2")
+        .render(
+            report=report,
+            code=code,
+            name=base.name,
+            base=base,
+            metadata=front_matter(report, base, name, code=code),
+            place=PLACE,
+            totals=[(what, form(old), form(new), f"{new / old - 1:+.1%}") for what, old, new, form in totals],
+            dense=any(found.dense for found in report.evaluations),
+            trained=_described(report),
+        )
     )
 
 

@@ -23,7 +23,7 @@ from .errors import ConfigError, PlanError
 from .evaluation import EvaluationSet, Perplexity, perplexity
 from .files import staged_folder
 from .keys import collection_key, second_pass_key, versions
-from .models import load_model, open_model, open_skeleton, resolve
+from .models import LoadedModel, load_model, open_model, open_skeleton, resolve
 from .notes import gather_notes
 from .planning import ModelIdentity, PruningPlan, channel_ratio, plan_blocks
 from .plugins import load_plugins
@@ -98,7 +98,7 @@ def prune(
         after = evaluate(bench, written)
         told = tell(bench, plan, made.updates, (dense, after), before, notes, difference, training)
         if ranks.first:
-            write_report(told, folder)
+            write_report(told, folder, bench.loaded.folder)
             if keep_statistics:
                 metadata = {"model": bench.loaded.fingerprint, **plan.components}
                 report.save_statistics(folder / checkpoint.STATISTICS_FILE, measurements, metadata)
@@ -145,7 +145,7 @@ def recover(
         written, difference = reopen(bench, training.outcome.expected, folder, adapter=config.keep_adapter)
         told = tell_recovered(bench, plan, earlier, evaluate(bench, written), difference, training)
         if ranks.first:
-            write_report(told, folder)
+            write_report(told, folder, bench.loaded.folder)
         ranks.wait()
     result = RunResult(config, plan, told, out)
     if ranks.first:
@@ -161,12 +161,14 @@ def plan_only(config: RunConfig, progress: Progress | None = None) -> PruningPla
     return make_plan(bench, measure(bench))
 
 
-def evaluate_only(config: RunConfig, progress: Progress | None = None) -> list[tuple[EvaluationSet, Perplexity]]:
-    """Perplexity of a model as it is, on every data SPEC of ``config.evaluate``."""
+def evaluate_only(
+    config: RunConfig, progress: Progress | None = None, loaded: LoadedModel | None = None
+) -> list[tuple[EvaluationSet, Perplexity]]:
+    """Perplexity of a model as it is, on every data SPEC of ``config.evaluate``; ``loaded`` where it is open already."""
     progress = progress or Progress()
     ranks = join_ranks(config.device)
     with progress.phase("load"):
-        loaded = load_model(config, ranks)
+        loaded = loaded or load_model(config, ranks)
         decoder = open_streamed(config, loaded, load_plugins(config.plugins)) if config.stream else None
         sets = open_evaluation_sets(config, loaded)
     passage = Passage(spill=config.spill, ranks=ranks)

@@ -21,6 +21,11 @@ class Progress:
         self._console = Console(file=sys.stderr)
         self._visible = visible and self._console.is_terminal
 
+    @property
+    def visible(self) -> bool:
+        """Whether bars are drawn."""
+        return self._visible
+
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
         """Time what runs inside as the phase ``name``; the same name again adds up."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from . import checkpoint, report
 from .api import Update
 from .bench import Bench, sequence_length
+from .cards import read_base
 from .evaluation import EvaluationSet, Perplexity
 from .keys import versions
 from .pages import html_report, model_card
@@ -110,12 +111,12 @@ def _evaluation(
     )
 
 
-def write_report(told: Report, folder: Path) -> None:
-    """The report for programs and for people, and the model card."""
+def write_report(told: Report, folder: Path, base: Path | None = None) -> None:
+    """The report for programs and for people, and the model card; ``base`` is the folder of the model it came from."""
     code = (folder / checkpoint.CODE_FILE).exists()
     for name, text in (
         (checkpoint.REPORT_FILE, told.to_json()),
         (checkpoint.PAGE_FILE, html_report(told)),
-        (checkpoint.CARD_FILE, model_card(told, code=code)),
+        (checkpoint.CARD_FILE, model_card(told, code=code, base=read_base(told.model, base) if base else None)),
     ):
         (folder / name).write_text(text, encoding="utf-8")

@@ -114,6 +114,9 @@ traceback_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no tables.")
+push_option = click.option(
+    "--push-to-hub", "repository", metavar="USER/NAME", help="Publish the result on the Hub when all is done."
+)
 preset_option = click.option(
     "--preset", metavar="NAME", help=f"A named set of components, to start from: {', '.join(PRESETS)}."
 )
@@ -151,3 +154,23 @@ def read_plan(path: Path) -> PruningPlan:
         return PruningPlan.from_json(text)
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from error
+
+
+def publish(folder: Path, repository: str | None, *, visible: bool) -> None:
+    """What --push-to-hub asks for, once all is done; a result that cannot be uploaded stays where it is."""
+    if repository is None:
+        return
+    from cfsp_framework.deployment.publishing import push
+
+    upload = push(folder, repository)
+    if visible:
+        click.echo(f"Uploaded: {upload.url}")
+
+
+def check_repository(repository: str | None) -> None:
+    """Refuse at once what the Hub would refuse hours later."""
+    if repository is None:
+        return
+    from cfsp_framework.deployment import publishing
+
+    publishing.check_repository(repository)

@@ -18,12 +18,15 @@ from .options import (
     RECOVERY,
     RESUME,
     SPEC_HELP,
+    check_repository,
     config_option,
     config_options,
     given,
     json_option,
     plugin_option,
     preset_option,
+    publish,
+    push_option,
     quiet_option,
     read_plan,
     traceback_option,
@@ -44,6 +47,7 @@ from .options import (
 )
 @click.option("--keep-statistics", is_flag=True, help="Keep the statistics as statistics.safetensors.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@push_option
 @plugin_option
 @quiet_option
 @json_option
@@ -55,6 +59,7 @@ def prune(
     plan_file: Path | None,
     keep_statistics: bool,
     overwrite: bool,
+    repository: str | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -67,6 +72,7 @@ def prune(
     from cfsp_framework.progress import Progress
     from cfsp_framework.ranks import is_first
 
+    check_repository(repository)
     config = layered(preset, config_file, given(options))
     result = pipeline.prune(
         config,
@@ -82,3 +88,4 @@ def prune(
         click.echo(result.report.to_json(), nl=False)
     elif not quiet:
         console.show_report(result.report, out)
+    publish(out, repository, visible=not (quiet or as_json))

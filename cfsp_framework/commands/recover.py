@@ -14,11 +14,14 @@ from .options import (
     RECOVERY,
     RESUME,
     SPEC_HELP,
+    check_repository,
     config_option,
     config_options,
     given,
     json_option,
     plugin_option,
+    publish,
+    push_option,
     quiet_option,
     traceback_option,
 )
@@ -36,6 +39,7 @@ from .options import (
     help="Train nothing: merge this adapter, kept by --keep-adapter, into PRUNED.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@push_option
 @plugin_option
 @quiet_option
 @json_option
@@ -46,6 +50,7 @@ def recover(
     config_file: Path | None,
     adapter: Path | None,
     overwrite: bool,
+    repository: str | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -58,6 +63,7 @@ def recover(
     from cfsp_framework.progress import Progress
     from cfsp_framework.ranks import is_first
 
+    check_repository(repository)
     config = layered(None, config_file, given({**options, "model": pruned}), {"recovery": "ig-lora"})
     progress = Progress(visible=is_first() and not (quiet or as_json))
     result = pipeline.recover(config, out, adapter=adapter, overwrite=overwrite, progress=progress)
@@ -67,3 +73,4 @@ def recover(
         click.echo(result.report.to_json(), nl=False)
     elif not quiet:
         console.show_report(result.report, out)
+    publish(out, repository, visible=not (quiet or as_json))

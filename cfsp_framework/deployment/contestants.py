@@ -1,0 +1,174 @@
+"""The models a benchmark compares: checkpoints as they are, random ones of a shape, and cuts of them in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cfsp_framework import surgery
+from cfsp_framework.api import Budget, Update
+from cfsp_framework.architectures import Decoder, open_decoder
+from cfsp_framework.collect import collect, summarise
+from cfsp_framework.config import RunConfig
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.models import (
+    check_checkpoint,
+    open_model,
+    pick_device,
+    quiet,
+    resolve,
+    sketch_model,
+)
+from cfsp_framework.planning import ModelIdentity, PruningPlan, plan_blocks
+from cfsp_framework.plugins import Plugins
+from cfsp_framework.progress import Progress
+from cfsp_framework.selection import select
+from cfsp_framework.skeletons import without_weights
+
+_WINDOWS, _TOKENS = 4, 64
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model on its device, under the name tables call it."""
+
+    name: str
+    model: PreTrainedModel
+    widths: tuple[int, ...]
+    """Of every feed-forward."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Which cuts of one model to compare: one for each allocator and rounding."""
+
+    ratio: float
+    allocators: tuple[str, ...] = ("uniform",)
+    roundings: tuple[int, ...] = (128,)
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter([(allocator, step) for allocator in self.allocators for step in self.roundings])
+
+
+def open_contestant(
+    source: str, config: RunConfig, plugins: Plugins, *, random_weights: bool = False, name: str | None = None
+) -> Contestant:
+    """A checkpoint, or with ``random_weights`` a model of the shape its ``config.json`` says.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
+    device = device_of(config.device)
+    config = config.model_copy(update={"model": source})
+    if random_weights:
+        model = random_model(config, device)
+    else:
+        quiet()
+        folder = resolve(source)
+        check_checkpoint(folder, trust_remote_code=config.trust_remote_code)
+        model = open_model(folder, config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+    return Contestant(name or source, model, open_decoder(model, plugins).widths)
+
+
+def random_model(config: RunConfig, device: torch.device) -> PreTrainedModel:
+    """A model of ``config.model``'s shape with random matrices, which are small, as before training.
+
+    The configuration is enough: of a Hub id only that is fetched, and ``config.model`` may be the file itself.
+    """
+    sketch, stored = sketch_model(config)
+    dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+    family: Any = type(sketch)
+    with without_weights():
+        model: PreTrainedModel = family._from_config(sketch.config, dtype=dtype)
+    model.tie_weights()  # without weights, each got a parameter of its own
+    draw = torch.Generator().manual_seed(config.seed)
+    # One draw over and over: a million values are as slow to multiply with as a billion, and drawn in no time.
+    values = (0.02 * torch.randn(1 << 20, generator=draw)).to(device, dtype)
+    made: dict[int, nn.Parameter] = {}  # tied parameters stay one
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(_filled(parameter, name, values), requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+    opened: Any = model.to(device)  # type: ignore[arg-type]
+    model = opened.eval()
+    return model
+
+
+def _filled(parameter: Tensor, name: str, values: Tensor) -> Tensor:
+    """Matrices of ``values``, scales of norms of ones, biases of zeros; on the device and in the dtype of ``values``."""
+    if parameter.ndim < 2:
+        return torch.full_like(parameter, float("bias" not in name), device=values.device, dtype=values.dtype)
+    filled = torch.empty(parameter.shape, device=values.device, dtype=values.dtype)
+    for part in filled.view(-1).split(len(values)):
+        part.copy_(values[: len(part)])
+    return filled
+
+
+def cut_in_memory(dense: Contestant, cuts: Cuts, config: RunConfig, plugins: Plugins) -> Iterator[Contestant]:
+    """The cuts of a model that is open: channels of least magnitude go, and the allocators choose the widths.
+
+    What an allocator wants measured is measured on random tokens, so the widths are of its kind, not those of a real
+    run. All weights that are not cut are shared with the dense model.
+
+    Raises:
+        ConfigError: an allocator is unknown, or needs the gradients of a loss.
+    """
+    for allocator, step in cuts:
+        narrow = open_decoder(_sharing_copy(dense.model), plugins)
+        plan = _plan(narrow, config, plugins, cuts.ratio, allocator, step)
+        surgery.apply_plan(narrow, plan, lambda index, kept: [Update() for _ in kept])
+        yield Contestant(f"{allocator}/{step}", narrow.model, narrow.widths)
+
+
+def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Modules of its own with the same parameters: a cut puts new ones in their place and changes none."""
+    kept: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, kept)
+
+
+def _plan(
+    decoder: Decoder, config: RunConfig, plugins: Plugins, ratio: float, allocator: str, step: int
+) -> PruningPlan:
+    settings = RunConfig.build(
+        model=config.model, criterion="magnitude", allocator=allocator, ratio=ratio, round_to=step, seed=config.seed
+    )
+    selection = select(settings, plugins)
+    draw = torch.Generator().manual_seed(config.seed)
+    windows = torch.randint(decoder.config.vocab_size, (_WINDOWS, _TOKENS), generator=draw)  # (N, T)
+    measured = collect(
+        decoder,
+        windows,
+        {"criterion": selection.criterion},
+        selection.collectors,
+        curve=selection.allocator.component.curve(),
+        seed=config.seed,
+        progress=Progress(),
+    )
+    summaries = summarise(decoder, measured, "criterion")
+    return PruningPlan(
+        model=ModelIdentity(source=config.model, family=decoder.architecture.family, fingerprint="", parameters=0),
+        calibration=None,
+        ratio=ratio,
+        budget="channels",
+        round_to=step,
+        seed=config.seed,
+        components=selection.describe(),
+        versions={},
+        blocks=plan_blocks(summaries, selection.allocator, Budget(ratio, step)),
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """As for every command, and ``mps``, which no other command runs on."""
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError("--device mps: this PyTorch sees no Apple GPU here.")
+        return torch.device("mps")
+    return pick_device(name)
