@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import click
 
-from .options import json_option, plugin_option, traceback_option
+from .options import json_option, plugin_option, quiet_option, traceback_option
 
 
 @click.group()
 def plugins() -> None:
-    """List and explain the components plugins offer."""
+    """List, explain, check and begin the components plugins offer."""
 
 
 @plugins.command("list", short_help="Every component with its plugin and statistics.")
@@ -45,3 +46,31 @@ def plugins_show(name: str, plugins: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps({"components": found}, indent=2))
     else:
         console.show_details(found)
+
+
+@plugins.command("check", short_help="Whether a plugin does what its kinds promise.")
+@click.argument("target")
+@plugin_option
+@quiet_option
+@json_option
+@traceback_option
+@click.pass_context
+def plugins_check(ctx: click.Context, target: str, plugins: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Run the contracts of every component TARGET names, with its default options and each value of its switches.
+
+    TARGET is a plugin (what -p no: takes), a component (NAME or NAME:option=value,...), a distribution, a module, or a
+    file.py. The exit code is 1 if a check fails.
+    """
+    from cfsp_framework.progress import Progress
+    from cfsp_framework.testing import checking
+
+    found = checking.find_target(target, plugins)
+    visible = not (quiet or as_json) and sys.stderr.isatty()
+    with Progress(visible=visible).bar("check", total=len(found.components)) as step:
+        results = list(checking.run_contracts(found, lambda component: step()))
+    if as_json:
+        told = {"target": target, "passed": not checking.failed(results), "results": [one.as_json() for one in results]}
+        click.echo(json.dumps(told, indent=2))
+    elif not quiet:
+        checking.show_results(found, results)
+    ctx.exit(int(checking.failed(results)))
