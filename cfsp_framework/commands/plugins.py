@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .options import json_option, plugin_option, traceback_option
+from .options import json_option, plugin_option, quiet_option, traceback_option
+
+if TYPE_CHECKING:
+    from cfsp_framework.scaffold import Kind
 
 
 @click.group()
 def plugins() -> None:
-    """List and explain the components plugins offer."""
+    """List and explain the components plugins offer, and begin a plugin of your own."""
 
 
 @plugins.command("list", short_help="Every component with its plugin and statistics.")
@@ -45,3 +50,38 @@ def plugins_show(name: str, plugins: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps({"components": found}, indent=2))
     else:
         console.show_details(found)
+
+
+@plugins.command("new", short_help="A package for a plugin of your own.")
+@click.argument("name")
+@click.option(
+    "--kind",
+    type=click.Choice(("criterion", "allocator", "collector", "compensator", "recovery")),
+    required=True,
+    help="What the plugin offers; a collector comes with a criterion that reads what it measures.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Write it into this folder. [default: ./NAME]"
+)
+@plugin_option
+@quiet_option
+@json_option
+@traceback_option
+def plugins_new(name: str, kind: Kind, out: Path | None, plugins: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Write a package called NAME, say cfsp-peak: ready to install, test, change and publish.
+
+    The component in it is called as the package without `cfsp-`.
+    """
+    from cfsp_framework import scaffold
+    from cfsp_framework.plugins import load_plugins
+
+    names = scaffold.plugin_names(name, kind)
+    scaffold.check_free(names, load_plugins(plugins))
+    folder = out or Path(names.distribution)
+    files = scaffold.write_plugin(names, folder)
+    if as_json:
+        click.echo(json.dumps(scaffold.described(names, folder, files), indent=2))
+    elif not quiet:
+        click.echo(f"{folder}: {len(files)} files; the {names.what} is in {names.source}. Next:")
+        for command in scaffold.next_commands(names, folder):
+            click.echo(f"  {command}")
