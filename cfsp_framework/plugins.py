@@ -142,6 +142,11 @@ class Plugins:
         found = (self.collectors, self.allocators, self.criteria, self.compensators, self.recovery_schedulers)
         return cast("tuple[Registry[Component], ...]", found)
 
+    def hooks(self, plugin: str) -> tuple[str, ...]:
+        """The hooks a plugin implements, by name."""
+        callers = self._manager.get_hookcallers(self._manager.get_plugin(plugin)) or []
+        return tuple(sorted(caller.name for caller in callers))
+
     def architecture(self, config: PreTrainedConfig) -> Architecture | None:
         """The first plugin's answer to where this family keeps its feed-forwards; None where nobody knows it."""
         for implementation in reversed(self._manager.hook.cfsp_architecture.get_hookimpls()):

@@ -100,7 +100,9 @@ class PluginNames:
         return f"{_USE} {_FLAG[self.kind].format(name=self.component)}"
 
     def _camel(self, end: str) -> str:
-        return "".join(part.capitalize() for part in self.component.split("-")) + end
+        """The component's name as a class's; one that ends so already is not lengthened."""
+        name = "".join(part.capitalize() for part in self.component.split("-"))
+        return name if name.endswith(end) and name != end else name + end
 
 
 def plugin_names(name: str, kind: Kind) -> PluginNames:
@@ -213,7 +215,8 @@ def _taken(names: PluginNames, plugins: Plugins) -> Iterator[str]:
     kinds = (names.kind, "criterion") if names.kind == "collector" else (names.kind,)
     for registry in plugins.registries:
         if registry.kind in kinds and names.component in registry:
-            yield f"there is a {registry.kind} {names.component!r} already, of {registry.origin(names.component)}"
+            article = "an" if registry.kind == "allocator" else "a"
+            yield f"there is {article} {registry.kind} {names.component!r} already, of {registry.origin(names.component)}"
     for name, collector in plugins.collectors.items():
         if names.kind == "collector" and collector.provides.name == names.statistic:
             yield f"the statistic {names.statistic!r} is measured already, by {name!r} of {plugins.collectors.origin(name)}"

@@ -20,19 +20,24 @@ def plugins() -> None:
 
 
 @plugins.command("list", short_help="Every component with its plugin and statistics.")
+@click.option("--kind", metavar="KIND", help="Only this kind: criterion, allocator, compensator ...")
 @plugin_option
 @json_option
 @traceback_option
-def plugins_list(plugins: tuple[str, ...], as_json: bool) -> None:
-    """Every component: name, kind, plugin (what -p no: takes), distribution, required statistics, summary."""
-    from cfsp_framework import console
+def plugins_list(kind: str | None, plugins: tuple[str, ...], as_json: bool) -> None:
+    """Every component: name, kind, plugin, distribution and version, the statistics it reads, summary.
+
+    Above each table stands what leaves its plugin out, in any command: `-p no:PLUGIN`.
+    """
+    from cfsp_framework import catalogue
     from cfsp_framework.plugins import load_plugins
 
-    rows = console.component_rows(load_plugins(plugins))
+    loaded = load_plugins(plugins)
+    rows = catalogue.component_rows(loaded, kind)
     if as_json:
-        click.echo(json.dumps({"components": rows}, indent=2))
+        click.echo(json.dumps({"components": rows, "plugins": catalogue.plugin_rows(loaded)}, indent=2))
     else:
-        console.show_components(rows)
+        catalogue.show_components(rows, catalogue.plugin_rows(loaded))
 
 
 @plugins.command("show", short_help="What one component does, and its options.")
@@ -41,15 +46,15 @@ def plugins_list(plugins: tuple[str, ...], as_json: bool) -> None:
 @json_option
 @traceback_option
 def plugins_show(name: str, plugins: tuple[str, ...], as_json: bool) -> None:
-    """The component called NAME: its options with types and defaults, its statistics, where it is defined."""
-    from cfsp_framework import console
+    """The component called NAME: what it does, its options, its statistics and what they cost, where it is defined."""
+    from cfsp_framework import catalogue
     from cfsp_framework.plugins import load_plugins
 
-    found = console.component_details(load_plugins(plugins), name)
+    found = catalogue.component_details(load_plugins(plugins), name)
     if as_json:
         click.echo(json.dumps({"components": found}, indent=2))
     else:
-        console.show_details(found)
+        catalogue.show_details(found)
 
 
 @plugins.command("new", short_help="A package for a plugin of your own.")
