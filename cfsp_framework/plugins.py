@@ -276,7 +276,8 @@ def _import(spec: str) -> ModuleType:
     path = Path(spec)
     if not path.is_file():
         raise ConfigError(f"-p {spec}: there is no such file.")
-    found = importlib.util.spec_from_file_location(f"_cfsp_plugin_{path.stem}", path)
+    stem = path.resolve().parent.name if path.stem == "__init__" else path.stem
+    found = importlib.util.spec_from_file_location(f"_cfsp_plugin_{stem}", path)
     if found is None or found.loader is None:
         raise ConfigError(f"-p {spec}: this is not a Python file.")
     module = importlib.util.module_from_spec(found)
