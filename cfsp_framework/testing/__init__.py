@@ -7,7 +7,7 @@ Set ``pytest_plugins = ["cfsp_framework.testing"]`` in ``conftest.py`` for the f
         components = (Peak(), Peak(exponent=2))
 
 ``cfsp plugins check`` runs the same contracts without a test. Neither pytest nor hypothesis is needed for that; where
-hypothesis is installed (``pip install 'cfsp-framework[test]'``) contracts also try cases that it draws.
+hypothesis is installed (``pip install 'cfsp-framework[test]'``) contracts also try cases that it draws. (PYTEST_DONT_REWRITE: its assertions say themselves what is wrong.)
 """
 
 from __future__ import annotations

@@ -33,7 +33,12 @@ class CollectorContract(ComponentContract):
 
     def test_the_value_is_as_the_statistic_says(self, component: Collector) -> None:
         """Shape as in ``Statistic.shape``, finite, float32 or float64; ``heavy`` where it is more than a vector."""
-        for case in (Case(), Case(channels=1, hidden=1), Case(channels=5, hidden=9, dtype=torch.bfloat16), Case(dead=12)):
+        for case in (
+            Case(),
+            Case(channels=1, hidden=1),
+            Case(channels=5, hidden=9, dtype=torch.bfloat16),
+            Case(dead=12),
+        ):
             windows = rows(component, make_sample(case))
             value = self.value(component, windows)
             expected = _shape(component, case, sum(len(inputs) for inputs, _ in windows))
@@ -122,7 +127,6 @@ class CollectorContract(ComponentContract):
     def test_inputs_are_left_alone_and_not_kept(self, component: Collector) -> None:
         """What ``update()`` is shown is overwritten by the next block."""
         windows = rows(component, make_sample())
-        expected = self.value(component, windows)
         running = _started(component)
         for inputs, outputs in windows:
             mine = {"inputs": inputs.clone(), "outputs": outputs.clone()}
@@ -130,6 +134,7 @@ class CollectorContract(ComponentContract):
                 _update(running, mine["inputs"], mine["outputs"])
             for tensor in mine.values():
                 tensor.fill_(float("nan"))
+        expected = self.value(component, windows)
         try:
             same = close(_value(component, running, sum(len(i) for i, _ in windows)), expected, 1e-6)
         except ContractError:

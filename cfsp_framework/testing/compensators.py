@@ -129,7 +129,8 @@ class CompensatorContract(ComponentContract):
     def test_updates_are_the_same_every_time(self, component: Compensator) -> None:
         """Whatever ran before, and it changes nothing for what runs after it."""
         sample, kept = make_sample(), keep(12)
-        first = self.update(component, sample, kept)
+        with unchanged_process("compensate()"):
+            first = self.update(component, sample, kept)
         with torch.random.fork_rng():
             torch.manual_seed(12345)
             with unchanged_process("compensate()"):
@@ -203,7 +204,9 @@ def _called(component: Compensator, feed_forward: FeedForward, kept: Tensor, sta
 
 def _checked(found: object, feed_forward: FeedForward, kept: Tensor, on: object) -> Update:
     if not isinstance(found, Update):
-        raise ContractError(f"compensate() returned a {type(found).__name__}; return an Update, Update() for no change.")
+        raise ContractError(
+            f"compensate() returned a {type(found).__name__}; return an Update, Update() for no change."
+        )
     hidden, count = feed_forward.hidden, len(kept)
     shapes = {"down": (hidden, count), "down_bias": (hidden,), "up": (count, hidden), "gate": (count, hidden)}
     shapes |= {"up_bias": (count,), "gate_bias": (count,)}
@@ -224,7 +227,9 @@ def _checked(found: object, feed_forward: FeedForward, kept: Tensor, on: object)
     for name in ("error", "error_plain"):
         value = getattr(found, name)
         if value is not None and not math.isfinite(value):
-            raise ContractError(f"compensate() reports the {name} {value}; report a finite number, or None. Given: {on}.")
+            raise ContractError(
+                f"compensate() reports the {name} {value}; report a finite number, or None. Given: {on}."
+            )
     return found
 
 

@@ -175,10 +175,13 @@ def other_device(method: str, sample: Sample, statistics: BlockStatistics) -> Ge
         else:
             away = sample.moved("cpu")
             with Elsewhere():
-                yield _sent(away), BlockStatistics(
-                    {statistic: sent(value) for statistic, value in statistics.items()},
-                    0 if statistics.unseen else statistics.tokens,
-                    statistics.held_out_tokens,
+                yield (
+                    _sent(away),
+                    BlockStatistics(
+                        {statistic: sent(value) for statistic, value in statistics.items()},
+                        0 if statistics.unseen else statistics.tokens,
+                        statistics.held_out_tokens,
+                    ),
                 )
     except DeviceMismatchError as error:
         raise mixed(method, error) from error

@@ -1,4 +1,4 @@
-"""The kit's fixtures; ``pytest_plugins = ["cfsp_framework.testing"]`` in a ``conftest.py`` brings them."""
+"""The kit's fixtures; ``pytest_plugins = ["cfsp_framework.testing"]`` in a ``conftest.py`` brings them. PYTEST_DONT_REWRITE"""
 
 from __future__ import annotations
 

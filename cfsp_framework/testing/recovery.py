@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -92,8 +93,10 @@ class RecoverySchedulerContract(ComponentContract):
         """It is written beside the checkpoint and read again."""
         for case in cuts():
             plan = self.schedule(component, case)
-            if plan is not None and RecoveryPlan.model_validate_json(plan.to_json()) != plan:
-                raise ContractError("The RecoveryPlan changes in JSON; use plain ints, floats and strings in it.")
+            if plan is not None and _read_again(plan) != plan:
+                raise ContractError(
+                    "The RecoveryPlan changes in JSON; use plain ints, floats, strings and tuples in it."
+                )
 
     def test_plans_without_measurements_or_importance(self, component: RecoveryScheduler) -> None:
         """`cfsp recover` has no summaries, and some allocators no importance."""
@@ -112,7 +115,8 @@ class RecoverySchedulerContract(ComponentContract):
     def test_plans_are_the_same_every_time(self, component: RecoveryScheduler) -> None:
         """Whatever ran before, and it changes nothing for what runs after it."""
         case = cuts()[0]
-        first = self.schedule(component, case)
+        with unchanged_process("schedule()"):
+            first = self.schedule(component, case)
         with torch.random.fork_rng():
             torch.manual_seed(12345)
             with unchanged_process("schedule()"):
@@ -167,6 +171,15 @@ def unit(shape: tuple[int, ...]) -> int:
     """Parameters of an adapter of rank 1."""
     experts = shape[0] if len(shape) == 3 else 1
     return experts * sum(shape[-2:])
+
+
+def _read_again(plan: RecoveryPlan) -> RecoveryPlan | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydantic's, of what the comparison tells
+        try:
+            return RecoveryPlan.model_validate_json(plan.to_json())
+        except ValueError:
+            return None
 
 
 def _cut(what: str, shapes: Shapes, kept: Sequence[int], *, importance: bool, measured: bool) -> Cut:

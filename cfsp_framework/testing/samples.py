@@ -169,7 +169,7 @@ def tensors_of(feed_forward: FeedForward) -> dict[str, Tensor]:
     return {name: value for name in names if (value := getattr(feed_forward, name)) is not None}
 
 
-def make_sample(case: Case = Case()) -> Sample:  # noqa: B008  (frozen)
+def make_sample(case: Case = Case()) -> Sample:
     """A feed-forward of the wanted form with random weights, and what it computes on random inputs."""
     draw = torch.Generator().manual_seed(case.seed)
     feed_forward = _feed_forward(case, draw)

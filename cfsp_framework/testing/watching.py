@@ -64,8 +64,10 @@ def unchanged_process(method: str) -> Generator[None]:
     """Refuse draws from global generators, and changes of torch's settings, while open."""
     before = _settings()
     states = torch.get_rng_state(), random.getstate()
-    yield
-    for name, value in _settings().items():
+    with restored():
+        yield
+        after = _settings()
+    for name, value in after.items():
         if value != before[name]:
             raise ContractError(
                 f"{method} left torch's {name} at {value}, which was {before[name]}; every component after it "
@@ -76,6 +78,21 @@ def unchanged_process(method: str) -> Generator[None]:
             f"{method} drew from, or seeded, a global random generator, so that a run's result depends on what ran "
             "before. Draw with generator=feed_forward.generator(), or a torch.Generator of your own with a fixed seed."
         )
+
+
+@contextmanager
+def restored() -> Generator[None]:
+    """Put torch's settings back at the end, whatever happens."""
+    dtype, threads, gradients = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.set_grad_enabled(gradients)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 @contextmanager
