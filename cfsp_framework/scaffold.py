@@ -31,7 +31,7 @@ _WHAT: dict[Kind, tuple[str, str]] = {
     "recovery": ("recovery scheduler", "RecoveryScheduler"),
 }
 """Each kind in words, and the end of its classes' names."""
-_USE = "cfsp prune demo pruned --evaluate demo"
+_USE = "cfsp prune demo pruned --evaluate demo --evaluate-windows 20"
 _FLAG: dict[Kind, str] = {
     "criterion": "--criterion {name}",
     "allocator": "--allocator {name}",

@@ -196,7 +196,7 @@ def test_the_command_writes_tells_and_says_what_to_type_next(
     assert told.stdout.splitlines()[1:] == [
         "  pip install -e './example-peak[test]'",
         "  cfsp plugins show example-peak",
-        "  cfsp prune demo pruned --evaluate demo --criterion example-peak",
+        "  cfsp prune demo pruned --evaluate demo --evaluate-windows 20 --criterion example-peak",
     ]
     as_json = run("plugins", "new", "cfsp-example", "--kind", "recovery", "--out", "else where", "--json")
     found = json.loads(as_json.stdout)
