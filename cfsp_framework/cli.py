@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": "Report a model's perplexity and its scores on tasks.",
     "benchmark": "Time models side by side, and say how much of the ideal is reached.",
     "push": "Publish a pruned checkpoint on the Hugging Face Hub.",
-    "plugins": "List and explain the components plugins offer.",
+    "plugins": "List, explain and check what plugins offer; begin a plugin.",
     "demo": "Prune the embedded model and show what happens.",
 }
 
