@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "Decide what to prune and write the plan, without cutting.",
     "recover": "Train a pruned model, and write the result.",
     "evaluate": "Report a model's perplexity.",
+    "export": "Write a pruned model for other programs: padded, GGUF or ONNX.",
     "plugins": "List and explain the components plugins offer.",
     "demo": "Prune the embedded model and show what happens.",
 }

@@ -1,0 +1,28 @@
+"""What the commands of this part print for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from cfsp_framework.files import human_bytes
+
+from .export import Exported
+
+
+def show_export(made: Exported) -> None:
+    """A few lines on what was written."""
+    console = Console(highlight=False, markup=False)
+    before, after = _spread(made.widths), _spread(made.written_widths)
+    widths = f"widths {before}" if before == after else f"widths {before} became {after}"
+    named = f" (architecture {made.architecture})" if made.architecture else ""
+    console.print(f"Written to {made.path}: {made.format}{named}, {widths}, {human_bytes(made.bytes)}.", soft_wrap=True)
+    if made.difference is not None:
+        found = "bit-equal to the pruned model's" if made.difference == 0 else f"off by {made.difference:.2g} at most"
+        console.print(f"Opened again: logits are {found}.")
+    for note in made.notes:
+        console.print(f"Note: {note}.", soft_wrap=True)
+
+
+def _spread(widths: tuple[int, ...]) -> str:
+    low, high = min(widths), max(widths)
+    return f"{low}" if low == high else f"{low} to {high}"
