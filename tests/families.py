@@ -399,6 +399,31 @@ def random_plan(decoder: Decoder) -> PruningPlan:
     )
 
 
+def plan_of(decoder: Decoder, widths: Sequence[int]) -> PruningPlan:
+    """A plan that keeps so many random channels of each feed-forward."""
+    draw = torch.Generator().manual_seed(sum(widths))
+    blocks = tuple(
+        BlockPlan(
+            block=block, path=path, width=width, kept=tuple(sorted(torch.randperm(width, generator=draw)[:count].tolist()))
+        )
+        for (block, path, width), count in zip(decoder.places, widths, strict=True)
+    )
+    return random_plan(decoder).model_copy(update={"blocks": blocks})
+
+
+def add_biases(decoder: Decoder, names: Sequence[str]) -> Callable[[int, Sequence[torch.Tensor]], list[Update]]:
+    """A compensator that sets biases a family may not have."""
+
+    def compensate(index: int, kept: Sequence[torch.Tensor]) -> list[Update]:
+        draw = torch.Generator().manual_seed(index)
+        (feed_forward,), (mine,) = decoder.feed_forwards(index), kept
+        sizes = {name: feed_forward.hidden if name == "down_bias" else len(mine) for name in names}
+        biases = {name: torch.randn(size, generator=draw) for name, size in sizes.items()}
+        return [Update(**biases)]  # type: ignore[arg-type]
+
+    return compensate
+
+
 @torch.no_grad()
 def mask(decoder: Decoder, plan: PruningPlan) -> None:
     """Zero what the channels that go would send to the output, and leave every shape as it is."""

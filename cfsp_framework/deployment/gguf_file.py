@@ -54,6 +54,8 @@ _AROUND = {
 _AUTO = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _Q8_0_ROW = 32
 """Values of a row that share a scale; a row is a multiple of them."""
+_NO_MERGE = "\ue000 \ue000"
+"""Stands in a list of merges that would be empty, which llama.cpp does not open; no byte is written so."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def _describe_vocabulary(writer: Any, gguf: Any, vocabulary: Vocabulary) -> None
     if vocabulary.scores:
         writer.add_token_scores(list(vocabulary.scores))
     if vocabulary.model == "gpt2":
-        writer.add_token_merges(list(vocabulary.merges))
+        writer.add_token_merges(list(vocabulary.merges) or [_NO_MERGE])
     for role, index in vocabulary.special.items():
         getattr(writer, f"add_{role}_token_id")(index)
     writer.add_add_bos_token(vocabulary.add_bos)
