@@ -197,7 +197,7 @@ def _sentencepiece(
         kinds=tuple(kinds),
         scores=tuple(-float(ranks[token]) if token in ranks else least for token in tokens),
         space_prefix=_prepends_space(told),
-        notes=(*common.pop("notes"), *_odd_merges(told["model"], merges)),
+        notes=(*common.pop("notes"), *_odd_spaces(told), *_odd_merges(told["model"], merges)),
         **common,
     )
 
@@ -220,17 +220,27 @@ def _prepends_space(told: Mapping[str, Any]) -> bool:
     return len(found) == 2
 
 
+def _odd_spaces(told: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is said where a space is put before a text only if there is none; llama.cpp puts one always."""
+    if told.get("pre_tokenizer") is None or not _prepends_space(told):
+        return ()
+    return ("a text that begins with a space begins with two of them in llama.cpp",)
+
+
 def _odd_merges(model: Mapping[str, Any], merges: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """What is said where joining by scores is not the same as these merges."""
+    """What is said where joining by scores is not the same as these merges.
+
+    That is where a token's merges do not follow each other, or where two tokens that make a third may not be joined.
+    """
     vocabulary, known = model["vocab"], set(merges)
     made = [left + right for left, right in merges]
-    scattered = len(set(made)) < 1 + sum(a != b for a, b in pairwise(made))
-    pieces = {character for token in vocabulary for character in token} | {*made}
+    scattered = len(set(made)) < sum(a != b for a, b in pairwise(["", *made]))
+    reachable = ({character for token in vocabulary for character in token} | {*made}) & vocabulary.keys()
+    special = {model.get("unk_token"), *(token for token in vocabulary if _BYTE.fullmatch(token))}
     missing = any(
-        (token[:cut], token[cut:]) not in known
-        for token in made
+        token[:cut] in reachable and token[cut:] in reachable and (token[:cut], token[cut:]) not in known
+        for token in vocabulary.keys() - special
         for cut in range(1, len(token))
-        if token[:cut] in pieces & vocabulary.keys() and token[cut:] in pieces & vocabulary.keys()
     )
     if scattered or missing:
         return ("the tokenizer's merges are not those of SentencePiece: llama.cpp may split some words differently",)

@@ -10,6 +10,7 @@ blocks, exported in all types, compared on random tokens and on lines of the tex
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfsp_framework import RunConfig, prune
 from cfsp_framework.architectures import open_decoder
@@ -74,6 +76,84 @@ CASES = {
     "qwen2, large heads, equal widths": Case("qwen2", {"head_dim": 16}, kept=(48, 48, 48)),
 }
 
+TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+PATTERNS = {
+    "llama 3": WORD + r"\p{N}{1,3}|" + TAIL,
+    "qwen 2": WORD + r"\p{N}|" + TAIL,
+    "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+"""What byte-level tokenizers of these names split text with, as their tokenizer.json has it."""
+ODD_LINES = (
+    "  two spaces\n\nand\tmore  ",
+    "naïve café — ☃ 日本語, ÉCOLE Straße ИВАН",
+    "I'VE 3 or 12345.67; don't they'll x=y**2\r\n\r\n",
+    "a",
+    "<s> hi </s>",
+    "CamelCaseWords snake_case //path/to/file\n",
+    "\n\n\n   \n",
+)
+
+
+def trained(kind: str, lines: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A small tokenizer of one kind: one of PATTERNS, ``gpt-2``, ``digits``, ``metaspace``."""
+    specials = ["<unk>", "<s>", "</s>"]
+    if kind == "metaspace":
+        made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=True)
+        made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+        specials += [f"<0x{byte:02X}>" for byte in range(256)]
+        alphabet: list[str] = []
+    else:
+        made = Tokenizer(models.BPE(ignore_merges=kind in ("llama 3", "tekken")))
+        first: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if kind == "digits" else []
+        if kind in PATTERNS:
+            first = [pre_tokenizers.Split(Regex(PATTERNS[kind]), behavior="isolated")]
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in PATTERNS)
+        made.pre_tokenizer = pre_tokenizers.Sequence([*first, bytes_]) if first else bytes_
+        made.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=specials, show_progress=False, initial_alphabet=alphabet
+    )
+    made.train_from_iterator(lines, trainer)
+    told = json.loads(made.to_str())
+    told["model"]["merges"] = in_spm_order(told["model"]) if kind == "metaspace" else told["model"]["merges"]
+    told["added_tokens"] = [added for added in told["added_tokens"] if not added["content"].startswith("<0x")]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(told)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def in_spm_order(model: Mapping[str, Any]) -> list[list[str]]:
+    """All ways to make each token, the tokens in the order they were found: the merges of a SentencePiece model."""
+    order = dict.fromkeys(left + right for left, right in model["merges"])
+    reachable = {character for token in order for character in token} | {*order}
+    return [
+        [token[:cut], token[cut:]]
+        for token in order
+        for cut in range(1, len(token))
+        if token[:cut] in reachable and token[cut:] in reachable
+    ]
+
+
+def examine_tokenizers(lines: Sequence[str]) -> None:
+    """Train a tokenizer of every kind that can be named, and compare it with llama.cpp's of that name."""
+    for kind in (*PATTERNS, "gpt-2", "digits", "metaspace"):
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = trained(kind, lines)
+            place = families.write(families.build("llama", vocab_size=len(tokenizer)), Path(folder, "tiny"))
+            tokenizer.save_pretrained(place)
+            made = export(place, Path(folder, "tiny.gguf"), "f32")
+            all_lines = [*lines, *ODD_LINES]
+            wrong = compare_tokens(place, Path(folder, "tiny.gguf"), all_lines)
+            notes = f"; {made.notes}" if made.notes else ""
+            print(f"tokenizer {kind}: {wrong} of {len(all_lines)} texts are tokenised otherwise{notes}", flush=True)
+
 
 def write_tiny(case: Case, place: Path) -> Path:
     """The pruned checkpoint of a case."""
@@ -118,7 +198,10 @@ def open_llama(path: Path, length: int) -> Any:
 def compare_tokens(pruned: Path, path: Path, lines: Sequence[str]) -> int:
     """How many lines the tokenizer in the file splits otherwise than the checkpoint's."""
     tokenizer, found = AutoTokenizer.from_pretrained(pruned), open_llama(path, 8)
-    return sum(found.tokenize(line.encode(), add_bos=True, special=True) != tokenizer(line).input_ids for line in lines)
+    wrong = [line for line in lines if found.tokenize(line.encode(), True, True) != tokenizer(line).input_ids]
+    for line in wrong[:2]:
+        print(f"    {line!r}: {found.tokenize(line.encode(), True, True)} against {tokenizer(line).input_ids}")
+    return len(wrong)
 
 
 def compare_text(pruned: Path, path: Path) -> tuple[str, str]:
@@ -130,6 +213,12 @@ def compare_text(pruned: Path, path: Path) -> tuple[str, str]:
     expected = tokenizer.decode(written[0, ids.shape[1] :])
     answer = found.create_completion(PROMPT, max_tokens=LENGTH, temperature=0.0)
     return expected.strip(), answer["choices"][0]["text"].strip()
+
+
+def read_lines(text: Path | None) -> list[str]:
+    """Lines to compare tokenizers on."""
+    read = text.read_text(encoding="utf-8") if text else __doc__ or ""
+    return [line.strip() for line in read.splitlines() if line.strip()][:500]
 
 
 def export(pruned: Path, path: Path, kind: str) -> Exported:
@@ -144,8 +233,7 @@ def examine(source: Path, place: Path, text: Path | None) -> None:
         model=str(source), ratio=0.5, samples=32, seqlen=256, round_to=32, calibration=spec, device="cpu"
     )
     prune(config, place / "pruned")
-    lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:500] if text else []
-    lines += ["  two spaces\n\nand\tmore", "naïve café — ☃ 日本語", "I'VE 3 or 12345.67", "a", "<s> hi </s>"]
+    lines = [*read_lines(text), *ODD_LINES]
     for kind in ("f32", "f16", "bf16", "q8_0"):
         made = export(place / "pruned", place / f"{kind}.gguf", kind)
         difference = compare_logits(place / "pruned", place / f"{kind}.gguf", 200)
@@ -173,6 +261,7 @@ def main() -> None:
             difference = compare_logits(pruned, Path(folder, "tiny.gguf"))
             worst = max(worst, difference)
             print(f"{name} ({made.architecture}): {difference:.2g}", flush=True)
+    examine_tokenizers(read_lines(given.text))
     for source in given.models:
         with tempfile.TemporaryDirectory() as folder:
             examine(source, Path(folder), given.text)
