@@ -125,6 +125,39 @@ def export_gguf(
         )
 
 
+def export_onnx(config: RunConfig, out: Path, *, overwrite: bool = False) -> Exported:
+    """Write ``config.model`` as a folder with ``model.onnx`` in float32, its configuration and its tokenizer.
+
+    Raises:
+        ConfigError: a package is not installed.
+        ModelError: PyTorch cannot turn the model into a graph.
+        OutputError: the folder cannot be made.
+    """
+    from .onnx_file import check_packages, compare_onnx, write_onnx
+
+    checkpoint.check_output(out, overwrite=overwrite)
+    check_packages()
+    loaded = load_model(config.model_copy(update={"dtype": "float32"}))
+    decoder = open_decoder(loaded.model, load_plugins(config.plugins))
+    with staged_folder(out) as folder:
+        write_onnx(loaded.model, context_length(loaded.model), folder)
+        difference = compare_onnx(loaded.model, folder)
+        loaded.model.config.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        made = Exported(
+            format="onnx",
+            source=config.model,
+            path=str(out),
+            widths=decoder.widths,
+            written_widths=decoder.widths,
+            bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")),
+            difference=difference,
+            notes=("there is no key-value cache in the graph: it scores texts at once, and writes slowly",),
+        )
+        carry_over(loaded.folder, folder, made)
+    return made
+
+
 def check_file(out: Path, *, overwrite: bool) -> None:
     """Refuse, before any work is done, a file that exists or cannot be made."""
     check_parent(out)
@@ -155,11 +188,18 @@ def carry_over(source: Path, folder: Path, made: Exported) -> None:
 
 
 def _card_note(made: Exported) -> str:
+    """What follows the pruned checkpoint's card."""
+    if made.format == "onnx":
+        return (
+            "## ONNX export\n\n"
+            "The pruned model as one graph in float32, from `input_ids` and `attention_mask` to `logits`. What is said "
+            "above on loading is about the checkpoint it was made from."
+        )
     was, now = _spread(made.widths), _spread(made.written_widths)
     return (
         "## Padded export\n\n"
         f"These weights are the pruned model's with channels of zeros: feed-forwards of {was} channels became {now} in "
-        "every block. They compute the same and open in Transformers without code; speed and sizes above are those of "
+        "every block. They compute the same and open in Transformers without code. Speed and sizes above are those of "
         "the pruned checkpoint, not of this one."
     )
 
