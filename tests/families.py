@@ -406,7 +406,10 @@ def plan_of(decoder: Decoder, widths: Sequence[int]) -> PruningPlan:
     draw = torch.Generator().manual_seed(sum(widths))
     blocks = tuple(
         BlockPlan(
-            block=block, path=path, width=width, kept=tuple(sorted(torch.randperm(width, generator=draw)[:count].tolist()))
+            block=block,
+            path=path,
+            width=width,
+            kept=tuple(sorted(torch.randperm(width, generator=draw)[:count].tolist())),
         )
         for (block, path, width), count in zip(decoder.places, widths, strict=True)
     )

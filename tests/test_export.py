@@ -19,7 +19,7 @@ from cfsp_framework import RunConfig
 from cfsp_framework.architectures import Decoder, open_decoder
 from cfsp_framework.checkpoint import CARD_FILE, CODE_FILE, PLAN_FILE, save_model
 from cfsp_framework.cli import cli
-from cfsp_framework.deployment.export import NOTE_FILE, export_padded
+from cfsp_framework.deployment.export import NOTE_FILE, export_onnx, export_padded
 from cfsp_framework.deployment.padded import _longer
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, OutputError
 from cfsp_framework.files import staged_folder
@@ -49,7 +49,12 @@ def config_for(folder: Path) -> RunConfig:
 
 
 def cut(
-    name: str, place: Path, plan: Callable[[Decoder], Any], *, dropped: tuple[int, ...] = (), biases: tuple[str, ...] = ()
+    name: str,
+    place: Path,
+    plan: Callable[[Decoder], Any],
+    *,
+    dropped: tuple[int, ...] = (),
+    biases: tuple[str, ...] = (),
 ) -> Path:
     """The checkpoint of a pruned model of some family."""
     loaded = load_model(config_for(families.write(families.build(name), place / "dense")))
@@ -245,3 +250,48 @@ def test_options_of_another_format_are_refused(options: list[str], message: str,
     found = CliRunner().invoke(cli, ["export", str(tmp_path), str(tmp_path / "out"), *options])
     assert found.exit_code == 2
     assert message in found.output
+
+
+# ONNX
+
+
+def test_onnx_computes_the_same_for_any_batch_and_length(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    pruned = llama(tmp_path, dropped=(1,), biases=("down_bias",))
+    made = export_onnx(config_for(pruned), tmp_path / "out")
+    assert made.difference is not None
+    assert made.difference < 1e-4
+    session: Any = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    model: Any = open_model(pruned)
+    for batch, length in ((1, 2), (4, 1 + 32)):
+        ids = torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(batch))
+        inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+        with torch.no_grad():
+            expected = model(ids).logits
+        assert torch.allclose(torch.from_numpy(session.run(["logits"], inputs)[0]), expected, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("hello").input_ids
+    assert "## ONNX export" in (tmp_path / "out" / CARD_FILE).read_text()
+
+
+def test_what_pytorch_cannot_trace_is_refused_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    pruned = llama(tmp_path)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ModelError, match="cannot turn this llama model into ONNX: no such operator"):
+        export_onnx(config_for(pruned), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_packages_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    found = CliRunner().invoke(cli, ["export", str(llama(tmp_path)), str(tmp_path / "out"), "--format", "onnx"])
+    assert found.exit_code == 2
+    assert "pip install 'cfsp-framework[onnx]'" in found.output

@@ -339,9 +339,7 @@ def test_a_file_is_not_replaced_unasked_and_nothing_is_left_of_a_failure(
         export_gguf(config, tmp_path)
 
 
-def test_without_the_package_the_extra_is_named(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_the_extra_is_named(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     found = CliRunner().invoke(cli, ["export", str(write("llama")), str(tmp_path / "x.gguf"), "--format", "gguf"])
     assert found.exit_code == 2
@@ -364,7 +362,9 @@ def test_the_command_tells_the_architecture(write: Write, tmp_path: Path) -> Non
 
 def byte_level(*first: Any, use_regex: bool = False, prefix: bool = False, **model: Any) -> Tokenizer:
     """A tokenizer of three letters and two merges."""
-    made = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, merges=[("a", "b"), ("ab", "c")], **model))
+    made = Tokenizer(
+        models.BPE(vocab={"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, merges=[("a", "b"), ("ab", "c")], **model)
+    )
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [*first, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=use_regex)]
     )
@@ -447,7 +447,9 @@ def sentencepiece(
     merges: Sequence[tuple[str, str]] = ALL_WAYS, vocabulary: dict[str, int] | None = None, *, metaspace: bool = False
 ) -> PreTrainedTokenizerFast:
     made = Tokenizer(
-        models.BPE(vocab=vocabulary or PIECES, merges=list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocab=vocabulary or PIECES, merges=list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
     )
     if metaspace:
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)

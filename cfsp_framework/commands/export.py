@@ -69,9 +69,7 @@ def export(
     if form == "padded":
         made = exports.export_padded(config, out, width=width, overwrite=overwrite)
     elif form == "gguf":
-        made = exports.export_gguf(
-            config, out, kind=kind or "auto", pre_tokenizer=pre_tokenizer, overwrite=overwrite
-        )
+        made = exports.export_gguf(config, out, kind=kind or "auto", pre_tokenizer=pre_tokenizer, overwrite=overwrite)
     else:
         made = exports.export_onnx(config, out, overwrite=overwrite)
     if as_json:

@@ -19,7 +19,6 @@ from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import OutputError
 from cfsp_framework.files import check_parent, staged_file, staged_folder
 from cfsp_framework.models import (
-
     check_checkpoint,
     context_length,
     load_model,
@@ -207,5 +206,3 @@ def _card_note(made: Exported) -> str:
 def _spread(widths: Sequence[int]) -> str:
     low, high = min(widths), max(widths)
     return f"{low}" if low == high else f"{low} to {high}"
-
-

@@ -119,7 +119,10 @@ def _specials(tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
     full = tokenizer("a")["input_ids"]
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     before, after = full[:start], full[start + len(plain) :]
-    wrong = [*([] if before in ([], [special.get("bos")]) else before), *([] if after in ([], [special.get("eos")]) else after)]
+    wrong = [
+        *([] if before in ([], [special.get("bos")]) else before),
+        *([] if after in ([], [special.get("eos")]) else after),
+    ]
     notes = (f"the tokenizer puts the tokens {wrong} around a text and llama.cpp does not",) if wrong else ()
     return {"special": special, "add_bos": bool(before), "add_eos": bool(after), "notes": notes}
 
@@ -177,17 +180,14 @@ def _name_splitting(told: Mapping[str, Any], *, ignore_merges: bool) -> str:
 _SAY_IT = "give it with --pre-tokenizer: llama.cpp's convert_hf_to_gguf_update.py lists the names by model."
 
 
-def _sentencepiece(
-    told: Mapping[str, Any], tokens: list[str], kinds: list[int], common: dict[str, Any]
-) -> Vocabulary:
+def _sentencepiece(told: Mapping[str, Any], tokens: list[str], kinds: list[int], common: dict[str, Any]) -> Vocabulary:
     merges = _merges(told["model"])
     ranks = dict[str, int]()
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
     kinds = list(kinds)
     texts = [
-        token.replace(_SPACE, " ") if kind == USER_DEFINED else token
-        for token, kind in zip(tokens, kinds, strict=True)
+        token.replace(_SPACE, " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, kinds, strict=True)
     ]
     least = -float(len(ranks) + 1)
     return Vocabulary(

@@ -46,7 +46,9 @@ def check_packages() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"--format onnx needs the package {error.name}: pip install 'cfsp-framework[onnx]'.") from error
+        raise ConfigError(
+            f"--format onnx needs the package {error.name}: pip install 'cfsp-framework[onnx]'."
+        ) from error
 
 
 @torch.no_grad()

@@ -190,9 +190,7 @@ def open_llama(path: Path, length: int) -> Any:
     from llama_cpp import Llama
 
     room = length + 8
-    return Llama(
-        str(path), n_ctx=room, n_batch=room, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0
-    )
+    return Llama(str(path), n_ctx=room, n_batch=room, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
 
 
 def compare_tokens(pruned: Path, path: Path, lines: Sequence[str]) -> int:
