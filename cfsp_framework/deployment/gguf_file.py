@@ -293,10 +293,11 @@ def _unquantised(entries: list[_Entry], kind: str) -> tuple[str, ...]:
     left = [entry for entry in entries if kind == "q8_0" and entry.kind == "f16"]
     if not left:
         return ()
-    return (
+    note = (
         f"{len(left)} matrices, first {left[0].name}, have rows of {left[0].shape[-1]} values, no multiple of "
-        f"{_Q8_0_ROW}, and stay f16; prune with a --round-to of {_Q8_0_ROW} or a multiple",
+        f"{_Q8_0_ROW}, and stay f16; prune with a --round-to of {_Q8_0_ROW} or a multiple"
     )
+    return (note,)
 
 
 def _write_tensors(writer: Any, gguf: Any, shards: Shards, entries: list[_Entry], factors: Tensor | None) -> None:

@@ -76,7 +76,7 @@ def attempt(way: str, folder: Path, target: Path | None, home: Path) -> tuple[st
     if target:
         environment["PYTHONPATH"] = str(target.resolve())
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, way, str(folder), f"{folder}.safetensors"]
-    found = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+    found = subprocess.run(command, check=False, env=environment, cwd=home, capture_output=True, text=True)
     if found.returncode:
         return found.stderr.strip().splitlines()[-1][:100], "?"
     answer, version = found.stdout.strip().splitlines()[-2:]
