@@ -194,7 +194,7 @@ def _card_note(made: Exported) -> str:
             "The pruned model as one graph in float32, from `input_ids` and `attention_mask` to `logits`. What is said "
             "above on loading is about the checkpoint it was made from."
         )
-    was, now = _spread(made.widths), _spread(made.written_widths)
+    was, now = spread(made.widths), spread(made.written_widths)
     return (
         "## Padded export\n\n"
         f"These weights are the pruned model's with channels of zeros: feed-forwards of {was} channels became {now} in "
@@ -203,6 +203,7 @@ def _card_note(made: Exported) -> str:
     )
 
 
-def _spread(widths: Sequence[int]) -> str:
+def spread(widths: Sequence[int]) -> str:
+    """The narrowest and the widest, or the one there is."""
     low, high = min(widths), max(widths)
     return f"{low}" if low == high else f"{low} to {high}"

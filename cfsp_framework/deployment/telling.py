@@ -6,13 +6,13 @@ from rich.console import Console
 
 from cfsp_framework.files import human_bytes
 
-from .export import Exported
+from .export import Exported, spread
 
 
 def show_export(made: Exported) -> None:
     """A few lines on what was written."""
     console = Console(highlight=False, markup=False)
-    before, after = _spread(made.widths), _spread(made.written_widths)
+    before, after = spread(made.widths), spread(made.written_widths)
     widths = f"widths {before}" if before == after else f"widths {before} became {after}"
     named = f" (architecture {made.architecture})" if made.architecture else ""
     console.print(f"Written to {made.path}: {made.format}{named}, {widths}, {human_bytes(made.bytes)}.", soft_wrap=True)
@@ -21,8 +21,3 @@ def show_export(made: Exported) -> None:
         console.print(f"Opened again: logits are {found}.")
     for note in made.notes:
         console.print(f"Note: {note}.", soft_wrap=True)
-
-
-def _spread(widths: tuple[int, ...]) -> str:
-    low, high = min(widths), max(widths)
-    return f"{low}" if low == high else f"{low} to {high}"
