@@ -10,6 +10,7 @@ blocks, exported in all types, compared on random tokens and on lines of the tex
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -187,10 +188,11 @@ def compare_logits(pruned: Path, path: Path, length: int = 90) -> float:
 
 def open_llama(path: Path, length: int) -> Any:
     """llama.cpp with the file."""
-    from llama_cpp import Llama
-
+    llama_cpp: Any = importlib.import_module("llama_cpp")
     room = length + 8
-    return Llama(str(path), n_ctx=room, n_batch=room, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
+    return llama_cpp.Llama(
+        str(path), n_ctx=room, n_batch=room, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0
+    )
 
 
 def compare_tokens(pruned: Path, path: Path, lines: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """Which versions of Transformers open what is written, in which way, and whether they compute the same.
 
-    pip install --no-deps --target tf-5.14.1 transformers==5.14.1 'huggingface_hub<2' 'tokenizers<=0.23.0'
+    pip install --no-deps --target tf-5.14.1 transformers==5.14.1 'huggingface_hub<2' 'tokenizers<=0.23.0' httpx httpcore h11
     python tests/benchmarks/transformers_versions.py [--model demo] [--target tf-5.14.1 ...]
 
 One model is pruned with widths that differ and with equal ones, and the first is exported as padded. Every way to open
