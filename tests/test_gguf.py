@@ -339,6 +339,12 @@ def test_a_file_is_not_replaced_unasked_and_nothing_is_left_of_a_failure(
         export_gguf(config, tmp_path)
 
 
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    families.build("llama").save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match="has no tokenizer that opens"):
+        export_gguf(RunConfig.build(model=str(tmp_path / "bare"), device="cpu"), tmp_path / "x.gguf")
+
+
 def test_without_the_package_the_extra_is_named(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     found = CliRunner().invoke(cli, ["export", str(write("llama")), str(tmp_path / "x.gguf"), "--format", "gguf"])

@@ -16,7 +16,7 @@ from cfsp_framework import checkpoint
 from cfsp_framework.architectures import Decoder, open_decoder
 from cfsp_framework.blocks import logits
 from cfsp_framework.config import RunConfig
-from cfsp_framework.errors import OutputError
+from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.files import check_parent, staged_file, staged_folder
 from cfsp_framework.models import (
     check_checkpoint,
@@ -24,6 +24,7 @@ from cfsp_framework.models import (
     load_model,
     open_model,
     open_skeleton,
+    quiet,
     resolve,
 )
 from cfsp_framework.plugins import load_plugins
@@ -106,10 +107,14 @@ def export_gguf(
     from .gguf_file import write_gguf
 
     check_file(out, overwrite=overwrite)
+    quiet()
     folder = resolve(config.model)
     check_checkpoint(folder, trust_remote_code=config.trust_remote_code)
     decoder = open_decoder(open_skeleton(folder), load_plugins(config.plugins))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {config.model!r} has no tokenizer that opens, and llama.cpp needs one.") from error
     with staged_file(out) as path:
         written = write_gguf(decoder, folder, tokenizer, path, kind=kind, pre_tokenizer=pre_tokenizer)
         return Exported(
