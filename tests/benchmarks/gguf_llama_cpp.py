@@ -210,7 +210,7 @@ def compare_text(pruned: Path, path: Path) -> tuple[str, str]:
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
         written = model.generate(ids, max_new_tokens=LENGTH, do_sample=False)  # type: ignore[operator]
-    expected = tokenizer.decode(written[0, ids.shape[1] :])
+    expected = str(tokenizer.decode(written[0, ids.shape[1] :]))
     answer = found.create_completion(PROMPT, max_tokens=LENGTH, temperature=0.0)
     return expected.strip(), answer["choices"][0]["text"].strip()
 
