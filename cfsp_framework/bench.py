@@ -17,6 +17,7 @@ from .config import RunConfig
 from .errors import ConfigError
 from .evaluation import EvaluationSet, evaluation_set
 from .models import LoadedModel, context_length, load_model
+from .planning import check_shared
 from .plugins import Plugins, load_plugins
 from .progress import Progress
 from .ranks import Ranks, join_ranks
@@ -103,7 +104,14 @@ def check_selection(config: RunConfig, selection: Selection, ranks: Ranks) -> No
 
 
 def check_rounding(config: RunConfig, decoder: Decoder, *, planned: bool) -> None:
-    """Refuse a rounding that experts could not be run with."""
+    """Refuse a rounding that experts could not be run with, and a model that cannot be shared out as asked for."""
+    if config.tensor_parallel > 1:
+        heads = decoder.config.num_attention_heads
+        if heads % config.tensor_parallel:
+            raise ConfigError(
+                f"--tensor-parallel {config.tensor_parallel}: so many processes cannot share {heads} attention heads alike."
+            )
+        check_shared(decoder.places, config.tensor_parallel)
     step = surgery.expert_step(decoder)
     if config.round_to % step and not planned:
         raise ConfigError(

@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "Tell where two plans differ.",
     "evaluate": "Report a model's perplexity and its scores on tasks.",
     "benchmark": "Time models side by side, and say how much of the ideal is reached.",
+    "export": "Write a pruned model for other programs: padded, GGUF or ONNX.",
     "push": "Publish a pruned checkpoint on the Hugging Face Hub.",
     "plugins": "List, explain and check what plugins offer; begin a plugin.",
     "demo": "Prune the embedded model and show what happens.",

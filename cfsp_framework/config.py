@@ -42,6 +42,9 @@ class RunConfig(BaseModel):
         default="channels", description="What --ratio counts: feed-forward channels, or all parameters of the model."
     )
     round_to: int = Field(default=128, ge=1, description="Widths are multiples of this.")
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="Processes the model will be served on: widths are multiples of this, too."
+    )
     rebalance: bool = Field(default=True, description="Restore the exact budget after rounding.")
     drop_attention: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         default=0, description="Attentions to drop as a whole: a number, or `auto` for a ratio of all parameters."

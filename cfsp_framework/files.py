@@ -54,6 +54,22 @@ def staged_folder(folder: Path) -> Generator[Path]:
             _sweep(folder)
 
 
+@contextmanager
+def staged_file(path: Path) -> Generator[Path]:
+    """A file in a folder beside ``path`` to write; renamed to it at the end, removed if anything fails.
+
+    Raises:
+        OutputError: the place is not writable or full.
+    """
+    with ExitStack() as stack:
+        with _writing(path):
+            aside = stack.enter_context(_aside(path))
+        with _writing(path, aside):
+            yield aside / path.name
+            _make_readable(aside)
+            os.replace(aside / path.name, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file.
 

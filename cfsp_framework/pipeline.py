@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from .files import staged_folder
 from .keys import collection_key, second_pass_key, versions
 from .models import LoadedModel, load_model, open_model, open_skeleton, resolve
 from .notes import gather_notes
-from .planning import ModelIdentity, PruningPlan, channel_ratio, plan_blocks
+from .planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step
 from .plugins import load_plugins
 from .progress import Progress
 from .ranks import join_ranks
@@ -82,7 +83,9 @@ def prune(
             check_plan(bench, plan)
             ran = bench.selection.describe()
             kinds = ("compensator", "recovery")  # these are this run's, whatever the plan was made with
-            plan = plan.model_copy(update={"components": plan.components | {kind: ran[kind] for kind in kinds}})
+            components = plan.components | {kind: ran[kind] for kind in kinds}
+            shared = math.lcm(plan.tensor_parallel, config.tensor_parallel)
+            plan = plan.model_copy(update={"components": components, "tensor_parallel": shared})
         dense, before = evaluate(bench, bench.decoder), report.measure_size(bench.decoder.model)
         drop_attention(bench, plan)
         measurements = measure(bench, planned=plan is not None)
@@ -221,7 +224,10 @@ def make_plan(bench: Bench, measurements: Sequence[FeedForwardMeasurement]) -> P
             ratio = channel_ratio(ratio, bench.parameters, decoder.channel_parameters, gone)
         summaries = summarise(decoder, measurements, CRITERION)
         blocks = plan_blocks(
-            summaries, bench.selection.allocator, Budget(ratio, config.round_to), rebalance=config.rebalance
+            summaries,
+            bench.selection.allocator,
+            Budget(ratio, width_step(config.round_to, config.tensor_parallel)),
+            rebalance=config.rebalance,
         )
         plan = PruningPlan(
             model=ModelIdentity(
@@ -234,6 +240,7 @@ def make_plan(bench: Bench, measurements: Sequence[FeedForwardMeasurement]) -> P
             ratio=config.ratio,
             budget=config.budget,
             round_to=config.round_to,
+            tensor_parallel=config.tensor_parallel,
             seed=config.seed,
             components=bench.selection.describe(),
             versions=versions(bench.selection),
@@ -251,6 +258,7 @@ def check_plan(bench: Bench, plan: PruningPlan) -> None:
             f"the plan was made for another model than {bench.config.model!r}: {plan.model.source!r}, "
             f"fingerprint {plan.model.fingerprint[:12]} against {bench.loaded.fingerprint[:12]}."
         )
+    check_shared([(one.block, one.path, len(one.kept)) for one in plan.blocks], bench.config.tensor_parallel)
 
 
 def evaluate(bench: Bench, decoder: Decoder) -> list[Perplexity]:

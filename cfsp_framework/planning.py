@@ -86,6 +86,8 @@ class PruningPlan(_Frozen):
     ratio: float = Field(ge=0, lt=1)
     budget: Literal["channels", "parameters"]
     round_to: int = Field(ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+    """How many processes can share every feed-forward alike."""
     seed: int
     components: dict[str, str]
     """The chosen component of each kind, with every option it ran with."""
@@ -143,6 +145,25 @@ class PruningPlan(_Frozen):
             raise PlanError(
                 f"the plan cannot be used: {where}: {first['msg'].removeprefix('Value error, ')}{more}"
             ) from error
+
+
+def width_step(round_to: int, tensor_parallel: int) -> int:
+    """What widths are multiples of, so that both divide them; a process then gets multiples of ``step / tensor_parallel``."""
+    return math.lcm(round_to, tensor_parallel)
+
+
+def check_shared(widths: Sequence[tuple[int, str, int]], tensor_parallel: int) -> None:
+    """Refuse feed-forwards, each a block, a path and a width, that so many processes cannot share alike.
+
+    Raises:
+        PlanError: the first of them, by name.
+    """
+    for block, path, width in widths:
+        if width % tensor_parallel:
+            raise PlanError(
+                f"--tensor-parallel {tensor_parallel}: block {block}, {path or 'the block itself'} has {width} channels, "
+                f"which {tensor_parallel} processes cannot share alike."
+            )
 
 
 def channel_ratio(ratio: float, parameters: int, prunable: int, gone: int = 0) -> float:

@@ -140,6 +140,8 @@ class Report(_Frozen):
     ratio_requested: float
     budget: str
     round_to: int
+    tensor_parallel: int = 1
+    """How many processes can share every feed-forward alike."""
     channels_before: int
     channels_after: int
     channel_ratio: float

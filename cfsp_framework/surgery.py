@@ -155,7 +155,7 @@ def cut_block(decoder: Decoder, index: int, kept: Sequence[Tensor]) -> None:
                 _cut_single(bank, mine[0])
             elif isinstance(bank, ExpertBank):
                 _cut_experts(bank, mine)
-            _tell_width(bank.module, width, len(mine[0]))
+            tell_width(bank.module, width, len(mine[0]))
 
 
 def _cut_single(bank: SingleBank, kept: Tensor) -> None:
@@ -204,7 +204,7 @@ def _taken(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
 _WIDTH_ATTRIBUTES = ("intermediate_size", "ffn_dim", "hidden_dim", "expert_dim", "intermediate_dim", "ffn_hidden_size")
 
 
-def _tell_width(module: nn.Module, width: int, kept: int) -> None:
+def tell_width(module: nn.Module, width: int, kept: int) -> None:
     """Where a module keeps its width as an attribute, that changes too."""
     for name in _WIDTH_ATTRIBUTES:
         if module.__dict__.get(name) == width:

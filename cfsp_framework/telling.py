@@ -47,6 +47,7 @@ def tell(
         ratio_requested=plan.ratio,
         budget=plan.budget,
         round_to=plan.round_to,
+        tensor_parallel=plan.tensor_parallel,
         channels_before=sum(block.width for block in plan.blocks),
         channels_after=sum(plan.widths),
         channel_ratio=plan.achieved_ratio,

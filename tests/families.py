@@ -377,15 +377,17 @@ def run_config(model: Path, **options: Any) -> RunConfig:
     return RunConfig.build(model=str(model), calibration=str(text), device="cpu", **settings)
 
 
-def random_plan(decoder: Decoder) -> PruningPlan:
-    """A plan that keeps other channels in every feed-forward, fewer from block to block, and in every expert alike many."""
+def random_plan(decoder: Decoder, step: int | None = None) -> PruningPlan:
+    """A plan that keeps other channels in every feed-forward, fewer from block to block, and in every expert alike many.
+
+    ``step`` is how many fewer.
+    """
     draw, blocks = torch.Generator().manual_seed(0), list[BlockPlan]()
     for index in range(len(decoder.blocks)):
         for group in decoder.groups(index):
-            step = (
-                8 if any(bank.experts for bank in group.banks) else 7
-            )  # torch multiplies experts of aligned width only
-            left = group.width - step * (index + 1)
+            # torch multiplies experts of aligned width only
+            fewer = step or (8 if any(bank.experts for bank in group.banks) else 7)
+            left = group.width - fewer * (index + 1)
             for bank in group.banks:
                 for path in bank.paths:
                     kept = torch.randperm(bank.width, generator=draw)[: left * bank.layout.times].sort().values
@@ -402,6 +404,36 @@ def random_plan(decoder: Decoder) -> PruningPlan:
         versions={},
         blocks=tuple(blocks),
     )
+
+
+def plan_of(decoder: Decoder, widths: Sequence[int]) -> PruningPlan:
+    """A plan that keeps so many random channels of each feed-forward."""
+    draw = torch.Generator().manual_seed(sum(widths))
+    blocks = tuple(
+        BlockPlan(
+            block=block,
+            path=path,
+            width=width,
+            kept=tuple(sorted(torch.randperm(width, generator=draw)[:count].tolist())),
+        )
+        for (block, path, width), count in zip(decoder.places, widths, strict=True)
+    )
+    return random_plan(decoder).model_copy(update={"blocks": blocks})
+
+
+def add_biases(decoder: Decoder, names: Sequence[str]) -> Callable[[int, Sequence[torch.Tensor]], list[Update]]:
+    """A compensator that sets biases a family may not have."""
+
+    def compensate(index: int, kept: Sequence[torch.Tensor]) -> list[Update]:
+        if not names:
+            return _unchanged(index, kept)
+        draw = torch.Generator().manual_seed(index)
+        (feed_forward,), (mine,) = decoder.feed_forwards(index), kept
+        sizes = {name: feed_forward.hidden if name == "down_bias" else len(mine) for name in names}
+        biases = {name: torch.randn(size, generator=draw) for name, size in sizes.items()}
+        return [Update(**biases)]  # type: ignore[arg-type]
+
+    return compensate
 
 
 @torch.no_grad()
@@ -462,7 +494,8 @@ for line in sys.stdin:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
         head = [name for name in getattr(config, "auto_map", {{}}) if name != "AutoModel"]
-        auto = getattr(transformers, head[0] if head else "AutoModelForCausalLM")
+        stock = "AutoModelForCausalLM" if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else "AutoModelForImageTextToText"
+        auto = getattr(transformers, head[0] if head else stock)
         model = auto.from_pretrained(folder, trust_remote_code=True)
         answer = digest(model, torch.tensor(ids)) | {{"own_code": "transformers_modules" in type(model).__module__}}
     except Exception:

@@ -1,0 +1,283 @@
+"""What the Transformers backends of serving engines ask of a checkpoint, and widths that several processes can share.
+
+The engines themselves are not run here. vLLM's documents ask for ``AutoModel`` in ``auto_map``, a base model that builds
+on the meta device, attention that can be replaced and is told what it needs, and a plan for tensor parallelism.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfsp_framework import RunConfig
+from cfsp_framework.api import Budget
+from cfsp_framework.architectures import open_decoder
+from cfsp_framework.checkpoint import save_model
+from cfsp_framework.cli import cli
+from cfsp_framework.errors import ConfigError, PlanError
+from cfsp_framework.files import staged_folder
+from cfsp_framework.models import load_model
+from cfsp_framework.pipeline import plan_only, prune
+from cfsp_framework.planning import PruningPlan, check_shared, round_widths, width_step
+from cfsp_framework.plugins import load_plugins
+from cfsp_framework.surgery import apply_plan
+
+sys.path.insert(0, str(Path(__file__).parent))
+import families
+
+WIDTHS = (48, 40, 56)
+FAMILIES = ("llama", "qwen2", "mistral", "phi3")
+
+ENGINE = """
+import json, sys
+sys.modules["cfsp_framework"] = None  # as if it were not installed
+import torch
+torch.set_num_threads(1)
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, logging
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+calls = []
+
+def engine_attention(module, query, key, value, attention_mask, attention_instances=None, **kwargs):
+    calls.append(attention_instances[module.layer_idx])
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+AttentionInterface.register("engine", engine_attention)
+IDS = torch.randint(3, 300, (1, 14), generator=torch.Generator().manual_seed(5))  # an engine sees to sliding windows itself
+
+class Replaced(nn.Module):
+    "A linear layer as an engine makes it: of the sizes of the one it finds."
+    def __init__(self, old):
+        super().__init__()
+        self.sizes = old.in_features, old.out_features
+        self.weight, self.bias = old.weight, old.bias
+    def forward(self, x):
+        assert (x.shape[-1], *self.weight.shape) == (self.sizes[0], *self.sizes[::-1])
+        return nn.functional.linear(x, self.weight, self.bias)
+
+@torch.no_grad()
+def look(pruned, dense):
+    config = AutoConfig.from_pretrained(pruned, trust_remote_code=True)
+    config._attn_implementation = "engine"
+    with torch.device("meta"):
+        base = AutoModel.from_config(config, trust_remote_code=True)
+    native = AutoModelForCausalLM.from_pretrained(dense)
+    with torch.device("meta"):
+        native_base = AutoModel.from_config(AutoConfig.from_pretrained(dense))
+    told = {
+        "auto_map": sorted(config.auto_map),
+        "meta": all(p.is_meta for p in base.parameters()),
+        "down": [block.mlp.down_proj.in_features for block in base.layers],
+        "attention": base.config._attn_implementation,
+        "backend": [bool(type(base)._supports_attention_backend), bool(base.is_backend_compatible())],
+        "plans": [base.config.base_model_tp_plan, native.config.base_model_tp_plan],
+        "pipeline": [base.config.base_model_pp_plan == native.config.base_model_pp_plan, bool(base._pp_plan)],
+        "tensor": base._tp_plan == native_base._tp_plan and bool(base._tp_plan),
+        "no_split": list(base._no_split_modules) == list(native._no_split_modules),
+        "config": type(config).__module__.startswith("transformers.models."),
+    }
+    model = AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True)
+    expected = model(IDS).logits
+    base = AutoModel.from_pretrained(pruned, trust_remote_code=True, attn_implementation="engine")
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear):
+            base.set_submodule(name, Replaced(module))
+    hidden = base(IDS, use_cache=False, attention_instances={0: "a", 1: "b", 2: "c"})[0]
+    told["replaced"] = torch.equal(model.lm_head(hidden), expected)
+    told["calls"] = list(calls)
+    calls.clear()
+    return told
+
+print(json.dumps({name: look(*folders) for name, folders in json.loads(sys.argv[1]).items()}))
+"""
+
+PROCESS = """
+import os, sys, json
+own_code = sys.argv[2] == "remote"
+if own_code:
+    sys.modules["cfsp_framework"] = None
+else:
+    import cfsp_framework
+import torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+from transformers import AutoModelForCausalLM, logging
+from transformers.distributed import DistributedConfig
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+dist.init_process_group("gloo")
+options = {"trust_remote_code": own_code}
+ids = torch.randint(3, 300, (1, 24), generator=torch.Generator().manual_seed(5))
+with torch.no_grad():
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_plan="auto"), **options)
+    shared = model(ids).logits
+    if dist.get_rank() == 0:
+        expected = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)(ids).logits
+        local = [block.mlp.down_proj.weight.to_local().shape[1] for block in model.model.layers]
+        told = {"local": local, "difference": (shared - expected).abs().max().item()}
+        print(json.dumps(told))
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> dict[str, Path]:
+    """A pruned model of each family, of widths that differ."""
+    made: dict[str, Path] = {}
+    for name in FAMILIES:
+        loaded = load_model(RunConfig.build(model=str(make_model(name)), device="cpu"))
+        decoder = open_decoder(loaded.model, load_plugins())
+        apply_plan(decoder, families.plan_of(decoder, WIDTHS), families.add_biases(decoder, ()))
+        made[name] = tmp_path_factory.mktemp("serving") / name
+        with staged_folder(made[name]) as folder:
+            save_model(decoder, loaded, folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def seen(checkpoints: dict[str, Path], make_model: Callable[..., Path]) -> dict[str, dict[str, Any]]:
+    """What an engine without this package finds in every checkpoint."""
+    request = {name: [str(folder), str(make_model(name))] for name, folder in checkpoints.items()}
+    found = subprocess.run(
+        [sys.executable, "-c", ENGINE, json.dumps(request)], capture_output=True, check=False, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr
+    told: dict[str, dict[str, Any]] = json.loads(found.stdout)
+    return told
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_engine_finds_what_it_asks_for(name: str, seen: dict[str, dict[str, Any]]) -> None:
+    told = seen[name]
+    assert "AutoModel" in told["auto_map"]
+    assert told["config"], "the configuration is the family's own class, so engines know its attributes"
+    assert told["meta"]
+    assert told["down"] == list(WIDTHS)
+    assert told["attention"] == "engine"
+    assert told["backend"] == [True, True]
+    assert told["no_split"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plans_for_several_processes_are_the_familys(name: str, seen: dict[str, dict[str, Any]]) -> None:
+    mine, native = seen[name]["plans"]
+    assert mine == native
+    assert any("down_proj" in path for path in mine)
+    assert seen[name]["tensor"]
+    assert all(seen[name]["pipeline"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_linear_layers_and_attention_can_be_replaced(name: str, seen: dict[str, dict[str, Any]]) -> None:
+    assert seen[name]["calls"] == ["a", "b", "c"], "each block passes on what only the engine's attention knows"
+    assert seen[name]["replaced"]
+
+
+@pytest.mark.parametrize("way", ["import", "remote"])
+def test_two_processes_share_the_model(way: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(checkpoints["llama"]), way],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "HF_HOME": str(tmp_path / str(rank))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    told = json.loads(outputs[0][0])
+    assert told["local"] == [width // 2 for width in WIDTHS]
+    assert told["difference"] < 1e-4
+
+
+# Widths
+
+
+def config(model: Path, **options: Any) -> RunConfig:
+    chosen = {"criterion": "magnitude", "allocator": "uniform", "round_to": 4} | options
+    return RunConfig.build(model=str(model), device="cpu", **chosen)
+
+
+@given(
+    st.integers(1, 64),
+    st.integers(1, 8),
+    st.lists(st.tuples(st.integers(1, 12), st.floats(0.05, 1)), min_size=1, max_size=6),
+    st.floats(0.1, 0.6),
+)
+def test_every_width_is_a_multiple_of_both(
+    round_to: int, processes: int, blocks: list[tuple[int, float]], ratio: float
+) -> None:
+    step = width_step(round_to, processes)
+    widths = [step * count for count, _ in blocks]
+    budget = Budget(ratio, step)
+    try:
+        found = round_widths([share for _, share in blocks], widths, budget)
+    except ConfigError:
+        return  # no such total exists
+    assert all(width % processes == 0 and width % round_to == 0 for width in found)
+    check_shared([(index, "mlp", width) for index, width in enumerate(found)], processes)
+
+
+@given(st.integers(1, 200), st.integers(1, 9))
+def test_what_cannot_be_shared_alike_is_refused_by_name(width: int, processes: int) -> None:
+    places = [(0, "mlp", 0), (7, "mlp.experts.3", width)]
+    if width % processes == 0:
+        check_shared(places, processes)
+    else:
+        with pytest.raises(PlanError, match=rf"--tensor-parallel {processes}: block 7, mlp.experts.3 has {width} chan"):
+            check_shared(places, processes)
+
+
+def test_a_plan_says_how_many_processes_can_share_it(make_model: Callable[..., Path]) -> None:
+    plan = plan_only(config(make_model("llama"), tensor_parallel=4, round_to=6, ratio=0.4))
+    assert (plan.round_to, plan.tensor_parallel) == (6, 4)
+    assert all(width % 12 == 0 or width == 64 for width in plan.widths)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    older = json.loads(plan.to_json())
+    del older["tensor_parallel"]
+    assert PruningPlan.from_json(json.dumps(older)).tensor_parallel == 1
+
+
+def test_a_report_says_so_too(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    result = prune(config(make_model("llama"), tensor_parallel=4), tmp_path / "out")
+    assert result.report.tensor_parallel == result.plan.tensor_parallel == 4
+
+
+def test_a_model_that_cannot_be_shared_is_refused_before_it_is_measured(make_model: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="so many processes cannot share 4 attention heads alike"):
+        plan_only(config(make_model("llama"), tensor_parallel=3))
+    with pytest.raises(PlanError, match=r"block 0, mlp has 66 channels, which 4 processes cannot share alike"):
+        plan_only(config(make_model("llama", intermediate_size=66), tensor_parallel=4))
+
+
+def test_a_plan_made_for_fewer_processes_is_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_model("llama")
+    plan = plan_only(config(model, round_to=2, ratio=0.28))
+    assert any(width % 4 for width in plan.widths)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    command = ["prune", str(model), str(tmp_path / "out"), "--plan", str(tmp_path / "plan.json"), "--device", "cpu"]
+    found = CliRunner().invoke(cli, [*command, "--tensor-parallel", "4"])
+    assert found.exit_code == 2
+    assert "--tensor-parallel 4: block" in found.output
+    assert CliRunner().invoke(cli, [*command, "--tensor-parallel", "2", "-q"]).exit_code == 0
+    written = PruningPlan.from_json((tmp_path / "out" / "pruning_plan.json").read_text())
+    assert written.tensor_parallel == 2
