@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # torch is imported by the commands that need it, not by `cfs
     from .planning import PruningPlan
 
 
+API_VERSION = 1
+"""The version of what this module and ``hookspecs`` promise; a plugin may declare the one it needs: ``cfsp_api = 1``."""
+
+
 class Site(Enum):
     """Where in a block a collector listens.
 

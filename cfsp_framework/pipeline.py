@@ -43,6 +43,7 @@ from .recovery import (
 )
 from .report import Report
 from .resume import KeptCollection
+from .selection import curve_of
 from .streaming import ShardWriter, Streamed
 from .telling import tell, tell_recovered, write_report
 
@@ -201,7 +202,7 @@ def measure(bench: Bench, *, planned: bool = False) -> tuple[FeedForwardMeasurem
             bench.windows_to_select,
             {} if planned else {CRITERION: selection.criterion},
             selection.collectors,
-            curve=None if planned else selection.allocator.component.curve(),
+            curve=None if planned else curve_of(selection.allocator),
             passage=bench.passage,
             seed=config.seed,
             progress=bench.progress,
