@@ -24,6 +24,7 @@ from .architectures import Decoder
 from .blocks import Batch, Passage, embed, pass_block
 from .containment import tensor_problem
 from .errors import PluginError
+from .events import BlockFinished
 from .gradients import measure_gradients
 from .measure import lent, measure_block
 from .plugins import Chosen
@@ -153,6 +154,7 @@ def collect(
                 )
             if finished:
                 finished.store(index, measurements[index], batches)
+            progress.tell(BlockFinished("collect", index, count))
     return tuple(chain.from_iterable(measurements))
 
 

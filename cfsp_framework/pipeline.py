@@ -21,6 +21,7 @@ from .compensation import FinishedBlocks, FirstPass, SecondPass
 from .config import RunConfig
 from .errors import ConfigError, PlanError
 from .evaluation import EvaluationSet, Perplexity, perplexity
+from .events import BlockFinished, RunFinished
 from .files import staged_folder
 from .keys import collection_key, second_pass_key, versions
 from .models import load_model, open_model, open_skeleton, resolve
@@ -77,7 +78,7 @@ def prune(
     checkpoint.check_output(out, overwrite=overwrite)
     progress = progress or Progress()
     ranks = join_ranks(config.device)
-    with staged_folder(out) if ranks.first else nullcontext(out) as folder:
+    with progress.failure_told(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
         bench = set_up(config, progress, planned=plan is not None, ranks=ranks)
         if plan is not None:
             check_plan(bench, plan)
@@ -104,10 +105,7 @@ def prune(
                 metadata = {"model": bench.loaded.fingerprint, **plan.components}
                 report.save_statistics(folder / checkpoint.STATISTICS_FILE, measurements, metadata)
         ranks.wait()
-    result = RunResult(config, plan, told, out)
-    if ranks.first:
-        bench.plugins.run_finished(result)
-    return result
+    return finished(bench, RunResult(config, plan, told, out))
 
 
 def recover(
@@ -131,7 +129,7 @@ def recover(
         raise ConfigError("--adapter merges an adapter, --keep-adapter keeps one apart; leave one of both out.")
     progress = progress or Progress()
     ranks = join_ranks(config.device)
-    with staged_folder(out) if ranks.first else nullcontext(out) as folder:
+    with progress.failure_told(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
         plan, earlier = read_pruned(resolve(config.model))
         bench = set_up(config, progress, planned=True, ranks=ranks)
         if adapter is None:
@@ -148,18 +146,26 @@ def recover(
         if ranks.first:
             write_report(told, folder)
         ranks.wait()
-    result = RunResult(config, plan, told, out)
-    if ranks.first:
+    return finished(bench, RunResult(config, plan, told, out))
+
+
+def finished(bench: Bench, result: RunResult) -> RunResult:
+    """Tell the observers, and every plugin that wants to hear of finished runs."""
+    if bench.ranks.first:
+        bench.progress.tell(RunFinished(result.plan, result.report, result.folder))
         bench.plugins.run_finished(result)
     return result
 
 
 def plan_only(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
     """The plan ``prune`` would cut by."""
-    ranks = join_ranks(config.device)
-    bench = set_up(config.model_copy(update={"evaluate": ()}), progress or Progress(), ranks=ranks)
-    drop_attention(bench)
-    return make_plan(bench, measure(bench))
+    ranks, progress = join_ranks(config.device), progress or Progress()
+    with progress.failure_told():
+        bench = set_up(config.model_copy(update={"evaluate": ()}), progress, ranks=ranks)
+        drop_attention(bench)
+        plan = make_plan(bench, measure(bench))
+    progress.tell(RunFinished(plan))
+    return plan
 
 
 def evaluate_only(config: RunConfig, progress: Progress | None = None) -> list[tuple[EvaluationSet, Perplexity]]:
@@ -295,6 +301,7 @@ def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasu
                 if bench.ranks.first:
                     writer.write_block(index)
             step()
+            bench.progress.tell(BlockFinished(phase, index, len(decoder.blocks)))
 
         surgery.apply_plan(decoder, plan, compensate, leave)
         expected = (

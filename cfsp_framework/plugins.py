@@ -32,6 +32,7 @@ from .api import (
     Compensator,
     Component,
     Criterion,
+    Observer,
     RecoveryScheduler,
     Site,
     Statistic,
@@ -145,11 +146,19 @@ class Plugins:
         self.criteria = self._registry("criterion", "cfsp_criteria", Criterion)
         self.compensators = self._registry("compensator", "cfsp_compensators", Compensator)
         self.recovery_schedulers = self._registry("recovery", "cfsp_recovery_schedulers", RecoveryScheduler)
+        self.observers = self._registry("observer", "cfsp_observers", Observer)
 
     @property
     def registries(self) -> tuple[Registry[Component], ...]:
         """All registries, in the order of a run."""
-        found = (self.collectors, self.allocators, self.criteria, self.compensators, self.recovery_schedulers)
+        found = (
+            self.collectors,
+            self.allocators,
+            self.criteria,
+            self.compensators,
+            self.recovery_schedulers,
+            self.observers,
+        )
         return cast("tuple[Registry[Component], ...]", found)
 
     def architecture(self, config: PreTrainedConfig) -> Architecture | None:

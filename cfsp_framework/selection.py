@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .api import Allocator, Collector, Compensator, Component, Criterion, RecoveryScheduler, Statistic, Stream
+from .api import Allocator, Collector, Compensator, Component, Criterion, Observer, RecoveryScheduler, Statistic, Stream
 from .config import RunConfig
 from .errors import PluginError
 from .plugins import Chosen, Plugins
@@ -25,6 +24,7 @@ class Selection:
     collectors: tuple[Chosen[Collector], ...]
     second_pass: tuple[Chosen[Collector], ...]
     """What the compensator needs measured block by block while cutting; empty where the first pass suffices."""
+    observers: tuple[Chosen[Observer], ...] = ()
 
     def describe(self) -> dict[str, str]:
         """Each kind's component with every option it runs with, defaults included."""
@@ -33,17 +33,25 @@ class Selection:
             for chosen in (self.criterion, self.allocator, self.compensator, self.recovery)
         }
 
+    @property
+    def chosen(self) -> tuple[Chosen[Component], ...]:
+        """All components that decide the result."""
+        single = (self.criterion, self.allocator, self.compensator, self.recovery)
+        return (*self.collectors, *self.second_pass, *single)
+
+    def seconds(self) -> dict[str, float]:
+        """How long the code of each component ran, the longest first; ``collector down-input-mean``, say."""
+        spent: dict[str, float] = {}
+        for chosen in (*self.chosen, *self.observers):
+            name = f"{chosen.component.kind} {chosen.component.name}"
+            spent[name] = spent.get(name, 0.0) + chosen.conduct.seconds
+        return dict(sorted(spent.items(), key=lambda one: -one[1]))
+
     def distributions(self) -> dict[str, str]:
         """The distributions the components come from, with their versions."""
-        chosen: Sequence[Chosen[Component]] = (
-            self.criterion,
-            self.allocator,
-            self.compensator,
-            self.recovery,
-            *self.collectors,
-            *self.second_pass,
-        )
-        return {c.origin.distribution: c.origin.version or "?" for c in chosen if c.origin.distribution is not None}
+        return {
+            c.origin.distribution: c.origin.version or "?" for c in self.chosen if c.origin.distribution is not None
+        }
 
 
 def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Selection:
@@ -59,7 +67,9 @@ def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Sel
         required |= criterion.required() | allocator.required() | recovery.required()
         required |= {DOWN_INPUT_GRAM} if curve_of(allocator) else set()
     second_pass = plugins.collectors_for(wanted) if twice else ()
-    return Selection(criterion, allocator, compensator, recovery, plugins.collectors_for(required), second_pass)
+    observers = tuple(plugins.observers.create(choice.name, choice.options) for choice in config.observer)
+    first_pass = plugins.collectors_for(required)
+    return Selection(criterion, allocator, compensator, recovery, first_pass, second_pass, observers)
 
 
 def curve_of(allocator: Chosen[Allocator]) -> Literal["plain", "compensated"] | None:

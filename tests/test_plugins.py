@@ -187,7 +187,7 @@ def test_blocking_a_name_that_no_plugin_has_suggests_one_that_exists() -> None:
 
 def test_without_the_built_ins_the_registries_are_empty_and_create_says_so() -> None:
     plugins = load_plugins(NO_BUILT_IN)
-    assert [len(registry) for registry in plugins.registries] == [0] * 5
+    assert [len(registry) for registry in plugins.registries] == [0] * 6
     with pytest.raises(ConfigError, match=r"^Unknown criterion 'cfsp'\. Available: none\.$"):
         plugins.criteria.create("cfsp", {})
     assert plugins.architecture(config("llama")) is None

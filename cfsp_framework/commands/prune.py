@@ -23,6 +23,7 @@ from .options import (
     config_options,
     given,
     json_option,
+    observer_option,
     plugin_option,
     preset_option,
     quiet_option,
@@ -44,6 +45,7 @@ from .options import (
 )
 @click.option("--keep-statistics", is_flag=True, help="Keep the statistics as statistics.safetensors.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@observer_option
 @plugin_option
 @quiet_option
 @json_option

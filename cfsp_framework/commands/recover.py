@@ -18,6 +18,7 @@ from .options import (
     config_options,
     given,
     json_option,
+    observer_option,
     plugin_option,
     quiet_option,
     traceback_option,
@@ -36,6 +37,7 @@ from .options import (
     help="Train nothing: merge this adapter, kept by --keep-adapter, into PRUNED.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@observer_option
 @plugin_option
 @quiet_option
 @json_option
