@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -114,11 +114,18 @@ def _plain_warnings() -> Generator[None]:
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def plainly(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        def plainly(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if issubclass(category, PluginWarning):
                 click.echo(f"Warning: {message}", err=True)
             else:
-                show(message, category, *place)
+                show(message, category, filename, lineno, file, line)
 
         warnings.showwarning = plainly
         yield

@@ -54,7 +54,7 @@ def compensate(
 
 def _settled(update: Update) -> Update:
     """The update without a graph, which one that was trained may come with."""
-    graphs = {
+    graphs: dict[str, Any] = {
         one.name: value.detach()
         for one in fields(update)
         if isinstance(value := getattr(update, one.name), Tensor) and value.requires_grad

@@ -294,7 +294,8 @@ def check_api(plugin: object, origin: Origin, remedy: str) -> None:
     if declared > API_VERSION:
         raise PluginError(
             f"{origin} is written for version {declared} of the plugin API; this cfsp-framework "
-            f"({version('cfsp-framework')}) has version {API_VERSION}. Upgrade cfsp-framework. {remedy}"
+            f"({version('cfsp-framework')}) has version {API_VERSION}. Upgrade cfsp-framework, or install an older "
+            f"{origin.distribution or 'version of it'}. {remedy}"
         )
 
 

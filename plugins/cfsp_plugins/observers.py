@@ -101,9 +101,9 @@ def _draw(writer: Any, event: Event) -> None:
                 if one.importance is not None:
                     writer.add_scalar("kept/importance", one.importance, number)
             for found in report.evaluations if report else ():
-                for step, one in enumerate((found.dense, found.pruned, found.recovered)):
-                    if one is not None:
-                        writer.add_scalar(f"perplexity/{found.data.replace(':', '/')}", one.perplexity, step)
+                for step, measured in enumerate((found.dense, found.pruned, found.recovered)):
+                    if measured is not None:
+                        writer.add_scalar(f"perplexity/{found.data.replace(':', '/')}", measured.perplexity, step)
         case RunFailed(error):
             writer.add_text("error", str(error))
         case PhaseStarted():
