@@ -43,16 +43,19 @@ def contained(
     *,
     conduct: Conduct | None = None,
     lent: Mapping[str, Tensor | None] | None = None,
+    thorough: bool = True,
     failed: str | None = None,
     remedy: str = "",
 ) -> Generator[None]:
     """Run a plugin's code as ``who`` doing ``action``; ``lent`` are tensors it may read but not write to.
 
+    Unless ``thorough``, random numbers are not looked after, which is what takes longest: for calls in the inmost loop.
+
     Raises:
         PluginError: the code raised something, or wrote to what it was lent.
     """
     conduct = conduct or Conduct()
-    settings = _settings_now()
+    settings = _settings_now(thorough)
     versions = {name: _version(tensor) for name, tensor in (lent or {}).items()}
     start = time.perf_counter()
     try:
@@ -144,25 +147,18 @@ def _settings() -> tuple[Setting, ...]:
         ("whether gradients are recorded", torch.is_grad_enabled, torch.set_grad_enabled),
         ("the deterministic mode", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         ("the precision of products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-        (_DRAWN, _random_state, _set_random_state),
+        (
+            _DRAWN,
+            lambda: torch.get_rng_state().numpy().tobytes(),
+            lambda state: torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8)),
+        ),
     )
 
 
-def _random_state() -> bytes:
-    import torch
-
-    return torch.get_rng_state().numpy().tobytes()
-
-
-def _set_random_state(state: bytes) -> None:
-    import torch
-
-    torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-
-
-def _settings_now() -> list[tuple[Setting, Any]]:
+def _settings_now(thorough: bool) -> list[tuple[Setting, Any]]:
     """Nothing where torch is not there yet: `cfsp plugins list` may do without it."""
-    return [(setting, setting[1]()) for setting in _settings()] if "torch" in sys.modules else []
+    settings = _settings() if "torch" in sys.modules else ()
+    return [(setting, setting[1]()) for setting in (settings if thorough else settings[:-1])]
 
 
 def _put_back(settings: list[tuple[Setting, Any]]) -> list[str]:

@@ -79,7 +79,7 @@ class Tally:
         if not self._fed:
             self._sizes = _sizes(self.chosen.component.site, window)
         inputs, outputs = window.inputs[rows], window.outputs[rows]
-        with self.chosen.blamed("update()", {"inputs": inputs, "outputs": outputs}):
+        with self.chosen.blamed("update()", {"inputs": inputs, "outputs": outputs}, thorough=not self._fed):
             self._accumulator.update(inputs, outputs)
         self._fed = True
 

@@ -76,9 +76,11 @@ class Chosen(Generic[C_co]):
         return f"{self.component.kind} {self.component.name!r} ({self.origin})"
 
     @contextmanager
-    def blamed(self, action: str, lent: Mapping[str, Tensor | None] | None = None) -> Generator[C_co]:
+    def blamed(
+        self, action: str, lent: Mapping[str, Tensor | None] | None = None, *, thorough: bool = True
+    ) -> Generator[C_co]:
         """Run the component's code, contained: see ``containment``. It may read the tensors it is ``lent``."""
-        with contained(self, action, conduct=self.conduct, lent=lent):
+        with contained(self, action, conduct=self.conduct, lent=lent, thorough=thorough):
             yield self.component
 
     def required(self) -> frozenset[Statistic]:
