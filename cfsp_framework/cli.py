@@ -22,7 +22,7 @@ COMMANDS = {
     "plan": "Decide what to prune and write the plan, without cutting.",
     "recover": "Train a pruned model, and write the result.",
     "evaluate": "Report a model's perplexity.",
-    "plugins": "List and explain the components plugins offer.",
+    "plugins": "List, explain and check what plugins offer; begin a plugin.",
     "demo": "Prune the embedded model and show what happens.",
 }
 

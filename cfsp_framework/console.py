@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import json
-import types
 from collections.abc import Sequence
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markdown import Markdown
-from rich.padding import Padding
 from rich.table import Table
 
-from .api import Collector, Component
-from .errors import ConfigError
 from .files import human_bytes
-from .plugins import Plugins
 
 if TYPE_CHECKING:
     from .estimate import Estimate
@@ -190,130 +179,6 @@ def show_continuations(written: Sequence[tuple[str, str]]) -> None:
     console = Console()
     for _, text in written:
         console.print(f"The pruned model writes: {' '.join(text.split())!r}", soft_wrap=True, markup=False)
-
-
-def component_rows(plugins: Plugins) -> list[dict[str, Any]]:
-    """Every component of every registry."""
-    return [
-        _row(registry.kind, name, cls, plugins) for registry in plugins.registries for name, cls in registry.items()
-    ]
-
-
-def show_components(rows: Sequence[dict[str, Any]]) -> None:
-    """The list of components, a table for each kind and plugin."""
-    console = Console(highlight=False, markup=False)
-    if not rows:
-        console.print("No plugin offers anything. Is the package installed, and not left out with -p no:NAME?")
-        return
-    for (kind, plugin, distribution), group in groupby(rows, itemgetter("kind", "plugin", "distribution")):
-        table = Table(title=f"{kind}: {_offered_by(plugin, distribution)}", title_justify="left")
-        table.add_column("name", no_wrap=True)
-        table.add_column("measures" if kind == "collector" else "reads", overflow="fold", min_width=24)
-        table.add_column("summary", ratio=1)
-        for row in group:
-            statistics = ", ".join(row["requires"]) or row.get("provides", "")
-            table.add_row(row["name"], statistics, row["summary"].replace("``", ""))
-        console.print(table)
-
-
-def _offered_by(plugin: str, distribution: str | None) -> str:
-    return f"plugin {plugin} of {distribution}" if distribution else f"plugin {plugin}"
-
-
-def component_details(plugins: Plugins, name: str) -> list[dict[str, Any]]:
-    """Everything about the components called ``name``: one name may stand for a criterion and an allocator.
-
-    Raises:
-        ConfigError: nobody offers the name.
-    """
-    found = [
-        {**_row(registry.kind, name, registry[name], plugins), **_details(registry[name])}
-        for registry in plugins.registries
-        if name in registry
-    ]
-    if not found:
-        known = [known for registry in plugins.registries for known in registry]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"Unknown component {name!r}. {hint}`cfsp plugins list` shows all.")
-    return found
-
-
-def show_details(found: Sequence[dict[str, Any]]) -> None:
-    """Each component's description and options."""
-    console = Console(highlight=False, markup=False)
-    for details in found:
-        origin = _offered_by(details["plugin"], details["distribution"])
-        console.print(f"{details['kind']} {details['name']}, {origin}", style="bold")
-        console.print(f"Defined in {details['defined_in']}", soft_wrap=True)
-        console.print(f"Reads: {', '.join(details['requires']) or 'no statistics'}")
-        if "provides" in details:
-            console.print(f"Measures: {details['provides']}")
-        console.print(Padding(Markdown(details["description"]), (1, 0)))
-        if details["options"]:
-            table = Table()
-            table.add_column("option", no_wrap=True)
-            table.add_column("type", ratio=2)
-            table.add_column("default", no_wrap=True)
-            table.add_column("description", ratio=3)
-            for name, option in details["options"].items():
-                table.add_row(name, option["type"], _yaml(option["default"]), option["description"])
-            console.print(table)
-
-
-def _yaml(value: object) -> str:
-    """A default as ``NAME:option=value`` takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _row(kind: str, name: str, cls: type[Component], plugins: Plugins) -> dict[str, Any]:
-    origin = next(registry for registry in plugins.registries if registry.kind == kind).origin(name)
-    row: dict[str, Any] = {
-        "kind": kind,
-        "name": name,
-        "plugin": origin.plugin,
-        "distribution": f"{origin.distribution} {origin.version}" if origin.distribution else None,
-        "requires": sorted(statistic.name for statistic in _required(cls)),
-        "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
-    }
-    if issubclass(cls, Collector):
-        row["provides"] = cls.provides.name
-    return row
-
-
-def _required(cls: type[Component]) -> frozenset[Any]:
-    """What the component requires with its default options."""
-    try:
-        return cls().required()
-    except Exception:  # noqa: BLE001  (an option without a default, or a third party's mistake)
-        return cls.requires
-
-
-def _details(cls: type[Component]) -> dict[str, Any]:
-    schema = cls.model_json_schema()
-    return {
-        "description": inspect.getdoc(cls) or "",
-        "defined_in": f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}",
-        "options": {
-            name: {
-                "type": _type_name(field.annotation),
-                "default": schema["properties"][name].get("default"),
-                "description": field.description or "",
-            }
-            for name, field in cls.model_fields.items()
-        },
-    }
-
-
-def _type_name(annotation: Any) -> str:
-    """``float or null``, or the values a Literal allows."""
-    if get_origin(annotation) is Literal:
-        return " | ".join(map(str, get_args(annotation)))
-    if annotation is type(None):
-        return "null"
-    if isinstance(annotation, types.UnionType) or get_origin(annotation) is Union:
-        return " or ".join(map(_type_name, get_args(annotation)))
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
 def _block_table(blocks: Sequence[BlockReport], console: Console) -> Table:

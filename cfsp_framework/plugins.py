@@ -163,6 +163,11 @@ class Plugins:
         )
         return cast("tuple[Registry[Component], ...]", found)
 
+    def hooks(self, plugin: str) -> tuple[str, ...]:
+        """The hooks a plugin implements, by name."""
+        callers = self._manager.get_hookcallers(self._manager.get_plugin(plugin)) or []
+        return tuple(sorted(caller.name for caller in callers))
+
     def architecture(self, config: PreTrainedConfig) -> Architecture | None:
         """The first plugin's answer to where this family keeps its feed-forwards; None where nobody knows it."""
         for implementation in reversed(self._manager.hook.cfsp_architecture.get_hookimpls()):
@@ -311,7 +316,8 @@ def _import(spec: str) -> ModuleType:
     path = Path(spec)
     if not path.is_file():
         raise ConfigError(f"-p {spec}: there is no such file.")
-    found = importlib.util.spec_from_file_location(f"_cfsp_plugin_{path.stem}", path)
+    stem = path.resolve().parent.name if path.stem == "__init__" else path.stem
+    found = importlib.util.spec_from_file_location(f"_cfsp_plugin_{stem}", path)
     if found is None or found.loader is None:
         raise ConfigError(f"-p {spec}: this is not a Python file.")
     module = importlib.util.module_from_spec(found)

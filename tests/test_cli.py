@@ -28,6 +28,7 @@ from cfsp_framework.cli import COMMANDS, cli
 from cfsp_framework.planning import PruningPlan
 
 FIXTURES = Path(__file__).parent / "fixtures"
+EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "cfsp-peak" / "src" / "cfsp_peak" / "__init__.py"
 MakeModel = Callable[..., Path]
 
 PLUGIN = """
@@ -315,7 +316,7 @@ def test_preset_file_and_options_come_after_each_other(
 def test_a_plugin_in_a_file_is_used_and_recorded(
     run: Callable[..., Result], model: Path, small: tuple[object, ...], tmp_path: Path
 ) -> None:
-    plugin = "-p", FIXTURES / "peak_activation.py", "--criterion", "peak:exponent=2"
+    plugin = "-p", EXAMPLE, "--criterion", "peak:exponent=2"
     result = run("prune", model, tmp_path / "out", *small, *plugin, "--json", "--keep-statistics")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["components"]["criterion"] == "peak:exponent=2.0"

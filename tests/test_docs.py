@@ -31,6 +31,7 @@ from cfsp_framework.planning import PruningPlan
 from cfsp_framework.plugins import load_plugins
 from cfsp_framework.report import Report
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
+from cfsp_framework.testing import CONTRACTS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -39,6 +40,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 HOOKS = ROOT / "docs" / "hooks.md"
 STATISTICS = ROOT / "docs" / "statistics.md"
 API = ROOT / "docs" / "api.md"
+TESTING = ROOT / "docs" / "testing-plugins.md"
 CRITERION = ROOT / "tests" / "fixtures" / "down_norm.py"
 SHELVES = ("criteria", "allocators", "plugins")
 DOCUMENTS = (README, *sorted((ROOT / "docs").rglob("*.md")), *(ROOT / shelf / "README.md" for shelf in SHELVES))
@@ -317,6 +319,20 @@ def test_constants_of_statistics_are_called_as_documented() -> None:
     assert {value.name for value in constants.values()} == collected
 
 
+def test_every_check_of_the_contracts_is_documented() -> None:
+    documented = {(who.strip("`"), check): what for who, check, what in table(read(TESTING), "contract", "check")}
+    checks = {
+        (contract.__name__, name.removeprefix("test_").replace("_", " ")): inspect.getdoc(getattr(contract, name)) or ""
+        for contract in CONTRACTS.values()
+        for name in contract.checks()
+    }
+    everywhere = {check for _, check in checks if all((one.__name__, check) in checks for one in CONTRACTS.values())}
+    assert documented == {
+        ("all" if check in everywhere else who, check): " ".join(what.replace("``", "`").split())
+        for (who, check), what in checks.items()
+    }
+
+
 # --- everything that is written down runs ----------------------------------------------------------------------------
 
 NOT_RUN = {"docs/ablations.md", "docs/benchmarks.md", "docs/deploy.md"}
@@ -410,6 +426,9 @@ def test_what_is_written_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
             for words in command_lines(body):
                 if words[0] in RUN and "torchrun" not in body:
                     run_line(words)
+            for line in body.splitlines():
+                if line.startswith("python -m pytest"):
+                    subprocess.run([sys.executable, *line.split()[1:], "-q", "-p", "no:cacheprovider"], check=True)
 
 
 def run_line(words: list[str]) -> None:

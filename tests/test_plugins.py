@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
+EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "cfsp-peak" / "src" / "cfsp_peak" / "__init__.py"
 SHELVES = {"cfsp_criteria", "cfsp_allocators", "cfsp_plugins"}
 BUILT_IN = ("cfsp-allocators", "cfsp-criteria", "cfsp-defaults")
 NO_BUILT_IN = tuple(f"no:{name}" for name in BUILT_IN)
@@ -127,14 +128,14 @@ def test_a_single_file_is_a_plugin() -> None:
 
 
 def test_a_file_may_bring_a_statistic_its_collector_and_an_option() -> None:
-    plugins = load_plugins([str(FIXTURES / "peak_activation.py")])
+    plugins = load_plugins([str(EXAMPLE)])
     criterion = plugins.criteria.create("peak", {"exponent": 2}).component
     (collector,) = plugins.collectors_for(criterion.required())
     running = collector.component.start()
     for window in (torch.tensor([[1.0, -3.0]]), torch.tensor([[-2.0, 0.5]])):
         running.update(window, window)
     statistics = BlockStatistics({collector.component.provides: running.value(2)}, 2)
-    feed_forward = FeedForward(0, "mlp", torch.ones(2, 2), torch.ones(2, 2), "silu")
+    feed_forward = FeedForward(0, "mlp", torch.ones(2, 2), torch.eye(2), "silu")
     assert criterion.score(feed_forward, statistics).tolist() == [4.0, 9.0]
 
 

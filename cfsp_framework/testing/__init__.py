@@ -1,0 +1,61 @@
+"""What plugin authors test with: tiny models, samples, and a contract for each kind of component.
+
+Set ``pytest_plugins = ["cfsp_framework.testing"]`` in ``conftest.py`` for the fixtures. Subclass a contract and set
+``component``, or ``components``, for the tests:
+
+    class TestPeak(CriterionContract):
+        components = (Peak(), Peak(exponent=2))
+
+``cfsp plugins check`` runs the same contracts without a test. Neither pytest nor hypothesis is needed for that; where
+hypothesis is installed (``pip install 'cfsp-framework[test]'``) contracts also try cases that it draws. (PYTEST_DONT_REWRITE: its assertions say themselves what is wrong.)
+"""
+
+from __future__ import annotations
+
+from .allocators import AllocatorContract
+from .collectors import CollectorContract
+from .compensators import CompensatorContract
+from .contract import ComponentContract
+from .criteria import CriterionContract
+from .errors import ContractError, NotApplicable
+from .models import calibration_windows, tiny_decoder, tiny_model, write_checkpoint
+from .observers import ObserverContract
+from .recovery import RecoverySchedulerContract
+from .samples import Case, Sample, make_sample, only
+
+pytest_plugins = ("cfsp_framework.testing.fixtures",)
+"""pytest reads this where the package is used as a plugin."""
+
+CONTRACTS: dict[str, type[ComponentContract]] = {
+    contract.kind: contract
+    for contract in (
+        CollectorContract,
+        AllocatorContract,
+        CriterionContract,
+        CompensatorContract,
+        RecoverySchedulerContract,
+        ObserverContract,
+    )
+}
+"""By the kind of component they are for."""
+
+__all__ = [
+    "CONTRACTS",
+    "AllocatorContract",
+    "Case",
+    "CollectorContract",
+    "CompensatorContract",
+    "ComponentContract",
+    "ContractError",
+    "CriterionContract",
+    "NotApplicable",
+    "ObserverContract",
+    "RecoverySchedulerContract",
+    "Sample",
+    "calibration_windows",
+    "make_sample",
+    "only",
+    "tiny_decoder",
+    "tiny_model",
+    "write_checkpoint",
+]

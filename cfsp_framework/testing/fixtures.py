@@ -1,0 +1,60 @@
+"""The kit's fixtures; ``pytest_plugins = ["cfsp_framework.testing"]`` in a ``conftest.py`` brings them. PYTEST_DONT_REWRITE"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from . import models, samples
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp_framework.architectures import Decoder
+    from cfsp_framework.plugins import Plugins
+
+    from .samples import Case, Sample
+
+
+@pytest.fixture(scope="session")
+def host() -> Callable[..., Plugins]:
+    """``host("file.py", "some_module", "an-entry-point")``: the built-in plugins, those named, and nothing installed."""
+    return samples.only
+
+
+@pytest.fixture(scope="session")
+def make_sample() -> Callable[..., Sample]:
+    """``make_sample(Case(form="plain", channels=8))``: a feed-forward, its activations, ``statistics(required, [])``."""
+
+    def make(case: Case | None = None) -> Sample:
+        return samples.make_sample(case or samples.Case())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder() -> Callable[..., Decoder]:
+    """``tiny_decoder("gpt2")``: a new random model, opened; one of llama, opt, phi3, gpt2 and mixtral."""
+    return models.tiny_decoder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_checkpoint("llama")``: its folder with a tokenizer, as MODEL for a run; made once, never change it."""
+    made: dict[str, Path] = {}
+
+    def make(name: str = "llama") -> Path:
+        if name not in made:
+            made[name] = models.write_checkpoint(name, tmp_path_factory.mktemp("tiny") / name)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def calibration_windows() -> Tensor:
+    """Random token ids for the tiny models, ``(12, 16)``."""
+    return models.calibration_windows()

@@ -1,0 +1,199 @@
+"""``cfsp plugins list`` and ``show``: what they tell of any component, at any width."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cfsp_framework.cli import cli
+from cfsp_framework.plugins import load_plugins
+
+PLUGIN = """
+from typing import Literal
+from pydantic import Field
+from cfsp_framework import Allocator, Collector, Criterion, Site, Statistic, Windows, hookimpl
+
+ROWS = Statistic("rows", shape="(n, D)", summary="all inputs", heavy=True)
+
+
+class Rows(Collector):
+    name = "rows"
+    provides = ROWS
+    site = Site.FEED_FORWARD
+    windows = Windows.FITTED
+    ordered = True
+
+    def start(self):
+        raise NotImplementedError
+
+
+class Picky(Criterion):
+    \"\"\"Takes `options`.
+
+    More about it.
+    \"\"\"
+
+    name = "picky"
+
+    must: int = Field(description="has no default", ge=1)
+    share: float | None = Field(default=None, gt=0, lt=1, description="of something")
+    way: Literal["this", "that"] = Field(default="this", description="which way")
+    word: str = Field(default="none", max_length=5, pattern="[a-z]*", description="a word")
+    step: int = Field(default=2, multiple_of=2, description="even")
+
+    def required(self):
+        return frozenset({ROWS, Statistic("missing")} if self.must > 1 else {ROWS})
+
+    requires = frozenset({ROWS, Statistic("missing")})
+
+    def score(self, feed_forward, statistics):
+        raise NotImplementedError
+
+
+@hookimpl
+def cfsp_collectors():
+    return [Rows]
+
+
+@hookimpl
+def cfsp_criteria():
+    return [Picky]
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    path = tmp_path / "picky.py"
+    path.write_text(PLUGIN)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """``run(*words, columns=80)``."""
+
+    def invoke(*words: object, columns: int = 80) -> Result:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        result = CliRunner().invoke(cli, list(map(str, words)))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+def told(result: Result) -> dict[str, list[dict[str, object]]]:
+    assert result.exit_code == 0, result.output
+    found: dict[str, list[dict[str, object]]] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_list_fits_says_how_to_leave_a_plugin_out_and_begins_with_criteria(
+    run: Callable[..., Result], columns: int
+) -> None:
+    text = run("plugins", "list", columns=columns).stdout
+    assert max(map(len, text.splitlines())) <= columns
+    assert text.startswith("criterion: cfsp-criteria of cfsp-framework ")
+    titles = [line.split(":")[0] for line in text.splitlines() if " of cfsp-framework " in line]
+    assert titles[:4] == ["criterion", "allocator", "compensator", "recovery"]
+    assert titles[-1] == "collector"
+    for name in ("cfsp-criteria", "cfsp-allocators", "cfsp-defaults"):
+        assert f"(-p no:{name})" in text
+    assert "…" not in text
+
+
+def test_what_a_list_says_to_leave_out_is_taken(run: Callable[..., Result]) -> None:
+    rows = told(run("plugins", "list", "--json"))["plugins"]
+    for row in rows:
+        option, spec = str(row["leave_out"]).split()
+        left = told(run("plugins", "list", "--json", option, spec))["components"]
+        assert row["plugin"] not in {one["plugin"] for one in left}
+        assert left
+
+
+def test_a_list_of_one_kind(run: Callable[..., Result]) -> None:
+    rows = told(run("plugins", "list", "--kind", "compensator", "--json"))["components"]
+    assert {row["kind"] for row in rows} == {"compensator"}
+    assert len(rows) == len(load_plugins().compensators)
+    refused = run("plugins", "list", "--kind", "compenstor")
+    assert refused.exit_code == 2
+    assert "There is no kind 'compenstor' of component. Did you mean 'compensator'?" in refused.stderr
+
+
+def test_a_plugin_without_components_is_listed(run: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "family.py"
+    path.write_text(
+        "from cfsp_framework import hookimpl\n\n@hookimpl\ndef cfsp_architecture(config):\n    return None\n"
+    )
+    result = run("plugins", "list", "-p", path, columns=200)
+    assert f"no component: {path}, cfsp_architecture" in result.stdout
+    [row] = [row for row in told(run("plugins", "list", "-p", path, "--json"))["plugins"] if row["plugin"] == str(path)]
+    assert row == {
+        "plugin": str(path), "distribution": None, "leave_out": None, "hooks": ["cfsp_architecture"], "components": 0,
+    }  # fmt: skip
+
+
+def test_without_plugins_there_is_a_hint(run: Callable[..., Result]) -> None:
+    text = run("plugins", "list", *(f"-pno:{name}" for name in load_plugins().origins)).stdout
+    assert "No plugin offers anything" in text
+
+
+def test_options_are_shown_with_their_bounds(run: Callable[..., Result], plugin: Path) -> None:
+    [found] = told(run("plugins", "show", "picky", "-p", plugin, "--json"))["components"]
+    options = found["options"]
+    assert isinstance(options, dict)
+    assert {name: (one["type"], one["allowed"], one["default"]) for name, one in options.items()} == {
+        "must": ("int", ">= 1", None),
+        "share": ("float or null", "> 0, < 1", None),
+        "way": ("this | that", "", "this"),
+        "word": ("str", "like [a-z]*, at most 5 long", "none"),
+        "step": ("int", "a multiple of 2", 2),
+    }
+    assert [name for name, one in options.items() if one["required"]] == ["must"]
+    text = run("plugins", "show", "picky", "-p", plugin).stdout
+    assert "required" in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith("Defined in")) <= 80
+
+
+def test_statistics_are_shown_with_their_cost(run: Callable[..., Result], plugin: Path) -> None:
+    [found] = told(run("plugins", "show", "picky", "-p", plugin, "--json"))["components"]
+    assert found["statistics"] == [
+        {"name": "missing", "shape": "(F,)", "summary": "", "collectors": [], "cost": "nobody measures it"},
+        {
+            "name": "rows", "shape": "(n, D)", "summary": "all inputs", "collectors": ["rows"],
+            "cost": "n x D float32 numbers of one feed-forward at a time, nine windows of ten, one process only",
+        },
+    ]  # fmt: skip
+    assert found["depends_on_options"] is True
+    [collector] = told(run("plugins", "show", "rows", "-p", plugin, "--json"))["components"]
+    assert collector["read_by"] == ["criterion picky"]
+    text = run("plugins", "show", "rows", "-p", plugin, columns=120).stdout
+    assert "Read by: criterion picky" in text
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("taylor", "a backward pass through the whole model"),
+    ("obs", "F x F float32 numbers of one feed-forward at a time"),
+    ("bias", "F float32 numbers a feed-forward"),
+    ("owl", "Reads no statistics."),
+    ("error-curve", "Asks for every block's compensated removal-error curve"),
+    ("error-curve", "one float32 number a block"),
+])  # fmt: skip
+def test_what_the_built_ins_cost(name: str, words: str, run: Callable[..., Result]) -> None:
+    assert words in " ".join(run("plugins", "show", name, columns=300).stdout.split())
+
+
+def test_a_definition_is_found_by_module_file_and_line(
+    run: Callable[..., Result], plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = PLUGIN.splitlines().index("class Picky(Criterion):") + 1
+    text = run("plugins", "show", "picky", "-p", plugin).stdout
+    assert f"Defined in _cfsp_plugin_picky, {plugin}:{line}" in text
+    monkeypatch.chdir(plugin.parent)
+    assert f"Defined in _cfsp_plugin_picky, picky.py:{line}" in run("plugins", "show", "picky", "-p", plugin).stdout
+    assert "Left out by -p no:cfsp-criteria" in run("plugins", "show", "obs").stdout

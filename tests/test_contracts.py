@@ -1,0 +1,916 @@
+"""Every built-in component keeps its contract, and every check fails on a defect planted for it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from pydantic import Field
+from torch import Tensor
+
+from cfsp_framework import (
+    Allocator,
+    BlockRecovery,
+    BlockStatistics,
+    BlockSummary,
+    Budget,
+    Collector,
+    Compensator,
+    Component,
+    Criterion,
+    Event,
+    FeedForward,
+    Observer,
+    PruningPlan,
+    RecoveryPlan,
+    RecoveryScheduler,
+    Site,
+    Statistic,
+    TrainableBlock,
+    Update,
+)
+from cfsp_framework.cli import cli
+from cfsp_framework.statistics import (
+    ANGULAR_DISTANCE,
+    COSINE_DISTANCE,
+    DOWN_INPUT_MEAN,
+    DOWN_INPUT_SQUARES,
+    MSE_DISTANCE,
+)
+from cfsp_framework.testing import CONTRACTS, ComponentContract, ContractError, NotApplicable, only
+from cfsp_framework.testing.checking import find_target
+from cfsp_framework.testing.contract import describe, variants
+
+QUICK: dict[str, dict[str, Any]] = {"local-reconstruction": {"steps": 20}}
+"""Options that only make a component faster."""
+
+
+def built_in() -> list[Any]:
+    """Every component, with its default options and every value of its switches."""
+    found = []
+    for registry in only().registries:
+        for name, cls in registry.items():
+            made = [cls.model_validate(QUICK[name])] if name in QUICK else list(variants(cls))
+            found += [pytest.param(one, id=f"{registry.kind}-{describe(one)}") for one in made]
+    return found
+
+
+CHECKS = [(kind, name) for kind, contract in CONTRACTS.items() for name in contract.checks()]
+
+
+@pytest.mark.parametrize("component", built_in())
+def test_every_built_in_component_keeps_its_contract(component: Any) -> None:
+    contract = CONTRACTS[component.kind]()
+    for name in contract.checks():
+        try:
+            getattr(contract, name)(component)
+        except NotApplicable:
+            continue
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+# --- what each check finds -------------------------------------------------------------------------------------------
+
+ODD = Statistic("odd", summary="planted by this test")
+LOOK = torch.Generator().manual_seed(3)
+
+
+class Good(Criterion):
+    """Keeps all promises of a criterion."""
+
+    name: ClassVar[str] = "good"
+    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_SQUARES})
+
+    power: float = Field(default=1.0, description="of the norm")
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        norm = (statistics[DOWN_INPUT_SQUARES] / statistics.tokens).sqrt()  # (F,)
+        return feed_forward.down.float().abs().sum(0) * norm
+
+
+class BadName(Good):
+    name: ClassVar[str] = "good:er"
+
+
+class UndescribedOption(Good):
+    """Says nothing of its option."""
+
+    power: float = 1.0
+
+
+class Undocumented(Good):
+    pass
+
+
+Undocumented.__doc__ = None
+
+
+class ListOption(Good):
+    """Has an option that cannot be typed."""
+
+    powers: tuple[int, ...] = Field(default=(1, 2), description="some")
+
+
+class WrongShape(Good):
+    """One score per hidden unit."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        return super().score(feed_forward, statistics)[:1].expand(feed_forward.hidden)
+
+
+class NoTensor(Good):
+    """A list."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        return super().score(feed_forward, statistics).tolist()
+
+
+class NotFinite(Good):
+    """Divides by what may be zero."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        return super().score(feed_forward, statistics) / statistics[DOWN_INPUT_SQUARES]
+
+
+class NeedsGate(Good):
+    """Takes a gate for granted."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        return super().score(feed_forward, statistics) * feed_forward.gate.float().abs().sum(1)  # type: ignore[union-attr]
+
+
+class Writes(Good):
+    """Takes absolute values in place."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        feed_forward.down.abs_()
+        return super().score(feed_forward, statistics)
+
+
+class WritesStatistics(Good):
+    """Takes the root in place."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        return super().score(feed_forward, statistics) * statistics[DOWN_INPUT_SQUARES].add_(1)
+
+
+class RequiresMore(Good):
+    """Has more measured than it reads."""
+
+    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_SQUARES, DOWN_INPUT_MEAN})
+
+
+class ReadsMore(Good):
+    """Looks whether something else was measured."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        statistics.get(DOWN_INPUT_MEAN)
+        return super().score(feed_forward, statistics)
+
+
+class Draws(Good):
+    """Breaks ties by a global generator."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        return super().score(feed_forward, statistics) + torch.rand(feed_forward.width) * 1e-3
+
+
+class Remembers(Good):
+    """Counts its calls."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        LOOK.manual_seed(LOOK.initial_seed() + 1)
+        return super().score(feed_forward, statistics) * LOOK.initial_seed()
+
+
+class SetsDefaults(Good):
+    """Computes in float64 everywhere from now on."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().score(feed_forward, statistics)
+
+
+class ByPlace(Good):
+    """Prefers the first channels."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        return super().score(feed_forward, statistics) + torch.arange(feed_forward.width)
+
+
+class Rounds(Good):
+    """Sums in the model's own precision."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        return feed_forward.down.abs().sum(0).float() * statistics[DOWN_INPUT_SQUARES]
+
+
+class OnTheCpu(Good):
+    """Makes a tensor where the model may not be."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        return super().score(feed_forward, statistics) * torch.ones(feed_forward.width)
+
+
+class OneBlockOnly(Good):
+    """Works on samples, not on mixtures."""
+
+    def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Any:
+        if feed_forward.expert == 2:
+            raise RuntimeError("a third expert")
+        return super().score(feed_forward, statistics)
+
+
+class _Sum:
+    """The sum of squares, as a collector should do it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        self.add("squares", inputs.double().square().sum(0))
+
+    def value(self, tokens: int) -> Any:
+        return self.sums["squares"].float()
+
+
+class GoodCollector(Collector):
+    """Keeps all promises of a collector."""
+
+    name: ClassVar[str] = "good-collector"
+    provides: ClassVar[Statistic] = ODD
+    site: ClassVar[Site] = Site.DOWN_PROJECTION
+
+    def start(self) -> Any:
+        return _Sum()
+
+
+def collector(accumulator: type[Any], **attributes: Any) -> type[Collector]:
+    """A collector that is only wrong in its accumulator."""
+    namespace = {"__doc__": "Planted.", "__module__": __name__, "start": lambda self: accumulator(), **attributes}
+    return type(accumulator.__name__.strip("_"), (GoodCollector,), namespace)
+
+
+class _Transposed(_Sum):
+    def value(self, tokens: int) -> Any:
+        return super().value(tokens)[None]
+
+
+class _Matrix(_Sum):
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        self.add("products", inputs.double().mT @ inputs.double())
+
+    def value(self, tokens: int) -> Any:
+        return self.sums["products"].float()
+
+
+class _Beside(_Sum):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more: Any = 0
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        super().update(inputs, outputs)
+        self.more = self.more + inputs.double().square().sum(0)
+
+    def value(self, tokens: int) -> Any:
+        return self.more.float()
+
+
+class _PerWindow(_Sum):
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        self.add("squares", inputs.double().sum(0).square())
+
+
+class _NeedsTokens(_Sum):
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        if len(inputs):
+            super().update(inputs, outputs)
+
+
+class _Largest(_Sum):
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        self.sums["squares"] = inputs.double().abs().amax(0)
+
+
+class _Keeps(_Sum):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        self.seen.append(inputs)
+
+    def value(self, tokens: int) -> Any:
+        return torch.cat(self.seen).double().square().sum(0).float()
+
+
+class _WritesInputs(_Sum):
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        super().update(inputs.abs_(), outputs)
+
+
+class _Half(_Sum):
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        self.add("squares", inputs.square().sum(0))
+
+
+class _ByPlace(_Sum):
+    def value(self, tokens: int) -> Any:
+        return super().value(tokens) * torch.arange(1, len(self.sums["squares"]) + 1)
+
+
+class _OnTheCpu(_Sum):
+    def value(self, tokens: int) -> Any:
+        return super().value(tokens) * torch.ones(len(self.sums["squares"]))
+
+
+class _Capped(_Sum):
+    """Fails on 16 tokens, which only the tiny models have."""
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        if inputs.shape[1] == 24:
+            raise RuntimeError("too wide")
+        super().update(inputs, outputs)
+
+
+SHARED = _Sum()
+
+
+class GoodAllocator(Allocator):
+    """Keeps all promises of an allocator."""
+
+    name: ClassVar[str] = "good-allocator"
+    requires: ClassVar[frozenset[Statistic]] = frozenset({ANGULAR_DISTANCE})
+
+    def importance(self, summaries: Sequence[BlockSummary]) -> Any:
+        return [one.statistics[ANGULAR_DISTANCE] for one in summaries]
+
+    def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> Any:
+        return [1 - budget.ratio for _ in summaries]
+
+
+def allocator(wrong: Callable[[Sequence[BlockSummary], Budget], Any], **attributes: Any) -> type[Allocator]:
+    """An allocator that only allocates wrongly."""
+    namespace = {"__doc__": "Planted.", "__module__": __name__, **attributes}
+    namespace["allocate"] = lambda self, summaries, budget: wrong(summaries, budget)
+    return type("Planted", (GoodAllocator,), namespace)
+
+
+def scales_scores(summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
+    for one in summaries:
+        one.scores.mul_(2)
+    return [1 - budget.ratio for _ in summaries]
+
+
+class GoodCompensator(Compensator):
+    """Keeps all promises of a compensator: the mean of what the removed channels gave becomes a bias."""
+
+    name: ClassVar[str] = "good-compensator"
+    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_MEAN})
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        gone = torch.ones(feed_forward.width, device=kept.device)
+        gone[kept] = 0
+        lost = feed_forward.down.float() @ (statistics[DOWN_INPUT_MEAN] * gone)
+        return Update(down_bias=lost if feed_forward.down_bias is None else feed_forward.down_bias.float() + lost)
+
+
+class LostIndex(GoodCompensator):
+    """Returns all channels."""
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        return replace(super().compensate(feed_forward, kept, statistics), down=feed_forward.down.clone())
+
+
+class MakesAGate(GoodCompensator):
+    """Returns a gate for every feed-forward."""
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        return replace(super().compensate(feed_forward, kept, statistics), gate=feed_forward.up[kept])
+
+
+class WritesKept(GoodCompensator):
+    """Counts from one."""
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        found = super().compensate(feed_forward, kept, statistics)
+        kept.add_(1)
+        return found
+
+
+class Overdoes(GoodCompensator):
+    """Adds what the kept channels give, too."""
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        return Update(down_bias=10 + feed_forward.down.float() @ statistics[DOWN_INPUT_MEAN])
+
+
+class Worsens(GoodCompensator):
+    """Reports a gain where there is a loss."""
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        found = super().compensate(feed_forward, kept, statistics)
+        if len(kept) == feed_forward.width:
+            return found
+        return Update(down_bias=100 + found.down_bias, error_plain=0.5, error=0.1)
+
+
+class OneError(GoodCompensator):
+    """Reports one error of two."""
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        return replace(super().compensate(feed_forward, kept, statistics), error=0.1)
+
+
+class CompensatorReadsLess(GoodCompensator):
+    """Has more measured than it reads."""
+
+    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_MEAN, DOWN_INPUT_SQUARES})
+
+
+class CompensatorDraws(GoodCompensator):
+    """Adds noise."""
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        found = super().compensate(feed_forward, kept, statistics)
+        return replace(found, down_bias=found.down_bias + torch.rand(feed_forward.hidden) * 1e-4)
+
+
+class CompensatorByPlace(GoodCompensator):
+    """Prefers late channels."""
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        if len(kept) == feed_forward.width:
+            return super().compensate(feed_forward, kept, statistics)
+        return Update(down=feed_forward.down.float()[:, kept] * kept)
+
+
+class NoStream(GoodCompensator):
+    """Says its stream in words."""
+
+    def stream(self) -> Any:
+        return "dense"
+
+
+class CompensatorOnTheCpu(GoodCompensator):
+    """Makes a tensor where the model may not be."""
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        gone = torch.ones(feed_forward.width)
+        gone[kept.tolist()] = 0
+        return Update(down_bias=feed_forward.down.float() @ (statistics[DOWN_INPUT_MEAN] * gone))
+
+
+class NoExperts(GoodCompensator):
+    """Works on samples, not on mixtures."""
+
+    def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Any:
+        if feed_forward.expert == 2:
+            raise RuntimeError("a third expert")
+        return super().compensate(feed_forward, kept, statistics)
+
+
+class GoodScheduler(RecoveryScheduler):
+    """Keeps all promises of a recovery scheduler."""
+
+    name: ClassVar[str] = "good-scheduler"
+
+    rank: int = Field(default=2, ge=1, description="in every block")
+
+    def schedule(self, summaries: Sequence[BlockSummary], plan: PruningPlan, blocks: Sequence[TrainableBlock]) -> Any:
+        return RecoveryPlan(blocks=tuple(BlockRecovery(block=one.block, rank=self.rank, alpha=4) for one in blocks))
+
+
+def scheduler(wrong: Callable[..., Any], **attributes: Any) -> type[RecoveryScheduler]:
+    """A scheduler that only schedules wrongly."""
+    namespace = {"__doc__": "Planted.", "__module__": __name__, **attributes}
+    namespace["schedule"] = lambda self, summaries, plan, blocks: wrong(summaries, plan, blocks)
+    return type("Planted", (GoodScheduler,), namespace)
+
+
+def ranks(*given: int) -> RecoveryPlan:
+    return RecoveryPlan(blocks=tuple(BlockRecovery(block=block, rank=rank) for block, rank in enumerate(given)))
+
+
+def empties_blocks(summaries: object, plan: object, blocks: Sequence[TrainableBlock]) -> RecoveryPlan:
+    blocks[0].attention.clear()  # type: ignore[attr-defined]
+    return ranks(1)
+
+
+CALLS = count(1)
+
+
+class GoodObserver(Observer):
+    """Counts the blocks."""
+
+    name: ClassVar[str] = "good-observer"
+
+    def start(self) -> Callable[[Event], None]:
+        heard: list[Event] = []
+        return heard.append
+
+
+class HearsSuccessOnly(GoodObserver):
+    def start(self) -> Callable[[Any], None]:
+        return lambda event: None if hasattr(event, "phase") or hasattr(event, "config") else event.plan
+
+
+class HearsNothing(GoodObserver):
+    def start(self) -> Callable[[Event], None]:
+        return None  # type: ignore[return-value]
+
+
+class StartsOnce(GoodObserver):
+    def start(self) -> Callable[[Event], None]:
+        path = Path("started")
+        if path.exists():
+            raise RuntimeError("started already")
+        path.touch()
+        return super().start()
+
+
+MUTATIONS: list[tuple[type[Component], str, str]] = [
+    (BadName, "name_and_options_are_described", "cannot be typed as NAME:option=value; use small letters"),
+    (Undocumented, "name_and_options_are_described", "has no docstring; its first line is what"),
+    (UndescribedOption, "name_and_options_are_described", "The option 'power' has no description"),
+    (ListOption, "options_are_json_and_can_be_typed", "cannot be typed as"),
+    (
+        WrongShape,
+        "one_finite_score_per_channel",
+        "returned the shape (8,) for 12 channels and 8 hidden units; return (F,)",
+    ),
+    (NoTensor, "one_finite_score_per_channel", "returned a list; return a tensor of shape (F,)"),
+    (NotFinite, "one_finite_score_per_channel", "returned nan for channel 0. Guard what may be zero"),
+    (NeedsGate, "one_finite_score_per_channel", "It was given: plain feed-forward, 12 channels"),
+    (
+        Writes,
+        "weights_and_statistics_are_left_alone",
+        "score() wrote to feed_forward.down; work on a copy: feed_forward.d",
+    ),
+    (WritesStatistics, "weights_and_statistics_are_left_alone", "score() wrote to statistics.down_input_squares"),
+    (RequiresMore, "reads_what_it_requires_and_nothing_else", "never reads down_input_mean, which is required"),
+    (ReadsMore, "reads_what_it_requires_and_nothing_else", "reads down_input_mean, which `required()` does not name"),
+    (Draws, "scores_are_the_same_every_time", "a global random generator, so that a run's result depends"),
+    (Remembers, "scores_are_the_same_every_time", "gave two answers for the same weights and statistics"),
+    (SetsDefaults, "scores_are_the_same_every_time", "left torch's default dtype at torch.float64"),
+    (ByPlace, "scores_follow_the_channels", "depends on where a channel is"),
+    (Rounds, "half_precision_loses_nothing", "rounds in bfloat16: its scores are off by"),
+    (OnTheCpu, "works_wherever_the_model_is", "Make tensors where the inputs are"),
+    (OneBlockOnly, "works_on_whole_models", "On a tiny mixtral model: criterion 'good' (plugin 'under test') failed"),
+    (
+        collector(_Transposed),
+        "the_value_is_as_the_statistic_says",
+        "returned the shape (1, 12), but Statistic('odd') says",
+    ),
+    (
+        collector(_Matrix, provides=Statistic("matrix", "(F, F)")),
+        "the_value_is_as_the_statistic_says",
+        "say Statistic('matrix', ..., heavy=True)",
+    ),
+    (collector(_Beside), "sums_of_shared_windows_add_up", "or set ordered = True"),
+    (collector(_PerWindow), "the_split_into_windows_changes_nothing", "depends on how tokens are split into windows"),
+    (collector(_NeedsTokens), "windows_without_tokens", "value() raised KeyError: 'squares'"),
+    (collector(_Keeps), "inputs_are_left_alone_and_not_kept", "keeps a view of what it is shown"),
+    (collector(_WritesInputs), "inputs_are_left_alone_and_not_kept", "update() wrote to the argument.inputs"),
+    (collector(_Sum, start=lambda self: SHARED), "every_start_is_fresh_and_gives_the_same", "share state"),
+    (collector(_Half), "half_precision_is_added_up_in_full", "`sums['squares']` is torch.bfloat16"),
+    (collector(_ByPlace), "the_value_follows_the_channels", "value() depends on where a channel is"),
+    (collector(_OnTheCpu), "works_wherever_the_model_is", "does not work where the model is on a GPU"),
+    (collector(_Capped), "works_on_whole_models", "On a tiny llama model: collector 'good-collector'"),
+    (allocator(lambda s, b: [1 - b.ratio]), "one_share_in_range_per_block", "returned 1 shares for 4 blocks"),
+    (
+        allocator(lambda s, b: [-0.5 for _ in s]),
+        "one_share_in_range_per_block",
+        "a share is what the block keeps, in (0",
+    ),
+    (
+        allocator(lambda s, b: [1 - b.ratio / 2 for _ in s]),
+        "the_budget_is_met",
+        "on average at a ratio of 0.1; shares are",
+    ),
+    (
+        allocator(lambda s, b: [min(0.98, 1 - b.ratio) for _ in s]),
+        "nothing_goes_at_a_ratio_of_zero",
+        "keeps 0.98 of a block at a ratio of 0",
+    ),
+    (
+        allocator(lambda s, b: [0.2 if b.ratio == 0.25 else 1 - b.ratio for _ in s]),
+        "a_higher_ratio_keeps_less",
+        "budget.ratio is the share removed, not the share kept",
+    ),
+    (allocator(scales_scores), "summaries_are_left_alone", "allocate() wrote to summaries.[0].scores"),
+    (
+        allocator(lambda s, b: [1 - b.ratio for _ in s], requires=frozenset({ANGULAR_DISTANCE, COSINE_DISTANCE})),
+        "reads_what_it_requires_and_nothing_else",
+        "never reads cosine_distance",
+    ),
+    (
+        allocator(lambda s, b: [1 - b.ratio for _ in s if s[0].statistics.get(MSE_DISTANCE, 1)]),
+        "reads_what_it_requires_and_nothing_else",
+        "reads mse_distance, which `required()` does not name",
+    ),
+    (
+        allocator(lambda s, b: [1 - b.ratio - 1e-9 * next(CALLS) * (b.ratio > 0) for _ in s]),
+        "shares_are_the_same_every_time",
+        "gave two answers for the same summaries",
+    ),
+    (
+        allocator(
+            lambda s, b: [1 - b.ratio for _ in s], importance=lambda self, s: [s[0].statistics[ANGULAR_DISTANCE]]
+        ),
+        "importance_is_one_finite_number_per_block",
+        "return one finite number for each, or None",
+    ),
+    (LostIndex, "an_update_of_the_right_shapes", "returned a `down` of (8, 12), not of (8, 1)"),
+    (MakesAGate, "an_update_of_the_right_shapes", "for a feed-forward without a gate; leave it None"),
+    (WritesKept, "weights_and_statistics_are_left_alone", "compensate() wrote to kept.channels"),
+    (Overdoes, "keeping_everything_changes_nothing", "changes the feed-forward's output though all channels are kept"),
+    (Worsens, "errors_reported_are_true_and_no_worse", "makes the output on held-out tokens worse"),
+    (OneError, "errors_reported_are_true_and_no_worse", "reports one error without the other"),
+    (CompensatorReadsLess, "reads_what_it_requires_and_nothing_else", "never reads down_input_squares"),
+    (CompensatorDraws, "updates_are_the_same_every_time", "a global random generator"),
+    (CompensatorByPlace, "updates_follow_the_channels", "depends on where a channel is"),
+    (NoStream, "stream_and_target_are_possible", "return Stream.DENSE or Stream.PRUNED"),
+    (CompensatorOnTheCpu, "works_wherever_the_model_is", "compensate() does not work where the model is on a GPU"),
+    (NoExperts, "works_on_whole_models", "On a tiny mixtral model: compensator 'good-compensator'"),
+    (scheduler(lambda s, p, b: ranks(*[1] * 9)), "a_plan_that_fits_the_model", "name each of 0 to 3 at most once"),
+    (scheduler(lambda s, p, b: ranks(0)), "a_plan_that_fits_the_model", "return None where nothing is trained"),
+    (
+        scheduler(lambda s, p, b: RecoveryPlan(blocks=ranks(1).blocks, targets=("mlp.down_proj",))),
+        "a_plan_that_fits_the_model",
+        "schedule() targets 'mlp.down_proj', which no block has",
+    ),
+    (
+        scheduler(lambda s, p, b: ranks(3)),
+        "ranks_are_within_the_matrices_and_the_budget",
+        "rank=2 in every block would be",
+    ),
+    (
+        scheduler(lambda s, p, b: ranks(30, 30)),
+        "ranks_are_within_the_matrices_and_the_budget",
+        "its smallest matrix has 24",
+    ),
+    (
+        scheduler(lambda s, p, b: ranks(1).model_copy(update={"targets": []})),
+        "the_plan_is_json",
+        "The RecoveryPlan changes in JSON",
+    ),
+    (
+        scheduler(lambda s, p, b: ranks(1) if s[0].width else None),
+        "plans_without_measurements_or_importance",
+        "schedule() raised IndexError: tuple index out of range. It was given: a gated model, nothing measured.",
+    ),
+    (scheduler(empties_blocks), "plan_and_blocks_are_left_alone", "changed the plan or the blocks"),
+    (
+        scheduler(lambda s, p, b: ranks(1).model_copy(update={"steps": next(CALLS)})),
+        "plans_are_the_same_every_time",
+        "gave two answers for the same cut",
+    ),
+    (
+        scheduler(lambda s, p, b: ranks(1), requires=frozenset({ANGULAR_DISTANCE})),
+        "requires_nothing",
+        "requires angular_distance, which nobody measures for it",
+    ),
+    (HearsSuccessOnly, "every_event_is_heard", "RunFailed raised AttributeError"),
+    (HearsNothing, "every_event_is_heard", "start() returned None; return a function that takes an event"),
+    (StartsOnce, "every_start_is_fresh", "start() raised RuntimeError: started already."),
+]
+"""A defect, the check that finds it, and what that says."""
+
+
+@pytest.mark.parametrize("cls", [Good, GoodCollector, GoodAllocator, GoodCompensator, GoodScheduler, GoodObserver])
+def test_what_the_defects_are_planted_in_is_sound(cls: type[Component]) -> None:
+    contract = CONTRACTS[cls.kind]()
+    assert {name: message for name in contract.checks() if (message := finding(contract, name, cls()))} == {}
+
+
+@pytest.mark.parametrize(("cls", "check", "message"), MUTATIONS, ids=lambda value: getattr(value, "__name__", None))
+def test_a_planted_defect_is_found_and_named(cls: type[Component], check: str, message: str) -> None:
+    found = finding(CONTRACTS[cls.kind](), f"test_{check}", cls())
+    assert message in (found or "nothing found")
+
+
+def test_every_check_has_a_defect_it_finds() -> None:
+    planted = {(cls.kind, f"test_{check}") for cls, check, _ in MUTATIONS}
+    common = {name for name in CONTRACTS["criterion"].checks() if name in CONTRACTS["recovery"].checks()}
+    missing = {(kind, name) for kind, name in CHECKS if name not in common} - planted
+    assert missing == set()
+    assert common <= {name for _, name in planted}
+
+
+def finding(contract: ComponentContract, check: str, component: Component) -> str | None:
+    """What a check says of a component, or None."""
+    try:
+        getattr(contract, check)(component)
+    except NotApplicable:
+        return None
+    except ContractError as error:
+        return str(error)
+    return None
+
+
+# --- how contracts are used ------------------------------------------------------------------------------------------
+
+
+def test_a_contract_without_a_component_says_what_it_needs() -> None:
+    with pytest.raises(ContractError, match=r"needs `component = TheClass\(\)`, an instance of a criterion"):
+        CONTRACTS["criterion"].instances()
+    wrong = type("Wrong", (CONTRACTS["criterion"],), {"component": GoodCollector()})
+    with pytest.raises(ContractError, match="got GoodCollector"):
+        wrong.instances()
+    several = type("Several", (CONTRACTS["criterion"],), {"components": (Good(), Good(power=2))})
+    assert [describe(one) for one in several.instances()] == ["good", "good:power=2.0"]
+
+
+def test_a_statistic_nobody_measures_is_said_to_be_missing() -> None:
+    stray = type("Stray", (Good,), {"__doc__": "Planted.", "requires": frozenset({Statistic("stray")})})
+    message = finding(CONTRACTS["criterion"](), "test_one_finite_score_per_channel", stray())
+    assert message is not None
+    assert "No collector provides the statistic 'stray'" in message
+    assert "collectors = (TheCollector,)" in message
+
+
+def test_the_contracts_need_neither_pytest_nor_hypothesis() -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['pytest'] = sys.modules['hypothesis'] = None\n"
+        "import importlib.util as util\n"
+        "real = util.find_spec\n"
+        "import cfsp_framework.testing.contract as contract\n"
+        "contract.find_spec = lambda name: None if name == 'hypothesis' else real(name)\n"
+        "from cfsp_criteria import WandaSp\n"
+        "from cfsp_plugins.activations import DownInputMean\n"
+        "from cfsp_framework.testing import CONTRACTS\n"
+        "for component in (WandaSp(), DownInputMean()):\n"
+        "    for name in CONTRACTS[component.kind].checks():\n"
+        "        getattr(CONTRACTS[component.kind](), name)(component)\n"
+        "print('done')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr[-2000:]
+
+
+OWN_TESTS = """
+from cfsp_criteria import Flap, Random
+from cfsp_framework.testing import Case, CriterionContract
+
+pytest_plugins = ["cfsp_framework.testing"]
+
+
+class TestFlap(CriterionContract):
+    components = (Flap(), Flap(released=True))
+
+
+class TestRandom(CriterionContract):
+    component = Random()
+
+
+def test_fixtures(host, make_sample, tiny_decoder, tiny_checkpoint, calibration_windows):
+    assert "flap" in host().criteria
+    assert make_sample(Case(form="plain")).feed_forward.gate is None
+    assert len(tiny_decoder("gpt2").blocks) == 2
+    assert (tiny_checkpoint() / "tokenizer.json").is_file()
+    assert calibration_windows.shape == (12, 16)
+"""
+
+
+def test_pytest_runs_subclasses_and_fixtures(tmp_path: Path) -> None:
+    (tmp_path / "test_own.py").write_text(OWN_TESTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-W", "error", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    checks = len(CONTRACTS["criterion"].checks())
+    assert f"{3 * checks} passed, 1 skipped" in done.stdout, done.stdout[-3000:]
+    assert "its scores depend on neither weights nor statistics: a control" in done.stdout
+
+
+# --- cfsp plugins check ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """``run(*words)``: the command line in this process, 80 columns wide."""
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda *words: CliRunner().invoke(cli, ["plugins", "check", *map(str, words)])
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+BROKEN = '''
+import torch
+from cfsp_framework import Criterion, hookimpl
+
+
+class Needy(Criterion):
+    """Needs an option."""
+
+    name = "needy"
+    power: float
+
+    def score(self, feed_forward, statistics):
+        return feed_forward.down.float().norm(dim=0) ** self.power
+
+
+class Writer(Criterion):
+    """Writes."""
+
+    name = "writer"
+
+    def score(self, feed_forward, statistics):
+        return feed_forward.down.abs_().float().sum(0)
+
+
+@hookimpl
+def cfsp_criteria():
+    return [Needy, Writer]
+'''
+
+
+def test_a_file_is_checked_and_told_in_a_table(run: Callable[..., Result]) -> None:
+    told = run(FIXTURES / "down_norm.py")
+    assert told.exit_code == 0, told.output
+    assert re.search(r"│ scores follow the channels +│ pass +│", told.stdout)
+    assert "1 component: 10 checks passed, 0 failed, 0 do not apply." in told.stdout
+    assert max(map(len, told.stdout.splitlines()[1:])) <= 80
+
+
+def test_a_defect_is_named_below_the_table_and_the_exit_code_is_1(run: Callable[..., Result], tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(BROKEN)
+    told = run(file)
+    assert told.exit_code == 1
+    assert "FAIL criterion writer: weights and statistics are left alone" in told.stdout
+    assert "score() wrote to feed_forward.down; work on a copy: feed_forward.down.clone()." in told.stdout
+    assert "Not checked: criterion 'needy' has options without a default (power); check it as needy:power=VALUE." in (
+        told.stdout
+    )
+    found = json.loads(run(file, "--json").stdout)
+    assert found["passed"] is False
+    assert {"writer", "needy"} == {one["name"] for one in found["results"]}
+    assert run(file, "-q").stdout == ""
+    chosen = run("needy:power=2", "-p", file)
+    assert "The option 'power' has no description" in chosen.stdout
+    assert "9 checks passed, 1 failed" in chosen.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "components"),
+    [
+        ("wanda-sp", {"wanda-sp"}),
+        ("flap:released=true", {"flap:released=True"}),
+        ("none", {"none"}),
+        ("cfsp-allocators", None),
+        ("cfsp_allocators", None),
+    ],
+)
+def test_what_a_target_may_be(target: str, components: set[str] | None) -> None:
+    found = find_target(target)
+    if components is not None:
+        assert {describe(one) for one in found.components} == components
+    else:
+        assert {one.kind for one in found.components} == {"allocator"}
+        assert "cfsp:distance=mse" in {describe(one) for one in found.components}
+
+
+def test_a_distribution_is_all_of_its_plugins_and_a_module_need_not_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_target("CFSP_Framework")
+    assert {one.kind for one in found.components} == set(CONTRACTS)
+    (tmp_path / "example_checked.py").write_text((FIXTURES / "down_norm.py").read_text())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert [one.name for one in find_target("example_checked").components] == ["down-norm"]
+    sys.modules.pop("example_checked")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (
+            ["wanda-sq"],
+            2,
+            "'wanda-sq' is no plugin, component, distribution, module or file.py. Did you mean 'wanda-sp'?",
+        ),
+        (["flap:relased=true"], 2, "relased: Extra inputs are not permitted"),
+        (["nowhere.py"], 2, "nowhere.py: there is no such file"),
+        (["example_not_there.x"], 2, "is no plugin, component"),
+        (["json"], 3, "implements no hook"),
+    ],
+)
+def test_a_target_that_cannot_be_checked(words: list[str], code: int, message: str, run: Callable[..., Result]) -> None:
+    told = run(*words)
+    assert told.exit_code == code, told.output
+    assert message in told.stderr
