@@ -730,10 +730,10 @@ def finding(contract: ComponentContract, check: str, component: Component) -> st
 def test_a_contract_without_a_component_says_what_it_needs() -> None:
     with pytest.raises(ContractError, match=r"needs `component = TheClass\(\)`, an instance of a criterion"):
         CONTRACTS["criterion"].instances()
-    wrong = type("Wrong", (CONTRACTS["criterion"],), {"component": GoodCollector()})
+    wrong: Any = type("Wrong", (CONTRACTS["criterion"],), {"component": GoodCollector()})
     with pytest.raises(ContractError, match="got GoodCollector"):
         wrong.instances()
-    several = type("Several", (CONTRACTS["criterion"],), {"components": (Good(), Good(power=2))})
+    several: Any = type("Several", (CONTRACTS["criterion"],), {"components": (Good(), Good(power=2))})
     assert [describe(one) for one in several.instances()] == ["good", "good:power=2.0"]
 
 
