@@ -1,4 +1,5 @@
 from .api import (
+    API_VERSION,
     HELD_OUT_EVERY,
     Accumulator,
     Allocator,
@@ -14,6 +15,7 @@ from .api import (
     Distillation,
     FeedForward,
     FeedForwardLayout,
+    Observer,
     RecoveryPlan,
     RecoveryScheduler,
     Site,
@@ -25,15 +27,18 @@ from .api import (
 )
 from .config import RunConfig
 from .errors import CfspError
+from .events import BlockFinished, Event, PhaseFinished, PhaseStarted, RunFailed, RunFinished, RunStarted
 from .hookspecs import hookimpl
 from .pipeline import RunResult, prune, recover
 from .planning import PruningPlan
 
 __all__ = [
+    "API_VERSION",
     "HELD_OUT_EVERY",
     "Accumulator",
     "Allocator",
     "Architecture",
+    "BlockFinished",
     "BlockRecovery",
     "BlockStatistics",
     "BlockSummary",
@@ -44,13 +49,20 @@ __all__ = [
     "Component",
     "Criterion",
     "Distillation",
+    "Event",
     "FeedForward",
     "FeedForwardLayout",
+    "Observer",
+    "PhaseFinished",
+    "PhaseStarted",
     "PruningPlan",
     "RecoveryPlan",
     "RecoveryScheduler",
     "RunConfig",
+    "RunFailed",
+    "RunFinished",
     "RunResult",
+    "RunStarted",
     "Site",
     "Statistic",
     "Stream",

@@ -1,4 +1,4 @@
-"""What a plugin author implements: five kinds of component, and the data each of them sees.
+"""What a plugin author implements: six kinds of component, and the data each of them sees.
 
 Shapes use these letters everywhere: ``F`` channels of a feed-forward (its intermediate size), ``D`` hidden size,
 ``T`` tokens of a calibration window, ``K`` channels that are kept.
@@ -7,7 +7,7 @@ Shapes use these letters everywhere: ``F`` channels of a feed-forward (its inter
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -18,7 +18,12 @@ if TYPE_CHECKING:  # torch is imported by the commands that need it, not by `cfs
     import torch
     from torch import Tensor
 
+    from .events import Event
     from .planning import PruningPlan
+
+
+API_VERSION = 1
+"""The version of what this module and ``hookspecs`` promise; a plugin may declare the one it needs: ``cfsp_api = 1``."""
 
 
 class Site(Enum):
@@ -407,6 +412,20 @@ class RecoveryScheduler(Component):
         self, summaries: Sequence[BlockSummary], plan: PruningPlan, blocks: Sequence[TrainableBlock]
     ) -> RecoveryPlan | None:
         """The training to do, or None for none; ``summaries`` is empty where nothing was measured."""
+
+
+class Observer(Component):
+    """Hears what happens in a run while it happens: a log, a tracker, a message when it is over."""
+
+    kind: ClassVar[str] = "observer"
+
+    @abstractmethod
+    def start(self) -> Callable[[Event], None]:
+        """Called once, before anything is opened; what it returns is called with every event.
+
+        Where ``start()`` raises, the run does not begin; what is raised later is a warning, and the run goes on. Of
+        several processes only the first is observed.
+        """
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from .calibration import calibration_windows
 from .config import RunConfig
 from .errors import ConfigError
 from .evaluation import EvaluationSet, evaluation_set
+from .events import RunStarted
 from .models import LoadedModel, context_length, load_model
 from .planning import check_shared
+from .observing import start_observing
 from .plugins import Plugins, load_plugins
 from .progress import Progress
 from .ranks import Ranks, join_ranks
@@ -67,6 +69,9 @@ def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, rank
     plugins = load_plugins(config.plugins)
     selection = select(config, plugins, planned=planned)
     check_selection(config, selection, ranks)
+    if ranks.first:
+        progress.tell = start_observing(selection.observers)
+    progress.tell(RunStarted(config))
     torch.manual_seed(config.seed)
     with progress.phase("load"):
         loaded = load_model(config, ranks)

@@ -7,14 +7,15 @@ import importlib
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
-from .errors import CfspError
+from .errors import CfspError, PluginWarning, is_out_of_memory
 
 COMMANDS = {
     "prune": "Prune a model into a checkpoint folder.",
@@ -57,7 +58,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _terminable():
+            with _terminable(), _plain_warnings():
                 return super().invoke(ctx)
         except (CfspError, click.UsageError, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
             failure = _failure(error)
@@ -88,19 +89,14 @@ def _failure(error: BaseException) -> Failure | None:
             hint = f"\nTry '{error.ctx.command_path} --help' for help." if error.ctx else ""
             return Failure(error.format_message() + hint, error.exit_code)
         case KeyboardInterrupt():
-            return Failure("interrupted; nothing was written.", 2)
+            where = "".join(f" {note}" for note in getattr(error, "__notes__", []))  # whose code was running
+            return Failure(f"interrupted{where}; nothing was written.", 2)
         case OSError() if error.filename and error.errno != errno.EPIPE:
             return Failure(f"{error.filename}: {error.strerror}.", 2)
-        case MemoryError() | RuntimeError() if _is_out_of_memory(error):
+        case MemoryError() | RuntimeError() if is_out_of_memory(error):
             return Failure("out of memory; a smaller --batch-size or --seqlen needs less.", 1)
         case _:
             return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Of this machine or of a GPU; PyTorch has a class of its own for the one and bare words for the other."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -114,6 +110,29 @@ def _terminable() -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _plain_warnings() -> Generator[None]:
+    """While open, warnings about plugins are one line on stderr, without the place in our code that gave them."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def plainly(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, PluginWarning):
+                click.echo(f"Warning: {message}", err=True)
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = plainly
+        yield
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

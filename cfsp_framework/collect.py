@@ -22,9 +22,11 @@ from .api import (
 )
 from .architectures import Decoder
 from .blocks import Batch, Passage, embed, pass_block
+from .containment import tensor_problem
 from .errors import PluginError
+from .events import BlockFinished
 from .gradients import measure_gradients
-from .measure import measure_block
+from .measure import lent, measure_block
 from .plugins import Chosen
 from .progress import Progress
 from .statistics import DOWN_INPUT_GRAM
@@ -152,6 +154,7 @@ def collect(
                 )
             if finished:
                 finished.store(index, measurements[index], batches)
+            progress.tell(BlockFinished("collect", index, count))
     return tuple(chain.from_iterable(measurements))
 
 
@@ -190,18 +193,13 @@ def _judge(
 def score(criterion: Chosen[Criterion], feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
     """The criterion's scores, ``(F,)`` float32 on the CPU, checked: right shape, all finite."""
     where = f"block {feed_forward.block}, {feed_forward.path}"
-    with torch.no_grad(), criterion.blamed(f"score() at {where}") as component:
-        scores: object = component.score(feed_forward, statistics.only(component.required()))
-    if not isinstance(scores, Tensor) or scores.shape != (feed_forward.width,):
-        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise PluginError(f"{criterion}: score() at {where} returned {found}, not a tensor ({feed_forward.width},).")
-    bad = scores.isfinite().logical_not().nonzero()
-    if len(bad):
-        channel = int(bad[0])
-        raise PluginError(
-            f"{criterion}: score() at {where} returned {scores[channel].item()} for channel {channel}"
-            f" ({len(bad)} of {feed_forward.width} are not finite)."
-        )
+    seen = statistics.only(criterion.required())
+    with torch.no_grad(), criterion.blamed(f"score() at {where}", lent(feed_forward, seen)) as component:
+        scores: object = component.score(feed_forward, seen)
+    problem = tensor_problem(scores, (feed_forward.width,), torch.float32)
+    if problem is not None:
+        raise PluginError(f"{criterion}: what score() returned at {where} {problem}.")
+    assert isinstance(scores, Tensor)
     return scores.detach().float().cpu()
 
 

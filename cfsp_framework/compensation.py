@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from torch import Tensor
 from .api import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
 from .architectures import Decoder
 from .blocks import Passage, embed, pass_block
+from .containment import tensor_problem
 from .errors import PluginError
 from .files import save_aside
-from .measure import Teacher, measure_block
+from .measure import Teacher, lent, measure_block
 from .plugins import Chosen
+from .selection import stream_of, target_mix_of
 
 
 def compensate(
@@ -28,39 +30,36 @@ def compensate(
 
     It is not asked about one that loses nothing, or whose tokens it would have to know and nobody saw.
     """
-    if len(kept) == feed_forward.width or (statistics.unseen and compensator.component.required()):
+    if len(kept) == feed_forward.width or (statistics.unseen and compensator.required()):
         return Update()
-    with torch.no_grad(), compensator.blamed(f"compensate() at block {feed_forward.block}") as component:
-        found: object = component.compensate(
-            feed_forward,
-            kept.to(feed_forward.down.device),
-            statistics.only(component.required()).to(feed_forward.down.device),
-        )
+    down = feed_forward.down
+    kept, seen = kept.to(down.device), statistics.only(compensator.required()).to(down.device)
+    action = f"compensate() at block {feed_forward.block}, {feed_forward.path}"
+    with torch.no_grad(), compensator.blamed(action, {**lent(feed_forward, seen), "kept": kept}) as component:
+        found: object = component.compensate(feed_forward, kept, seen)
     if not isinstance(found, Update):
         raise PluginError(f"{compensator}: compensate() returned {type(found).__name__}, not an Update.")
     hidden, count = feed_forward.hidden, len(kept)
     shapes = {"down": (hidden, count), "down_bias": (hidden,), "up": (count, hidden), "gate": (count, hidden)}
     for name, shape in {**shapes, "up_bias": (count,), "gate_bias": (count,)}.items():
-        problem = _problem(getattr(found, name), shape, feed_forward.down.dtype)
+        value: object = getattr(found, name)
+        problem = None if value is None else tensor_problem(value, shape, down.dtype)
         if problem:
             raise PluginError(f"{compensator}: `{name}` at block {feed_forward.block} {problem}.")
     for name, error in {"error_plain": found.error_plain, "error": found.error}.items():
-        if error is not None and not math.isfinite(error):
-            raise PluginError(f"{compensator}: `{name}` at block {feed_forward.block} is {error}.")
-    return found
+        if error is not None and not (isinstance(error, int | float) and math.isfinite(error)):
+            raise PluginError(f"{compensator}: `{name}` at block {feed_forward.block} is {error!r}.")
+    return _settled(found)
 
 
-def _problem(value: object, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """What is wrong with one tensor of an update, which the model will hold in ``dtype``."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        return f"is a {type(value).__name__}, not a tensor"
-    if value.shape != shape:
-        return f"has shape {tuple(value.shape)}, not {shape}"
-    if not bool(value.to(dtype).isfinite().all()):
-        return f"has values that are not finite in {str(dtype).removeprefix('torch.')}"
-    return None
+def _settled(update: Update) -> Update:
+    """The update without a graph, which one that was trained may come with."""
+    graphs: dict[str, Any] = {
+        one.name: value.detach()
+        for one in fields(update)
+        if isinstance(value := getattr(update, one.name), Tensor) and value.requires_grad
+    }
+    return replace(update, **graphs) if graphs else update
 
 
 class FirstPass:
@@ -155,10 +154,9 @@ class SecondPass:
         self._finished = finished
         self._seed = seed
         self._ranks = (passage or Passage()).ranks
-        with compensator.blamed("stream()") as component:
-            self._pruned = component.stream() is Stream.PRUNED
-            additive = all(layout.additive and not layout.experts for layout in decoder.architecture.feed_forwards)
-            mix = component.target_mix() if additive else 0.0
+        self._pruned = stream_of(compensator) is Stream.PRUNED
+        additive = all(layout.additive and not layout.experts for layout in decoder.architecture.feed_forwards)
+        mix = target_mix_of(compensator) if additive else 0.0
         self._batches = embed(decoder, windows, passage)
         self._teacher = Teacher(embed(decoder, windows, passage), mix) if self._pruned and mix else None
         self._passed = False

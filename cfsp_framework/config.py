@@ -107,12 +107,13 @@ class RunConfig(BaseModel):
     evaluate: tuple[str, ...] = Field(default=(), description="Data SPECs to report perplexity on.")
     evaluate_windows: int | None = Field(default=None, ge=1, description="Evaluate on the first N windows only.")
     trust_remote_code: bool = Field(default=False, description="Run the Python code a checkpoint brings along.")
+    observer: tuple[Choice, ...] = Field(default=(), description="Who is told what happens while it happens.")
     plugins: tuple[str, ...] = Field(default=(), description="-p: a module, a file.py, or no:NAME.")
 
-    @field_validator("evaluate", "plugins", "report_to", mode="before")
+    @field_validator("evaluate", "observer", "plugins", "report_to", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
+        return (value,) if isinstance(value, str | dict) else value
 
     @classmethod
     def build(cls, **options: object) -> Self:

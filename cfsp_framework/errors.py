@@ -45,3 +45,17 @@ class PluginError(CfspError):
     """A plugin could not be loaded, or failed, or returned something unusable."""
 
     exit_code = 3
+
+
+class PluginWarning(UserWarning):
+    """A plugin did what it should not; the run goes on and its result stands."""
+
+
+class PluginDeprecationWarning(DeprecationWarning):
+    """A plugin uses what a later version takes away. For its author: hidden from users, shown by pytest."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this machine's memory ran out, or a GPU's; PyTorch has a class of its own for the one and bare words for the other."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)

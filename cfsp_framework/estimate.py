@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .api import HELD_OUT_EVERY, Collector, Site, Stream
 from .errors import ConfigError
 from .hardware import BATCH_TOKENS, NOMINAL, Hardware, this_machine
+from .selection import curve_of, stream_of, target_mix_of
 from .shapes import BlockShape, ModelShape, measure_shape
 
 if TYPE_CHECKING:
@@ -143,17 +144,17 @@ def _first_pass(selection: Selection, windows: int) -> Pass:
     sites = [chosen.component.site for chosen in selection.collectors]
     backward = Site.GRADIENT in sites
     forwards = BACKWARD * backward + any(site is not Site.GRADIENT for site in sites)
-    readers = [selection.criterion.component.required(), selection.allocator.component.required()]
+    readers = [selection.criterion.required(), selection.allocator.required()]
     ranking = sum(any(s.shape == "(F, F)" for s in read) for read in readers)
-    ranking += selection.allocator.component.curve() is not None
+    ranking += curve_of(selection.allocator) is not None
     return _pass(selection.collectors, windows if sites else 0, forwards, cubes=RANK * ranking)
 
 
 def _second_pass(selection: Selection, windows: int) -> Pass:
     """On the pruned stream a block runs dense and cut, and dense on the other stream where targets lean to it."""
-    component = selection.compensator.component
-    pruned, teacher = component.stream() is Stream.PRUNED, component.target_mix() > 0
-    cubes = REFIT * any(s.shape == "(F, F)" for s in component.required())
+    compensator = selection.compensator
+    pruned, teacher = stream_of(compensator) is Stream.PRUNED, target_mix_of(compensator) > 0
+    cubes = REFIT * any(s.shape == "(F, F)" for s in compensator.required())
     forwards, streams = (2.0 + teacher, 1 + teacher) if pruned else (1.0, 1)
     return _pass(selection.second_pass, windows, forwards, streams=streams, cubes=cubes)
 

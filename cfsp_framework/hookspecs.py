@@ -1,6 +1,6 @@
 """The hooks a plugin may implement, each called once, when a run is set up. Mark implementations with ``@hookimpl``.
 
-The first five return classes; the user picks one by its ``name``. Arguments are matched by name, so an implementation
+The first six return classes; the user picks one by its ``name``. Arguments are matched by name, so an implementation
 may leave out those it does not need.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from .api import Allocator, Architecture, Collector, Compensator, Criterion, RecoveryScheduler
+from .api import Allocator, Architecture, Collector, Compensator, Criterion, Observer, RecoveryScheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,6 +48,11 @@ def cfsp_recovery_schedulers() -> Iterable[type[RecoveryScheduler]]:  # type: ig
     """Offer recovery schedulers: what is trained after the cut, and with how much capacity."""
 
 
+@hookspec
+def cfsp_observers() -> Iterable[type[Observer]]:  # type: ignore[empty-body]
+    """Offer observers: what is told of a run while it lasts."""
+
+
 @hookspec(firstresult=True)
 def cfsp_architecture(config: PreTrainedConfig) -> Architecture | None:
     """Say where the family of ``config`` keeps its blocks and feed-forwards, or None if it is not yours.
@@ -58,4 +63,7 @@ def cfsp_architecture(config: PreTrainedConfig) -> Architecture | None:
 
 @hookspec
 def cfsp_run_finished(result: RunResult) -> None:
-    """Observe a finished run: log it, upload it, tell an experiment tracker."""
+    """Hear of every finished run, without being asked for: an upload, a note in an experiment tracker.
+
+    Called when the checkpoint is in place; one that fails is a warning.
+    """

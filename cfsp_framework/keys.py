@@ -11,7 +11,7 @@ from . import surgery
 from .bench import Bench
 from .planning import PruningPlan
 from .resume import identity_of
-from .selection import Selection
+from .selection import Selection, curve_of
 
 
 def collection_key(bench: Bench) -> str:
@@ -22,7 +22,7 @@ def collection_key(bench: Bench) -> str:
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest() if windows is not None else None,
         "criterion": identity_of(selection.criterion),
         "collectors": [identity_of(chosen) for chosen in selection.collectors],
-        "curve": selection.allocator.component.curve(),
+        "curve": curve_of(selection.allocator),
         "dropped_attention": surgery.dropped_attention(bench.decoder.config),
         "versions": versions(selection),
         "numerics": numerics(bench),

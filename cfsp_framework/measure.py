@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .api import Accumulator, BlockStatistics, Collector, Site, Statistic, Windows
+from .api import Accumulator, BlockStatistics, Collector, FeedForward, Site, Statistic, Windows
 from .architectures import Decoder
 from .banks import Heard, SingleBank
 from .blocks import Batch, run_block
+from .containment import tensor_problem
 from .errors import ModelError, PluginError
 from .plugins import Chosen
 from .ranks import SOLO, Ranks
 
+_WEIGHTS = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
 _IN_FEED_FORWARDS = frozenset({Site.FEED_FORWARD, Site.DOWN_PROJECTION})
 
 
@@ -60,8 +62,13 @@ class Tally:
     def __init__(self, chosen: Chosen[Collector]) -> None:
         self.chosen = chosen
         self._fed = False
+        self._sizes: dict[str, int] = {}
         with chosen.blamed("start()") as component:
             self._accumulator: Accumulator = component.start()
+        missing = [name for name in ("sums", "update", "value") if not hasattr(self._accumulator, name)]
+        if missing:
+            found = type(self._accumulator).__name__
+            raise PluginError(f"{chosen}: start() returned a {found}, which has no `{missing[0]}`: no Accumulator.")
 
     def add(self, window: Window) -> None:
         """Feed one window, if the collector wants it; without its rows the first time, so that sums exist."""
@@ -69,15 +76,27 @@ class Tally:
         if not wanted and self._fed:
             return
         rows = slice(None) if wanted else slice(0)
-        with self.chosen.blamed("update()"):
-            self._accumulator.update(window.inputs[rows], window.outputs[rows])
+        if not self._fed:
+            self._sizes = _sizes(self.chosen.component.site, window)
+        inputs, outputs = window.inputs[rows], window.outputs[rows]
+        with self.chosen.blamed("update()", {"inputs": inputs, "outputs": outputs}, thorough=not self._fed):
+            self._accumulator.update(inputs, outputs)
         self._fed = True
 
     def value(self, tokens: Tokens, where: str, ranks: Ranks) -> Tensor:
         """The statistic over all processes, float32; what it says of itself where no token was seen."""
-        ranks.add(self._accumulator.sums)
-        with self.chosen.blamed(f"value() at {where}") as component:
-            value = self._accumulator.value(max(tokens.of(component.windows), 1)).float()
+        action = f"value() at {where}"
+        with self.chosen.blamed(f"its sums at {where}"):
+            ranks.add(self._accumulator.sums)
+        with self.chosen.blamed(action) as component:
+            value: object = self._accumulator.value(max(tokens.of(component.windows), 1))
+        shape = _expected(component.provides.shape, self._sizes)
+        problem = tensor_problem(value, shape, finite=False)
+        if problem is not None:
+            told = component.provides
+            raise PluginError(f"{self.chosen}: {action} {problem}; {told.name} has the shape {told.shape}.")
+        assert isinstance(value, Tensor)
+        value = value.detach().float()
         return value if tokens.all else _unseen(component.provides, value)
 
 
@@ -200,6 +219,12 @@ def _check_finite(
         raise PluginError(f"{chosen}: value() is not finite. {told}.")
 
 
+def lent(feed_forward: FeedForward, statistics: BlockStatistics) -> dict[str, Tensor | None]:
+    """Everything a component is shown of a feed-forward, and must not write to."""
+    weights = {name: getattr(feed_forward, name) for name in _WEIGHTS}
+    return {**weights, **{statistic.name: value for statistic, value in statistics.items()}}
+
+
 @contextmanager
 def listening(decoder: Decoder, index: int, *, wanted: bool = True) -> Generator[list[tuple[int, Heard]]]:
     """While open, what block ``index``'s feed-forwards see lands in the yielded list, each with its number."""
@@ -235,6 +260,27 @@ def split(inputs: Tensor, outputs: Tensor, places: Tensor | None, batch: Batch) 
         sizes = torch.bincount(rows // length, minlength=windows).tolist()
     parts = zip(batch.numbers, inputs.split(sizes), outputs.split(sizes), strict=True)
     return (Window(number, mine, its) for number, mine, its in parts)
+
+
+_COLUMNS = {
+    Site.BLOCK: ("D", "D"),
+    Site.FEED_FORWARD: ("D", "D"),
+    Site.DOWN_PROJECTION: ("F", "D"),
+    Site.GRADIENT: ("F", "F"),
+}
+"""What the columns of the inputs and the outputs of a site are."""
+
+
+def _sizes(site: Site, window: Window) -> dict[str, int]:
+    """How many channels and hidden values there are, as far as the site shows it."""
+    (name, count), (other, size) = zip(_COLUMNS[site], (window.inputs.shape[-1], window.outputs.shape[-1]), strict=True)
+    return {name: count, other: size} if name != other or count == size else {}
+
+
+def _expected(shape: str, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
+    """``(F, D)`` in numbers; None for a letter that stands for nothing known at the site."""
+    names = [name.strip() for name in shape.strip("()").split(",") if name.strip()]
+    return tuple(int(name) if name.isdigit() else sizes.get(name) for name in names)
 
 
 def _unseen(statistic: Statistic, like: Tensor) -> Tensor:

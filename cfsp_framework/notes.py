@@ -21,6 +21,8 @@ _MASSIVE = 0.5
 """Share of a feed-forward's squared activations in one channel that is told."""
 _STILL = {ANGULAR_DISTANCE: 2e-4, COSINE_DISTANCE: 1e-6, MSE_DISTANCE: 0.0, MAE_DISTANCE: 0.0}
 """Distances between a block's input and output that are nothing but rounding."""
+_LONG = (10.0, 0.5)
+"""Seconds, and share of the run until then, that one component's code takes and that is told."""
 _NAMED = 8
 """Places a note names."""
 
@@ -41,6 +43,7 @@ def gather_notes(
         *_on_blocks(measurements),
         *_on_biases(bench, biases_before),
         *_on_updates(bench, updates),
+        *_on_time(bench),
     )
 
 
@@ -151,3 +154,14 @@ def _on_updates(bench: Bench, updates: Mapping[tuple[int, str], Update]) -> list
         if refused
         else []
     )
+
+
+def _on_time(bench: Bench) -> list[str]:
+    """Whose code took most of the time."""
+    seconds, share = _LONG
+    total = sum(bench.progress.seconds.values())
+    return [
+        f"{chosen} took {chosen.conduct.seconds:.0f} s of {total:.0f} s"
+        for chosen in bench.selection.chosen
+        if chosen.conduct.seconds > max(seconds, share * total)
+    ]

@@ -22,6 +22,7 @@ from .compensation import FinishedBlocks, FirstPass, SecondPass
 from .config import RunConfig
 from .errors import ConfigError, PlanError
 from .evaluation import EvaluationSet, Perplexity, perplexity
+from .events import BlockFinished, RunFinished
 from .files import staged_folder
 from .keys import collection_key, second_pass_key, versions
 from .models import LoadedModel, load_model, open_model, open_skeleton, resolve
@@ -44,6 +45,7 @@ from .recovery import (
 )
 from .report import Report
 from .resume import KeptCollection
+from .selection import curve_of
 from .streaming import ShardWriter, Streamed
 from .telling import tell, tell_recovered, write_report
 
@@ -77,7 +79,7 @@ def prune(
     checkpoint.check_output(out, overwrite=overwrite)
     progress = progress or Progress()
     ranks = join_ranks(config.device)
-    with staged_folder(out) if ranks.first else nullcontext(out) as folder:
+    with progress.failure_told(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
         bench = set_up(config, progress, planned=plan is not None, ranks=ranks)
         if plan is not None:
             check_plan(bench, plan)
@@ -106,10 +108,7 @@ def prune(
                 metadata = {"model": bench.loaded.fingerprint, **plan.components}
                 report.save_statistics(folder / checkpoint.STATISTICS_FILE, measurements, metadata)
         ranks.wait()
-    result = RunResult(config, plan, told, out)
-    if ranks.first:
-        bench.plugins.run_finished(result)
-    return result
+    return finished(bench, RunResult(config, plan, told, out))
 
 
 def recover(
@@ -133,7 +132,7 @@ def recover(
         raise ConfigError("--adapter merges an adapter, --keep-adapter keeps one apart; leave one of both out.")
     progress = progress or Progress()
     ranks = join_ranks(config.device)
-    with staged_folder(out) if ranks.first else nullcontext(out) as folder:
+    with progress.failure_told(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
         plan, earlier = read_pruned(resolve(config.model))
         bench = set_up(config, progress, planned=True, ranks=ranks)
         if adapter is None:
@@ -150,18 +149,26 @@ def recover(
         if ranks.first:
             write_report(told, folder, bench.loaded.folder)
         ranks.wait()
-    result = RunResult(config, plan, told, out)
-    if ranks.first:
+    return finished(bench, RunResult(config, plan, told, out))
+
+
+def finished(bench: Bench, result: RunResult) -> RunResult:
+    """Tell the observers, and every plugin that wants to hear of finished runs."""
+    if bench.ranks.first:
+        bench.progress.tell(RunFinished(result.plan, result.report, result.folder))
         bench.plugins.run_finished(result)
     return result
 
 
 def plan_only(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
     """The plan ``prune`` would cut by."""
-    ranks = join_ranks(config.device)
-    bench = set_up(config.model_copy(update={"evaluate": ()}), progress or Progress(), ranks=ranks)
-    drop_attention(bench)
-    return make_plan(bench, measure(bench))
+    ranks, progress = join_ranks(config.device), progress or Progress()
+    with progress.failure_told():
+        bench = set_up(config.model_copy(update={"evaluate": ()}), progress, ranks=ranks)
+        drop_attention(bench)
+        plan = make_plan(bench, measure(bench))
+    progress.tell(RunFinished(plan))
+    return plan
 
 
 def evaluate_only(
@@ -206,7 +213,7 @@ def measure(bench: Bench, *, planned: bool = False) -> tuple[FeedForwardMeasurem
             bench.windows_to_select,
             {} if planned else {CRITERION: selection.criterion},
             selection.collectors,
-            curve=None if planned else selection.allocator.component.curve(),
+            curve=None if planned else curve_of(selection.allocator),
             passage=bench.passage,
             seed=config.seed,
             progress=bench.progress,
@@ -304,6 +311,7 @@ def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasu
                 if bench.ranks.first:
                     writer.write_block(index)
             step()
+            bench.progress.tell(BlockFinished(phase, index, len(decoder.blocks)))
 
         surgery.apply_plan(decoder, plan, compensate, leave)
         expected = (

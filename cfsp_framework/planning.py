@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .plugins import Chosen
+
+
+_ENDLESS = 100_000
+"""Numbers taken from an allocator's answer at most, more than any model has blocks."""
 
 
 class _Frozen(BaseModel):
@@ -186,14 +190,40 @@ def channel_ratio(ratio: float, parameters: int, prunable: int, gone: int = 0) -
 
 def allocate(allocator: Chosen[Allocator], summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
     """The allocator's shares, checked: one per block, finite, in (0, 1]."""
-    with allocator.blamed("allocate()") as component:
-        shares = [float(share) for share in component.allocate(summaries, budget)]
-    if len(shares) != len(summaries):
-        raise PluginError(f"{allocator} returned {len(shares)} shares for {len(summaries)} blocks.")
+    with allocator.blamed("allocate()", _lent(summaries)) as component:
+        shares = [float(share) for share in islice(component.allocate(summaries, budget), _ENDLESS)]
+    _check_count(allocator, "shares", shares, summaries)
     for summary, share in zip(summaries, shares, strict=True):
         if not 0 < share <= 1 + 1e-9:  # also refuses NaN
             raise PluginError(f"{allocator} returned the share {share} for block {summary.block}, outside (0, 1].")
     return shares
+
+
+def importance_of(allocator: Chosen[Allocator], summaries: Sequence[BlockSummary]) -> Sequence[float | None]:
+    """The allocator's coarse importance, checked: one finite number per block, or None for each."""
+    with allocator.blamed("importance()", _lent(summaries)) as component:
+        found = component.importance(summaries)
+        values = None if found is None else [float(value) for value in islice(found, _ENDLESS)]
+    if values is None:
+        return [None] * len(summaries)
+    _check_count(allocator, "importances", values, summaries)
+    for summary, value in zip(summaries, values, strict=True):
+        if not math.isfinite(value):
+            raise PluginError(f"{allocator} returned the importance {value} for block {summary.block}.")
+    return values
+
+
+def _check_count(
+    allocator: Chosen[Allocator], what: str, values: Sequence[float], summaries: Sequence[BlockSummary]
+) -> None:
+    if len(values) != len(summaries):
+        raise PluginError(f"{allocator} returned {len(values)} {what} for {len(summaries)} blocks.")
+
+
+def _lent(summaries: Sequence[BlockSummary]) -> dict[str, Tensor | None]:
+    """The tensors an allocator sees."""
+    named = {f"block {summary.block} {summary.path} scores": summary.scores for summary in summaries}
+    return {**named, **{f"block {summary.block} {summary.path} curve": summary.curve for summary in summaries}}
 
 
 def total_to_keep(widths: Sequence[int], budget: Budget, counts: Sequence[int] | None = None) -> int:
@@ -268,11 +298,7 @@ def plan_blocks(
     units = [_unit(summary) for summary in summaries]
     counts = [summary.width // unit for summary, unit in zip(summaries, units, strict=True)]
     widths = round_widths(shares, units, budget, rebalance=rebalance, counts=counts)
-    with allocator.blamed("importance()") as component:
-        found = component.importance(summaries)
-        importance = [None] * len(summaries) if found is None else [float(value) for value in found]
-    if len(importance) != len(summaries):
-        raise PluginError(f"{allocator} returned {len(importance)} importances for {len(summaries)} blocks.")
+    importance = importance_of(allocator, summaries)
     return tuple(
         BlockPlan(
             block=summary.block,

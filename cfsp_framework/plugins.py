@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
@@ -25,19 +25,23 @@ from pydantic import ValidationError
 
 from . import hookspecs
 from .api import (
+    API_VERSION,
     Allocator,
     Architecture,
     Collector,
     Compensator,
     Component,
     Criterion,
+    Observer,
     RecoveryScheduler,
     Site,
     Statistic,
 )
-from .errors import CfspError, ConfigError, PluginError
+from .containment import Conduct, contained, survived
+from .errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from .pipeline import RunResult
@@ -66,19 +70,28 @@ class Chosen(Generic[C_co]):
 
     component: C_co
     origin: Origin
+    conduct: Conduct = field(default_factory=Conduct, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.component.kind} {self.component.name!r} ({self.origin})"
 
     @contextmanager
-    def blamed(self, action: str) -> Generator[C_co]:
-        """Run the component's code; whatever it raises becomes a PluginError that names it."""
-        try:
+    def blamed(
+        self, action: str, lent: Mapping[str, Tensor | None] | None = None, *, thorough: bool = True
+    ) -> Generator[C_co]:
+        """Run the component's code, contained: see ``containment``. It may read the tensors it is ``lent``."""
+        with contained(self, action, conduct=self.conduct, lent=lent, thorough=thorough):
             yield self.component
-        except (CfspError, MemoryError):
-            raise
-        except Exception as error:
-            raise PluginError(f"{self} failed in {action}: {_cause(error)}") from error
+
+    def required(self) -> frozenset[Statistic]:
+        """What the component's ``required()`` says, checked."""
+        with self.blamed("required()") as component:
+            found: object = component.required()
+            required = frozenset(cast("Iterable[object]", found))
+        for statistic in required:
+            if not isinstance(statistic, Statistic):
+                raise PluginError(f"{self}: required() returned {statistic!r}, which is not a Statistic.")
+        return cast("frozenset[Statistic]", required)
 
 
 class Registry(Mapping[str, type[C]]):
@@ -107,15 +120,15 @@ class Registry(Mapping[str, type[C]]):
     def create(self, name: str, options: Mapping[str, object]) -> Chosen[C]:
         """The component called ``name`` with its options validated."""
         cls, origin = self._offer(name)
-        try:
-            return Chosen(cls.model_validate(dict(options)), origin)
-        except ValidationError as error:
-            known = ", ".join(cls.model_fields) or "none"
-            raise ConfigError(
-                f"Bad options for {self.kind} {name!r} ({origin}): {_validation_message(error)}. Its options: {known}."
-            ) from error
-        except Exception as error:
-            raise PluginError(f"{self.kind} {name!r} ({origin}) failed to take its options: {_cause(error)}") from error
+        with contained(f"{self.kind} {name!r} ({origin})", "its options", failed="failed to take its options"):
+            try:
+                return Chosen(cls.model_validate(dict(options)), origin)
+            except ValidationError as error:
+                known = ", ".join(cls.model_fields) or "none"
+                raise ConfigError(
+                    f"Bad options for {self.kind} {name!r} ({origin}): {_validation_message(error)}. "
+                    f"Its options: {known}."
+                ) from error
 
     def _offer(self, name: str) -> tuple[type[C], Origin]:
         try:
@@ -135,11 +148,19 @@ class Plugins:
         self.criteria = self._registry("criterion", "cfsp_criteria", Criterion)
         self.compensators = self._registry("compensator", "cfsp_compensators", Compensator)
         self.recovery_schedulers = self._registry("recovery", "cfsp_recovery_schedulers", RecoveryScheduler)
+        self.observers = self._registry("observer", "cfsp_observers", Observer)
 
     @property
     def registries(self) -> tuple[Registry[Component], ...]:
         """All registries, in the order of a run."""
-        found = (self.collectors, self.allocators, self.criteria, self.compensators, self.recovery_schedulers)
+        found = (
+            self.collectors,
+            self.allocators,
+            self.criteria,
+            self.compensators,
+            self.recovery_schedulers,
+            self.observers,
+        )
         return cast("tuple[Registry[Component], ...]", found)
 
     def hooks(self, plugin: str) -> tuple[str, ...]:
@@ -161,9 +182,10 @@ class Plugins:
         return None
 
     def run_finished(self, result: RunResult) -> None:
-        """Tell the observers."""
+        """Tell every plugin that wants to know. The result is in place by then: one that fails is a warning."""
         for implementation in self._manager.hook.cfsp_run_finished.get_hookimpls():
-            self._call(implementation, "cfsp_run_finished", result=result)
+            with survived():
+                self._call(implementation, "cfsp_run_finished", result=result)
 
     def collectors_for(self, required: Iterable[Statistic]) -> tuple[Chosen[Collector], ...]:
         """Exactly one collector for every required statistic, in a stable order."""
@@ -209,12 +231,12 @@ class Plugins:
         origin = self.origins[implementation.plugin_name]
         if not isinstance(answer, Iterable):
             raise PluginError(f"{origin}: {hook}() returned {answer!r}; it must return a list of classes.")
-        with _blamed(origin, hook):  # a hook written as a generator runs here
+        with contained(origin, f"{hook}()"):  # a hook written as a generator runs here
             return list(cast("Iterable[object]", answer))
 
     def _call(self, implementation: pluggy.HookImpl, hook: str, **arguments: object) -> object:
         wanted = {name: arguments[name] for name in (*implementation.argnames, *implementation.kwargnames)}
-        with _blamed(self.origins[implementation.plugin_name], hook):
+        with contained(self.origins[implementation.plugin_name], f"{hook}()"):
             return implementation.function(**wanted)
 
 
@@ -254,16 +276,34 @@ def _register(
 ) -> None:
     if origin.plugin in origins:
         raise PluginError(f"Two plugins are called {origin.plugin!r}: {origins[origin.plugin]} and {origin}.")
-    try:
+    with contained(origin, "its import", failed="could not be loaded", remedy=f" {remedy}"):
         plugin = load()
         if (loaded := manager.get_name(plugin)) is not None:
             raise PluginError(f"{origin} is loaded already, as {origins[loaded]}. {remedy}")
+        check_api(plugin, origin, remedy)
         manager.register(plugin, name=origin.plugin)
-    except CfspError:
-        raise
-    except Exception as error:
-        raise PluginError(f"{origin} could not be loaded: {_cause(error)} {remedy}") from error
     origins[origin.plugin] = origin
+
+
+def check_api(plugin: object, origin: Origin, remedy: str) -> None:
+    """Refuse a plugin that says it is written for a version of the plugin API that this host does not have.
+
+    Raises:
+        PluginError: it is newer than ``API_VERSION``, or no whole number.
+    """
+    declared: object = getattr(plugin, "cfsp_api", None)
+    if declared is None:  # nothing said: taken for the first version
+        return
+    if not isinstance(declared, int) or isinstance(declared, bool) or declared < 1:
+        raise PluginError(
+            f"{origin} declares `cfsp_api = {declared!r}`; it must be a version of the plugin API, 1 or more."
+        )
+    if declared > API_VERSION:
+        raise PluginError(
+            f"{origin} is written for version {declared} of the plugin API; this cfsp-framework "
+            f"({version('cfsp-framework')}) has version {API_VERSION}. Upgrade cfsp-framework, or install an older "
+            f"{origin.distribution or 'version of it'}. {remedy}"
+        )
 
 
 def _origin(point: EntryPoint) -> Origin:
@@ -284,17 +324,6 @@ def _import(spec: str) -> ModuleType:
     sys.modules[found.name] = module  # pydantic and pickle look a class's module up here
     found.loader.exec_module(module)
     return module
-
-
-@contextmanager
-def _blamed(origin: Origin, hook: str) -> Generator[None]:
-    """Run a plugin's hook; whatever it raises becomes a PluginError that names both."""
-    try:
-        yield
-    except CfspError:
-        raise
-    except Exception as error:
-        raise PluginError(f"{origin} failed in {hook}(): {_cause(error)}") from error
 
 
 def _check_hooks(manager: pluggy.PluginManager, origins: Mapping[str, Origin]) -> None:
@@ -347,8 +376,3 @@ def _checked(offered: object, base: type[C], hook: str, origin: Origin) -> type[
 
 def _validation_message(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
-
-
-def _cause(error: Exception) -> str:
-    message = " ".join(str(error).split())  # one line, also for the longer messages of pluggy, pydantic and torch
-    return f"{type(error).__name__}: {message}".rstrip(": .") + "."

@@ -12,12 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from .events import Event, PhaseFinished, PhaseStarted, RunFailed
+
 
 class Progress:
     """Times the phases of a run and, where ``visible``, draws a bar for whatever takes more than a second."""
 
     def __init__(self, visible: bool = False) -> None:
         self.seconds: dict[str, float] = {}
+        self.tell: Callable[[Event], None] = lambda event: None
+        """Tells the observers, once there are some."""
         self._console = Console(file=sys.stderr)
         self._visible = visible and self._console.is_terminal
 
@@ -29,11 +33,23 @@ class Progress:
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
         """Time what runs inside as the phase ``name``; the same name again adds up."""
+        self.tell(PhaseStarted(name))
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.tell(PhaseFinished(name, seconds))
+
+    @contextmanager
+    def failure_told(self) -> Generator[None]:
+        """Tell the observers of whatever ends the run."""
+        try:
+            yield
+        except BaseException as error:
+            self.tell(RunFailed(error))
+            raise
 
     @contextmanager
     def bar(self, what: str, total: int) -> Generator[Callable[[], None]]:

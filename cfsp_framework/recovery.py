@@ -86,9 +86,11 @@ def plan_recovery(bench: Bench, plan: PruningPlan, summaries: Sequence[BlockSumm
     config, decoder, chosen = bench.config, bench.decoder, bench.selection.recovery
     blocks = trainable_blocks(decoder, plan)
     with chosen.blamed("schedule()") as component:
-        wanted = component.schedule(summaries, plan, blocks)
+        wanted: object = component.schedule(summaries, plan, blocks)
     if wanted is None:
         return None
+    if not isinstance(wanted, RecoveryPlan):
+        raise PluginError(f"{chosen}: schedule() returned a {type(wanted).__name__}, not a RecoveryPlan or None.")
     if config.recovery_steps is not None:
         wanted = wanted.model_copy(update={"steps": config.recovery_steps})
     check_options(bench, wanted)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -160,6 +160,8 @@ class Report(_Frozen):
     reload_difference: float
     """Largest difference of a logit between the model in memory and the checkpoint opened again."""
     seconds: dict[str, float]
+    component_seconds: dict[str, float] = Field(default_factory=dict)
+    """In the code of each component, the longest first."""
     peak_memory_bytes: int
     versions: dict[str, str]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
+from typing import Literal
 
-from .api import Allocator, Collector, Compensator, Component, Criterion, RecoveryScheduler, Statistic
+from .api import Allocator, Collector, Compensator, Component, Criterion, Observer, RecoveryScheduler, Statistic, Stream
 from .config import RunConfig
+from .errors import PluginError
 from .plugins import Chosen, Plugins
 from .statistics import DOWN_INPUT_GRAM
 
@@ -22,6 +24,7 @@ class Selection:
     collectors: tuple[Chosen[Collector], ...]
     second_pass: tuple[Chosen[Collector], ...]
     """What the compensator needs measured block by block while cutting; empty where the first pass suffices."""
+    observers: tuple[Chosen[Observer], ...] = ()
 
     def describe(self) -> dict[str, str]:
         """Each kind's component with every option it runs with, defaults included."""
@@ -30,17 +33,25 @@ class Selection:
             for chosen in (self.criterion, self.allocator, self.compensator, self.recovery)
         }
 
+    @property
+    def chosen(self) -> tuple[Chosen[Component], ...]:
+        """All components that decide the result."""
+        single = (self.criterion, self.allocator, self.compensator, self.recovery)
+        return (*self.collectors, *self.second_pass, *single)
+
+    def seconds(self) -> dict[str, float]:
+        """How long the code of each component ran, the longest first; ``collector down-input-mean``, say."""
+        spent: dict[str, float] = {}
+        for chosen in (*self.chosen, *self.observers):
+            name = f"{chosen.component.kind} {chosen.component.name}"
+            spent[name] = spent.get(name, 0.0) + chosen.conduct.seconds
+        return dict(sorted(spent.items(), key=lambda one: -one[1]))
+
     def distributions(self) -> dict[str, str]:
         """The distributions the components come from, with their versions."""
-        chosen: Sequence[Chosen[Component]] = (
-            self.criterion,
-            self.allocator,
-            self.compensator,
-            self.recovery,
-            *self.collectors,
-            *self.second_pass,
-        )
-        return {c.origin.distribution: c.origin.version or "?" for c in chosen if c.origin.distribution is not None}
+        return {
+            c.origin.distribution: c.origin.version or "?" for c in self.chosen if c.origin.distribution is not None
+        }
 
 
 def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Selection:
@@ -49,19 +60,43 @@ def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Sel
     allocator = plugins.allocators.create(config.allocator.name, config.allocator.options)
     compensator = plugins.compensators.create(config.compensator.name, config.compensator.options)
     recovery = plugins.recovery_schedulers.create(config.recovery.name, config.recovery.options)
-    wanted = _required(compensator)
+    wanted = compensator.required()
     twice = any(statistic.heavy for statistic in wanted)
     required: set[Statistic] = set() if twice else set(wanted)
     if not planned:
-        required |= _required(criterion) | _required(allocator) | _required(recovery)
-        required |= {DOWN_INPUT_GRAM} if allocator.component.curve() else set()
+        required |= criterion.required() | allocator.required() | recovery.required()
+        required |= {DOWN_INPUT_GRAM} if curve_of(allocator) else set()
     second_pass = plugins.collectors_for(wanted) if twice else ()
-    return Selection(criterion, allocator, compensator, recovery, plugins.collectors_for(required), second_pass)
+    observers = tuple(plugins.observers.create(choice.name, choice.options) for choice in config.observer)
+    first_pass = plugins.collectors_for(required)
+    return Selection(criterion, allocator, compensator, recovery, first_pass, second_pass, observers)
 
 
-def _required(chosen: Chosen[Component]) -> frozenset[Statistic]:
-    with chosen.blamed("required()") as component:
-        return frozenset(component.required())
+def curve_of(allocator: Chosen[Allocator]) -> Literal["plain", "compensated"] | None:
+    """The removal-error curve the allocator asks for, checked."""
+    with allocator.blamed("curve()") as component:
+        curve = component.curve()
+    if curve not in (None, "plain", "compensated"):
+        raise PluginError(f"{allocator}: curve() returned {curve!r}, not 'plain', 'compensated' or None.")
+    return curve
+
+
+def stream_of(compensator: Chosen[Compensator]) -> Stream:
+    """The stream the compensator's statistics come from, checked."""
+    with compensator.blamed("stream()") as component:
+        stream: object = component.stream()
+    if not isinstance(stream, Stream):
+        raise PluginError(f"{compensator}: stream() returned {stream!r}, not Stream.DENSE or Stream.PRUNED.")
+    return stream
+
+
+def target_mix_of(compensator: Chosen[Compensator]) -> float:
+    """How far the compensator's target leans to the dense block's output, checked."""
+    with compensator.blamed("target_mix()") as component:
+        mix: object = component.target_mix()
+    if not isinstance(mix, int | float) or not math.isfinite(mix):
+        raise PluginError(f"{compensator}: target_mix() returned {mix!r}, not a finite number.")
+    return float(mix)
 
 
 def describe(component: Component) -> str:

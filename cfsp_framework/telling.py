@@ -63,7 +63,8 @@ def tell(
         blocks=report.block_reports(plan, updates),
         notes=notes,
         reload_difference=difference,
-        seconds={name: round(seconds, 3) for name, seconds in bench.progress.seconds.items()},
+        seconds=_rounded(bench.progress.seconds),
+        component_seconds=_rounded(bench.selection.seconds()),
         peak_memory_bytes=report.peak_memory(),
         versions=versions(bench.selection),
     )
@@ -88,11 +89,16 @@ def tell_recovered(
             ),
             "recovery": found,
             "reload_difference": difference,
-            "seconds": {name: round(seconds, 3) for name, seconds in bench.progress.seconds.items()},
+            "seconds": _rounded(bench.progress.seconds),
+            "component_seconds": _rounded(bench.selection.seconds()),
             "peak_memory_bytes": report.peak_memory(),
             "versions": versions(bench.selection),
         }
     )
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(spent, 3) for name, spent in seconds.items()}
 
 
 def _evaluation(

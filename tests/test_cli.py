@@ -800,10 +800,10 @@ def test_code_a_model_brings_along_runs_only_when_allowed(
 
 
 @pytest.mark.parametrize(("body", "message"), [
-    ("return torch.full((feed_forward.width,), float('nan'))", "returned nan for channel 0 (64 of 64 are not finite)"),
-    ("return torch.full((feed_forward.width,), float('inf'))", "returned inf for channel 0"),
-    ("return torch.ones(feed_forward.width + 1)", "returned (65,), not a tensor (64,)"),
-    ("return [1.0] * feed_forward.width", "returned list, not a tensor (64,)"),
+    ("return torch.full((feed_forward.width,), float('nan'))", "has values that are not finite: nan at [0], 64 of 64"),
+    ("return torch.full((feed_forward.width,), float('inf'))", "has values that are not finite: inf at [0], 64 of 64"),
+    ("return torch.ones(feed_forward.width + 1)", "has shape (65,), not (64,)"),
+    ("return [1.0] * feed_forward.width", "is a list, not a tensor"),
     ("raise ValueError('what\\n now')", "failed in score() at block 1, mlp: ValueError: what now."),
     ("return statistics[Statistic('down_input_mean')]", "failed in score() at block 1, mlp: KeyError"),
 ])  # fmt: skip
@@ -877,7 +877,9 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (2, "")
-    assert stderr.strip() == "Error: interrupted; nothing was written."
+    assert stderr.startswith("Error: interrupted in score() at block 1, mlp of criterion 'bad' (plugin ")
+    assert stderr.strip().endswith("; nothing was written.")
+    assert stderr.count("\n") == 1
     assert tree(work) == set()
 
 

@@ -28,7 +28,9 @@ from cfsp_framework import (
     Compensator,
     Component,
     Criterion,
+    Event,
     FeedForward,
+    Observer,
     PruningPlan,
     RecoveryPlan,
     RecoveryScheduler,
@@ -512,6 +514,36 @@ def empties_blocks(summaries: object, plan: object, blocks: Sequence[TrainableBl
 
 CALLS = count(1)
 
+
+class GoodObserver(Observer):
+    """Counts the blocks."""
+
+    name: ClassVar[str] = "good-observer"
+
+    def start(self) -> Callable[[Event], None]:
+        heard: list[Event] = []
+        return heard.append
+
+
+class HearsSuccessOnly(GoodObserver):
+    def start(self) -> Callable[[Any], None]:
+        return lambda event: None if hasattr(event, "phase") or hasattr(event, "config") else event.plan
+
+
+class HearsNothing(GoodObserver):
+    def start(self) -> Callable[[Event], None]:
+        return None  # type: ignore[return-value]
+
+
+class StartsOnce(GoodObserver):
+    def start(self) -> Callable[[Event], None]:
+        path = Path("started")
+        if path.exists():
+            raise RuntimeError("started already")
+        path.touch()
+        return super().start()
+
+
 MUTATIONS: list[tuple[type[Component], str, str]] = [
     (BadName, "name_and_options_are_described", "cannot be typed as NAME:option=value; use small letters"),
     (Undocumented, "name_and_options_are_described", "has no docstring; its first line is what"),
@@ -654,11 +686,14 @@ MUTATIONS: list[tuple[type[Component], str, str]] = [
         "requires_nothing",
         "requires angular_distance, which nobody measures for it",
     ),
+    (HearsSuccessOnly, "every_event_is_heard", "RunFailed raised AttributeError"),
+    (HearsNothing, "every_event_is_heard", "start() returned None; return a function that takes an event"),
+    (StartsOnce, "every_start_is_fresh", "start() raised RuntimeError: started already."),
 ]
 """A defect, the check that finds it, and what that says."""
 
 
-@pytest.mark.parametrize("cls", [Good, GoodCollector, GoodAllocator, GoodCompensator, GoodScheduler])
+@pytest.mark.parametrize("cls", [Good, GoodCollector, GoodAllocator, GoodCompensator, GoodScheduler, GoodObserver])
 def test_what_the_defects_are_planted_in_is_sound(cls: type[Component]) -> None:
     contract = CONTRACTS[cls.kind]()
     assert {name: message for name in contract.checks() if (message := finding(contract, name, cls()))} == {}
@@ -695,10 +730,10 @@ def finding(contract: ComponentContract, check: str, component: Component) -> st
 def test_a_contract_without_a_component_says_what_it_needs() -> None:
     with pytest.raises(ContractError, match=r"needs `component = TheClass\(\)`, an instance of a criterion"):
         CONTRACTS["criterion"].instances()
-    wrong = type("Wrong", (CONTRACTS["criterion"],), {"component": GoodCollector()})
+    wrong: Any = type("Wrong", (CONTRACTS["criterion"],), {"component": GoodCollector()})
     with pytest.raises(ContractError, match="got GoodCollector"):
         wrong.instances()
-    several = type("Several", (CONTRACTS["criterion"],), {"components": (Good(), Good(power=2))})
+    several: Any = type("Several", (CONTRACTS["criterion"],), {"components": (Good(), Good(power=2))})
     assert [describe(one) for one in several.instances()] == ["good", "good:power=2.0"]
 
 

@@ -335,7 +335,7 @@ class _Remembered:
 
 class Remembered(Collector):
     name: ClassVar[str] = "remembered"
-    provides: ClassVar[Statistic] = Statistic("remembered", heavy=True)
+    provides: ClassVar[Statistic] = Statistic("remembered", "(n, n)", heavy=True)
     site: ClassVar[Site] = Site.DOWN_PROJECTION
     alive: ClassVar[list[weakref.ref[Tensor]]] = []
 

@@ -128,6 +128,12 @@ config_option = click.option(
 )
 
 
+observer_option = click.option(
+    "--observer", multiple=True, metavar="NAME[:k=v,...]",
+    help="Who is told what happens while it happens: jsonl, tensorboard ... May be repeated.",
+)  # fmt: skip
+
+
 def given(options: dict[str, Any]) -> dict[str, object]:
     """What was really given: neither absent options nor empty lists."""
     return {name: value for name, value in options.items() if value not in (None, ())}

@@ -22,6 +22,7 @@ from .options import (
     config_options,
     given,
     json_option,
+    observer_option,
     plugin_option,
     preset_option,
     quiet_option,
@@ -41,6 +42,7 @@ from .options import (
     is_flag=True,
     help="Only tell, from MODEL's config.json, what time and memory a run takes; no PLAN_FILE is needed.",
 )
+@observer_option
 @plugin_option
 @quiet_option
 @json_option

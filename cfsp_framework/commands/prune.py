@@ -23,6 +23,7 @@ from .options import (
     config_options,
     given,
     json_option,
+    observer_option,
     plugin_option,
     preset_option,
     publish,
@@ -48,6 +49,7 @@ from .options import (
 @click.option("--keep-statistics", is_flag=True, help="Keep the statistics as statistics.safetensors.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 @push_option
+@observer_option
 @plugin_option
 @quiet_option
 @json_option

@@ -19,6 +19,7 @@ from .options import (
     config_options,
     given,
     json_option,
+    observer_option,
     plugin_option,
     publish,
     push_option,
@@ -40,6 +41,7 @@ from .options import (
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 @push_option
+@observer_option
 @plugin_option
 @quiet_option
 @json_option

@@ -19,6 +19,7 @@ from .contract import ComponentContract
 from .criteria import CriterionContract
 from .errors import ContractError, NotApplicable
 from .models import calibration_windows, tiny_decoder, tiny_model, write_checkpoint
+from .observers import ObserverContract
 from .recovery import RecoverySchedulerContract
 from .samples import Case, Sample, make_sample, only
 
@@ -33,6 +34,7 @@ CONTRACTS: dict[str, type[ComponentContract]] = {
         CriterionContract,
         CompensatorContract,
         RecoverySchedulerContract,
+        ObserverContract,
     )
 }
 """By the kind of component they are for."""
@@ -47,6 +49,7 @@ __all__ = [
     "ContractError",
     "CriterionContract",
     "NotApplicable",
+    "ObserverContract",
     "RecoverySchedulerContract",
     "Sample",
     "calibration_windows",

@@ -142,7 +142,8 @@ def explore(check: Callable[[Any], None], strategy: Callable[[Any], Any]) -> Non
         print_blob=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    bounded(hypothesis.given(strategy(hypothesis.strategies))(check))()
+    examined: Any = hypothesis.given(strategy(hypothesis.strategies))(check)
+    bounded(examined)()
 
 
 def usage(requires: frozenset[Statistic], reads: set[Statistic], methods: str) -> None:

@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda", 0)
 """What tensors elsewhere give as their device."""
 _MARK = "_cfsp_elsewhere"
 _GETTERS: dict[Any, Callable[[bool], object]] = {
-    Tensor.device.__get__: lambda away: DEVICE if away else torch.device("cpu"),  # type: ignore[attr-defined]
+    Tensor.device.__get__: lambda away: DEVICE if away else torch.device("cpu"),
     Tensor.is_cuda.__get__: lambda away: away,  # type: ignore[attr-defined]
     Tensor.is_cpu.__get__: lambda away: not away,  # type: ignore[attr-defined]
     Tensor.get_device: lambda away: 0 if away else -1,

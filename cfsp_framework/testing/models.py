@@ -56,7 +56,8 @@ def tiny_model(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTr
         for path, parameter in model.named_parameters():
             if parameter.ndim > 1 or path.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
-    return model.to(dtype)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    model.to(dtype)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    return model
 
 
 def tiny_decoder(name: str = "llama", dtype: torch.dtype = torch.float32) -> Decoder:

@@ -1,8 +1,8 @@
-"""CFSP's collectors, compensators, recovery schedulers and architectures."""
+"""CFSP's collectors, compensators, recovery schedulers, observers and architectures."""
 
 from __future__ import annotations
 
-from cfsp_framework import Collector, Compensator, RecoveryScheduler, hookimpl
+from cfsp_framework import Collector, Compensator, Observer, RecoveryScheduler, hookimpl
 
 from .activations import (
     DownInputFluctuation,
@@ -18,6 +18,7 @@ from .compensators import Bias, NoCompensation
 from .distances import AngularDistance, CosineDistance, MaeDistance, MseDistance
 from .least_squares import LeastSquares, LeastSquaresBias, Procrustes, Sequential
 from .local_reconstruction import LocalReconstruction
+from .observers import Jsonl, TensorBoard
 from .recovery import Full, IgLora, NoRecovery, UniformLora
 from .second_order import (
     BlockOutputSquares,
@@ -33,7 +34,7 @@ from .second_order import (
     FeedForwardTargetsHeldOut,
 )
 
-__all__ = ["cfsp_architecture", "cfsp_collectors", "cfsp_compensators", "cfsp_recovery_schedulers"]
+__all__ = ["cfsp_architecture", "cfsp_collectors", "cfsp_compensators", "cfsp_observers", "cfsp_recovery_schedulers"]
 
 
 @hookimpl
@@ -72,3 +73,8 @@ def cfsp_compensators() -> list[type[Compensator]]:
 @hookimpl
 def cfsp_recovery_schedulers() -> list[type[RecoveryScheduler]]:
     return [NoRecovery, UniformLora, IgLora, Full]
+
+
+@hookimpl
+def cfsp_observers() -> list[type[Observer]]:
+    return [Jsonl, TensorBoard]

@@ -1,0 +1,40 @@
+"""Tells observers what happens. A run of hours does not end because a log could not be written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .api import Observer
+from .containment import survived
+from .errors import PluginError
+from .events import Event
+from .plugins import Chosen
+
+
+def start_observing(observers: Sequence[Chosen[Observer]]) -> Callable[[Event], None]:
+    """Start them, and return what tells all of them an event.
+
+    An observer that cannot start fails the run, before it has cost anything. One that fails later is warned about once
+    and goes on being told.
+
+    Raises:
+        PluginError, ConfigError: an observer cannot start.
+    """
+    listeners = [(chosen, _started(chosen)) for chosen in observers]
+
+    def tell(event: Event) -> None:
+        for chosen, listener in listeners:
+            with survived(chosen.conduct), chosen.blamed(type(event).__name__):
+                listener(event)
+
+    return tell
+
+
+def _started(chosen: Chosen[Observer]) -> Callable[[Event], None]:
+    with chosen.blamed("start()") as component:
+        listener: object = component.start()
+    if not callable(listener):
+        raise PluginError(
+            f"{chosen}: start() returned a {type(listener).__name__}, which cannot be called with an event."
+        )
+    return listener

@@ -1,0 +1,58 @@
+"""What the site adds to the documents: the README and those of the shelves as pages, and links as the site needs them.
+
+In the repository links are relative to the file they are in, so that they work where the code is browsed. On the site the
+pages of other folders have names of their own, and what is no page is named instead of linked.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mkdocs.structure.files import File
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[2]
+ADDED = {
+    "README.md": "overview.md",
+    "criteria/README.md": "criteria.md",
+    "allocators/README.md": "allocators.md",
+    "plugins/README.md": "plugins.md",
+}
+"""Documents outside ``docs``, and the pages they become."""
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
+_CODE = re.compile(r"(```.*?```|`[^`\n]*`)", flags=re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the documents that lie elsewhere."""
+    for source, page in ADDED.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Rewrite the links of a page, outside of code."""
+    pages = {page: source for source, page in ADDED.items()}
+    source = pages.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+
+    def rewritten(link: re.Match[str]) -> str:
+        text, target = link.groups()
+        if "://" in target or target.startswith(("#", "mailto:")):
+            return link[0]
+        path, mark, anchor = target.partition("#")
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        found = ADDED.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+        if found is None or files.get_file_from_path(found) is None:
+            return f"{text} (`{path}`)"
+        return f"[{text}]({found}{mark}{anchor})"
+
+    parts = _CODE.split(markdown)
+    parts[::2] = [_LINK.sub(rewritten, part) for part in parts[::2]]
+    return "".join(parts)
