@@ -18,8 +18,8 @@ from .errors import ConfigError
 from .evaluation import EvaluationSet, evaluation_set
 from .events import RunStarted
 from .models import LoadedModel, context_length, load_model
-from .planning import check_shared
 from .observing import start_observing
+from .planning import check_shared
 from .plugins import Plugins, load_plugins
 from .progress import Progress
 from .ranks import Ranks, join_ranks
