@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+_SPEED_PERIOD = 600.0
+"""Seconds whose steps tell how long the rest takes: longer than a slow step."""
+
 
 class Progress:
     """Times the phases of a run and, where ``visible``, draws a bar for whatever takes more than a second."""
@@ -20,6 +23,7 @@ class Progress:
         self.seconds: dict[str, float] = {}
         self._console = Console(file=sys.stderr)
         self._visible = visible and self._console.is_terminal
+        self._bars: Bars | None = None
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
@@ -32,14 +36,34 @@ class Progress:
 
     @contextmanager
     def bar(self, what: str, total: int) -> Generator[Callable[[], None]]:
-        """Yield a function to call after each of ``total`` steps; the bar appears once a second has passed."""
+        """Yield a function to call after each of ``total`` steps; the bar appears once a second has passed.
+
+        A bar inside another one stands below it while it runs.
+        """
         if not self._visible:
             yield lambda: None
             return
         started = time.perf_counter()
-        with Bars(*_columns(), console=self._console, transient=True) as bars:
+        with self._display() as bars:
             task = bars.add_task(what, total=total, visible=False)
-            yield lambda: bars.update(task, advance=1, visible=time.perf_counter() - started > 1)
+            try:
+                yield lambda: bars.update(task, advance=1, visible=time.perf_counter() - started > 1)
+            finally:
+                bars.remove_task(task)
+
+    @contextmanager
+    def _display(self) -> Generator[Bars]:
+        """What draws the bars; a terminal has room for one such thing at a time."""
+        if self._bars is not None:
+            yield self._bars
+            return
+        try:
+            with Bars(
+                *_columns(), console=self._console, transient=True, speed_estimate_period=_SPEED_PERIOD
+            ) as self._bars:
+                yield self._bars
+        finally:
+            self._bars = None
 
 
 class _Rate(ProgressColumn):

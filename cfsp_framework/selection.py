@@ -23,6 +23,11 @@ class Selection:
     second_pass: tuple[Chosen[Collector], ...]
     """What the compensator needs measured block by block while cutting; empty where the first pass suffices."""
 
+    @property
+    def measures(self) -> bool:
+        """Whether calibration windows are needed."""
+        return bool(self.collectors or self.second_pass)
+
     def describe(self) -> dict[str, str]:
         """Each kind's component with every option it runs with, defaults included."""
         return {
