@@ -1,0 +1,379 @@
+"""What a sweep's cells say together: methods, means over seeds with their confidence, the best, and the Pareto front.
+
+Pure functions of ``SweepResults``. Every mean is an arithmetic mean over seeds; its confidence is Student's interval,
+which assumes that seeds scatter normally and needs two of them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .results import CellResult, CellSpec, Quality, SweepResults
+
+CONFIDENCE = 0.95
+
+_FIELDS = ("criterion", "allocator", "compensator", "recovery", "samples")
+"""What distinguishes methods of one name, in the order it is told."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean of ``count`` values; the true mean lies within ``half`` of it with 95 % confidence."""
+
+    mean: float
+    half: float | None
+    """None for a single value, and where a value is not finite."""
+    count: int
+
+    @property
+    def low(self) -> float:
+        """The lower end; the mean itself where there is no interval."""
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        """The upper end; the mean itself where there is no interval."""
+        return self.mean + (self.half or 0.0)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What cells of several ratios and seeds have in common."""
+
+    label: str
+    """Of this method alone: the row's name, and what tells it from other methods of that name."""
+    row: str
+    criterion: str
+    allocator: str
+    compensator: str
+    recovery: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells of one method and one ratio, which differ in their seeds."""
+
+    method: Method
+    ratio: float
+    cells: tuple[CellResult, ...]
+    """By seed."""
+
+    @cached_property
+    def done(self) -> tuple[CellResult, ...]:
+        """Those with a result."""
+        return tuple(cell for cell in self.cells if cell.status == "done")
+
+    @cached_property
+    def failed(self) -> tuple[CellResult, ...]:
+        """Those with an error."""
+        return tuple(cell for cell in self.cells if cell.status == "failed")
+
+    def interval(self, read: Callable[[CellResult], float | None]) -> Interval | None:
+        """The mean over seeds of what ``read`` finds in each finished cell; None where it finds nothing."""
+        return interval(value for cell in self.done if (value := read(cell)) is not None)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best method at one ratio, and the one after it."""
+
+    group: Group
+    perplexity: Interval
+    second: Group | None
+    margin: Interval | None
+    """Nats per token the second loses to the best, paired by seed; None where they share none."""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval of the margin leaves out 0."""
+        return self.margin is not None and self.margin.half is not None and self.margin.low > 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How alike two criteria rank channels, averaged over seeds and over the feed-forwards of each block."""
+
+    first: str
+    second: str
+    correlation: dict[int, float]
+    """Spearman's, by block."""
+    overlap: dict[str, dict[int, float]]
+    """By ratio, then by block."""
+
+    @property
+    def mean_correlation(self) -> float:
+        """Over blocks."""
+        return statistics.fmean(self.correlation.values())
+
+    def mean_overlap(self, ratio: str) -> float | None:
+        """Over blocks; None where it was not measured at this ratio."""
+        return statistics.fmean(self.overlap[ratio].values()) if self.overlap.get(ratio) else None
+
+
+# --- cells, groups, methods -------------------------------------------------------------------------------------------
+
+
+def groups(results: SweepResults) -> tuple[Group, ...]:
+    """All cells, those of one method and ratio together; methods in the order of their first cells, ratios ascending."""
+    named = methods(cell.spec for cell in results.cells)
+    order = {method: place for place, method in enumerate(dict.fromkeys(named.values()))}
+    together: dict[tuple[int, float], list[CellResult]] = {}
+    for cell in results.cells:
+        together.setdefault((order[named[_identity(cell.spec)]], cell.spec.ratio), []).append(cell)
+    by_place = list(order)
+    return tuple(
+        Group(by_place[place], ratio, tuple(sorted(cells, key=lambda cell: cell.spec.seed)))
+        for (place, ratio), cells in sorted(together.items(), key=lambda item: item[0])
+    )
+
+
+def methods(specs: Iterable[CellSpec]) -> dict[tuple[str, ...], Method]:
+    """The method of every cell by what identifies it; rows of one name get what differs between them added."""
+    identities = list(dict.fromkeys(map(_identity, specs)))
+    by_row: dict[str, list[tuple[str, ...]]] = {}
+    for identity in identities:
+        by_row.setdefault(identity[0], []).append(identity)
+    shortened = [short_labels(identity[place + 1] for identity in identities) for place in range(4)]
+    return {
+        identity: Method(
+            label=_label(identity, by_row[identity[0]], shortened),
+            row=identity[0],
+            criterion=identity[1],
+            allocator=identity[2],
+            compensator=identity[3],
+            recovery=identity[4],
+            samples=int(identity[5]),
+        )
+        for identity in identities
+    }
+
+
+def _identity(spec: CellSpec) -> tuple[str, ...]:
+    return (spec.row, *(str(getattr(spec, name)) for name in _FIELDS))
+
+
+def _label(
+    identity: tuple[str, ...], namesakes: Sequence[tuple[str, ...]], shortened: Sequence[Mapping[str, str]]
+) -> str:
+    differing = [place for place in range(len(_FIELDS)) if len({one[place + 1] for one in namesakes}) > 1]
+    told = [
+        f"{identity[place + 1]} windows" if _FIELDS[place] == "samples" else shortened[place][identity[place + 1]]
+        for place in differing
+    ]
+    return f"{identity[0]} ({', '.join(told)})" if told else identity[0]
+
+
+def short_labels(specs: Iterable[str]) -> dict[str, str]:
+    """For each component, ``NAME:option=value,...``, its name with those options alone that tell it from the others.
+
+    ``cfsp:b=1.0,c=1`` and ``cfsp:b=2.0,c=1`` become ``cfsp:b=1.0`` and ``cfsp:b=2.0``, and a single ``flap:...``
+    becomes ``flap``. No two components get one label.
+    """
+    known = list(dict.fromkeys(specs))
+    by_name: dict[str, list[str]] = {}
+    for spec in known:
+        by_name.setdefault(spec.partition(":")[0], []).append(spec)
+    labels = {spec: _short(spec, by_name[spec.partition(":")[0]]) for spec in known}
+    often = [label for label in labels.values() if list(labels.values()).count(label) > 1]
+    return {spec: spec if label in often else label for spec, label in labels.items()}
+
+
+def _short(spec: str, namesakes: Sequence[str]) -> str:
+    common = set.intersection(*(set(_options(one)) for one in namesakes))
+    own = [option for option in _options(spec) if option not in common]
+    return ":".join([spec.partition(":")[0], *([",".join(own)] if own else [])])
+
+
+def _options(spec: str) -> list[str]:
+    options = spec.partition(":")[2]
+    return options.split(",") if options else []
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Iterable[float]) -> Interval | None:
+    """The mean of some values and its 95 % confidence; None where there are none.
+
+    ``half`` is ``t * s / sqrt(n)``, with ``t`` the 97.5 % quantile of Student's distribution with n - 1 degrees of
+    freedom and ``s`` the standard deviation with n - 1 in its denominator.
+    """
+    found = list(values)
+    if not found:
+        return None
+    if not all(map(math.isfinite, found)):
+        return Interval(sum(found), None, len(found))  # inf, or NaN where a value is NaN
+    if len(found) == 1:
+        return Interval(found[0], None, 1)
+    from scipy.special import stdtrit
+
+    quantile = float(stdtrit(len(found) - 1, (1 + CONFIDENCE) / 2))
+    half = quantile * statistics.stdev(found) / math.sqrt(len(found))
+    return Interval(statistics.mean(found), half, len(found))
+
+
+def data_specs(results: SweepResults) -> tuple[str, ...]:
+    """What models were evaluated on, in the order it was asked for; the first is what methods are ranked by."""
+    measured = (quality.data for cell in results.cells for quality in cell.qualities)
+    return tuple(dict.fromkeys([*(quality.data for quality in results.dense), *measured]))
+
+
+def task_metrics(results: SweepResults) -> tuple[tuple[str, str], ...]:
+    """Every task with every metric of it that some cell has, in the order they turn up."""
+    found = [results.dense_tasks, *(cell.tasks for cell in results.cells)]
+    return tuple(
+        dict.fromkeys((task, metric) for tasks in found for task, metrics in tasks.items() for metric in metrics)
+    )
+
+
+def quality(cell: CellResult, data: str) -> Quality | None:
+    """A cell's quality on one data SPEC."""
+    return next((one for one in cell.qualities if one.data == data), None)
+
+
+def dense_quality(results: SweepResults, data: str) -> Quality | None:
+    """The dense model's quality on one data SPEC, where it was measured."""
+    return next((one for one in results.dense if one.data == data), None)
+
+
+def perplexity(cell: CellResult, data: str) -> float | None:
+    """A cell's perplexity on one data SPEC."""
+    found = quality(cell, data)
+    return None if found is None else found.perplexity
+
+
+def nll(cell: CellResult, data: str) -> float | None:
+    """A cell's loss on one data SPEC, nats per token."""
+    found = quality(cell, data)
+    return None if found is None else found.nll
+
+
+def excess_nll(cell: CellResult, results: SweepResults, data: str) -> float | None:
+    """The loss a cell has on top of the dense model's, nats per token; None where either was not measured."""
+    found, dense = quality(cell, data), dense_quality(results, data)
+    return None if found is None or dense is None else found.nll - dense.nll
+
+
+def bits_per_byte(cell: CellResult, data: str) -> float | None:
+    """A cell's bits per byte on one data SPEC."""
+    found = quality(cell, data)
+    return None if found is None else found.bits_per_byte
+
+
+def kept_parameters(cell: CellResult) -> float | None:
+    """The share of all parameters that a cell's model still has."""
+    return None if cell.parameter_ratio is None else 1 - cell.parameter_ratio
+
+
+def relative_latency(cell: CellResult) -> float | None:
+    """A cell's latency over the dense model's, both measured in one run: 0.8 is a fifth less time."""
+    return None if cell.latency is None else cell.latency.milliseconds / cell.latency.dense_milliseconds
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def ranked(found: Sequence[Group], data: str) -> tuple[Group, ...]:
+    """Groups with a finite loss on ``data``, the lowest mean first; equal ones in the order given."""
+    scored = [(mean.mean, group) for group in found if (mean := group.interval(lambda cell: nll(cell, data)))]
+    return tuple(group for score, group in sorted(scored, key=lambda one: one[0]) if math.isfinite(score))
+
+
+def best_per_ratio(found: Sequence[Group], data: str) -> dict[float, Best]:
+    """By ratio, ascending, the method of lowest mean loss on ``data``; ratios where nothing finite was measured lack."""
+    best: dict[float, Best] = {}
+    for ratio in sorted({group.ratio for group in found}):
+        order = ranked([group for group in found if group.ratio == ratio], data)
+        measured = order[0].interval(lambda cell: perplexity(cell, data)) if order else None
+        if measured is not None:
+            second = order[1] if len(order) > 1 else None
+            margin = paired_difference(second, order[0], data) if second else None
+            best[ratio] = Best(order[0], measured, second, margin)
+    return best
+
+
+def paired_difference(first: Group, second: Group, data: str) -> Interval | None:
+    """How much higher the loss of ``first`` is than that of ``second`` in nats per token, over the seeds both have.
+
+    Cells of one seed saw the same calibration windows, so their difference scatters less than either of them.
+    """
+    theirs = {cell.spec.seed: nll(cell, data) for cell in second.done}
+    both = ((nll(cell, data), theirs.get(cell.spec.seed)) for cell in first.done)
+    return interval(a - b for a, b in both if a is not None and b is not None)
+
+
+def by_quality(found: Sequence[Group], data: str) -> tuple[Method, ...]:
+    """All methods, the best first: by their mean place among the methods of each ratio.
+
+    A method without a finite result at a ratio has the last place there, so that nothing is won by failing. Equal ones
+    stay in the order given.
+    """
+    every = list(dict.fromkeys(group.method for group in found))
+    places: dict[Method, list[int]] = {method: [] for method in every}
+    for ratio in {group.ratio for group in found}:
+        order = [group.method for group in ranked([group for group in found if group.ratio == ratio], data)]
+        place_of = {method: place for place, method in enumerate(order)}
+        for method in every:
+            places[method].append(place_of.get(method, len(every)))
+    return tuple(sorted(every, key=lambda method: statistics.fmean(places[method])))
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
+    """The points that no other beats, lower being better in both coordinates; indices by the first coordinate.
+
+    A point is beaten by one that is no worse in either coordinate and better in one. Points that are not finite are
+    never on the front.
+    """
+    usable = [place for place, point in enumerate(points) if all(map(math.isfinite, point))]
+    front: list[int] = []
+    for place in sorted(usable, key=lambda place: points[place]):
+        if not front or points[place][1] < points[front[-1]][1] or points[place] == points[front[-1]]:
+            front.append(place)
+    return tuple(front)
+
+
+def agreement_pairs(results: SweepResults) -> tuple[Pair, ...]:
+    """How alike the criteria rank channels, one ``Pair`` for every two of them."""
+    correlations: dict[tuple[str, str], dict[int, list[float]]] = {}
+    overlaps: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
+    for one in results.agreements:
+        pair = (one.first, one.second) if (one.second, one.first) not in correlations else (one.second, one.first)
+        correlations.setdefault(pair, {}).setdefault(one.block, []).append(one.rank_correlation)
+        for ratio, share in one.overlap.items():
+            overlaps.setdefault(pair, {}).setdefault(ratio, {}).setdefault(one.block, []).append(share)
+    return tuple(
+        Pair(
+            first,
+            second,
+            _means(by_block),
+            {ratio: _means(found) for ratio, found in overlaps.get((first, second), {}).items()},
+        )
+        for (first, second), by_block in correlations.items()
+    )
+
+
+def _means(by_block: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {block: statistics.fmean(values) for block, values in sorted(by_block.items())}
+
+
+def kept_by_block(cell: CellResult, results: SweepResults) -> dict[int, float]:
+    """The share of its channels each block keeps, all its feed-forwards together; empty for a failed cell."""
+    if not cell.widths:
+        return {}
+    before: dict[int, int] = {}
+    after: dict[int, int] = {}
+    for (block, _), dense, width in zip(results.places, results.widths, cell.widths, strict=True):
+        before[block] = before.get(block, 0) + dense
+        after[block] = after.get(block, 0) + width
+    return {block: after[block] / before[block] for block in before}
+
+
+def mean_kept(group: Group, results: SweepResults) -> dict[int, float]:
+    """``kept_by_block``, averaged over a group's seeds."""
+    found = [kept for cell in group.done if (kept := kept_by_block(cell, results))]
+    return {block: statistics.fmean(one[block] for one in found) for block in found[0]} if found else {}
