@@ -24,7 +24,7 @@ from .errors import ConfigError, PlanError
 from .evaluation import EvaluationSet, Perplexity, perplexity
 from .files import staged_folder
 from .keys import collection_key, second_pass_key, versions
-from .models import load_model, open_model, open_skeleton, resolve
+from .models import LoadedModel, load_model, open_model, open_skeleton, resolve
 from .notes import gather_notes
 from .planning import ModelIdentity, PruningPlan, channel_ratio, plan_blocks
 from .plugins import load_plugins
@@ -162,12 +162,14 @@ def plan_only(config: RunConfig, progress: Progress | None = None) -> PruningPla
     return make_plan(bench, measure(bench))
 
 
-def evaluate_only(config: RunConfig, progress: Progress | None = None) -> list[tuple[EvaluationSet, Perplexity]]:
-    """Perplexity of a model as it is, on every data SPEC of ``config.evaluate``."""
+def evaluate_only(
+    config: RunConfig, progress: Progress | None = None, loaded: LoadedModel | None = None
+) -> list[tuple[EvaluationSet, Perplexity]]:
+    """Perplexity of a model as it is, on every data SPEC of ``config.evaluate``; ``loaded`` where it is open already."""
     progress = progress or Progress()
     ranks = join_ranks(config.device)
     with progress.phase("load"):
-        loaded = load_model(config, ranks)
+        loaded = loaded or load_model(config, ranks)
         decoder = open_streamed(config, loaded, load_plugins(config.plugins)) if config.stream else None
         sets = open_evaluation_sets(config, loaded)
     passage = Passage(spill=config.spill, ranks=ranks)

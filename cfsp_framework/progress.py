@@ -25,6 +25,11 @@ class Progress:
         self._visible = visible and self._console.is_terminal
         self._bars: Bars | None = None
 
+    @property
+    def visible(self) -> bool:
+        """Whether bars are drawn."""
+        return self._visible
+
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
         """Time what runs inside as the phase ``name``; the same name again adds up."""

@@ -1,0 +1,1 @@
+"""From a pruned checkpoint to one in use: speed, tasks, exports, publishing."""
