@@ -20,6 +20,7 @@ COMMANDS = {
     "prune": "Prune a model into a checkpoint folder.",
     "plan": "Decide what to prune and write the plan, without cutting.",
     "recover": "Train a pruned model, and write the result.",
+    "ablate": "Compare criteria, allocators and presets in one table.",
     "evaluate": "Report a model's perplexity.",
     "plugins": "List and explain the components plugins offer.",
     "demo": "Prune the embedded model and show what happens.",

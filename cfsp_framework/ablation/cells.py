@@ -7,8 +7,9 @@ import json
 import shlex
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from cfsp_framework.blocks import tokens_per_batch
 from cfsp_framework.collect import FeedForwardMeasurement
 from cfsp_framework.config import RunConfig
 from cfsp_framework.evaluation import EvaluationSet, Perplexity
-from cfsp_framework.keys import fingerprint_of, numerics, versions
+from cfsp_framework.keys import fingerprint_of, library_versions, numerics, versions
 from cfsp_framework.pipeline import evaluate, make_plan, narrow, schedule
 from cfsp_framework.planning import PruningPlan
 from cfsp_framework.plugins import Plugins, load_plugins
@@ -143,7 +144,7 @@ def run_cell(bench: Bench, job: Job, collection: Collection, extras: Extras) -> 
         return Made(failed(selection, job, problem), None, {})
     measurements = collection.seen_by(wanted, selection)
     dense = ModelState.of(decoder)
-    with restored(decoder, trained=selection.recovery.component.name != "none"):
+    with restored(decoder, trained=trains(selection)):
         plan = make_plan(bench, measurements)
         task = schedule(bench, plan, measurements)
         narrow(bench, plan, measurements)
@@ -243,6 +244,25 @@ def _forward_seconds(decoder: Decoder, ids: Tensor) -> float:
     return time.perf_counter() - start
 
 
+def dense_key(bench: Bench, extras: Extras) -> str:
+    """A hash of all that decides what the dense model scores."""
+    told = {"model": bench.loaded.fingerprint, "versions": dict(library_versions()), "numerics": numerics(bench)[1:]}
+    return _hash(told | _evaluation(bench, extras))
+
+
+def _evaluation(bench: Bench, extras: Extras) -> dict[str, object]:
+    """What decides how a model is evaluated."""
+    scored = [*extras.tasks, str(extras.task_data), extras.task_limit, extras.fewshot]
+    return {
+        "evaluation": [(one.spec, fingerprint_of(one.windows)) for one in bench.evaluation_sets],
+        "tasks": [*scored, version("lm_eval")] if extras.tasks else None,
+    }
+
+
+def _hash(told: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def cell_key(bench: Bench, extras: Extras) -> str:
     """A hash of all that decides a cell's result."""
     config, selection = bench.config, bench.selection
@@ -253,13 +273,17 @@ def cell_key(bench: Bench, extras: Extras) -> str:
         "components": [identity_of(one) for one in (*chosen, *selection.collectors, *selection.second_pass)],
         "budget": [config.ratio, config.budget, config.round_to, config.rebalance],
         "samples": config.samples,
-        "recovery": config.model_dump(include=_OF_TRAINING) if selection.recovery.component.name != "none" else None,
-        "evaluation": [(one.spec, fingerprint_of(one.windows)) for one in bench.evaluation_sets],
-        "extras": [extras.tasks, str(extras.task_data), extras.task_limit, extras.fewshot, extras.latency],
+        "recovery": [config.model_dump(include=_OF_TRAINING), version("peft")] if trains(selection) else None,
+        "latency": extras.latency,
         "versions": versions(selection),
         "numerics": numerics(bench),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return _hash(told | _evaluation(bench, extras))
+
+
+def trains(selection: Selection) -> bool:
+    """Whether anything may be trained after the cut."""
+    return selection.recovery.component.name != "none"
 
 
 def prune_command(config: RunConfig, out: str) -> str:
