@@ -175,9 +175,7 @@ def failed(selection: Selection, job: Job, error: str) -> CellResult:
 
 def spec_of(row: str, config: RunConfig, selection: Selection) -> CellSpec:
     """What distinguishes a cell."""
-    return CellSpec(
-        row=row, ratio=config.ratio, samples=config.samples, seed=config.seed, **selection.describe()
-    )
+    return CellSpec(row=row, ratio=config.ratio, samples=config.samples, seed=config.seed, **selection.describe())
 
 
 def qualities(data: Sequence[EvaluationSet], found: Sequence[Perplexity]) -> tuple[Quality, ...]:

@@ -116,7 +116,9 @@ class Collection:
 
     def problem(self, wanted: Wanted) -> str | None:
         """Why a cell that wants this cannot be made, if so."""
-        missing = [label for label in (*wanted.criteria, *wanted.curves, *wanted.statistics) if label not in self.labels]
+        missing = [
+            label for label in (*wanted.criteria, *wanted.curves, *wanted.statistics) if label not in self.labels
+        ]
         return self.failures.get(missing[0], "it could not be measured") if missing else None
 
     def seen_by(self, wanted: Wanted, selection: Selection) -> tuple[FeedForwardMeasurement, ...]:

@@ -58,7 +58,16 @@ class Store:
         """Keep a cell, in the place of an earlier result of it."""
         columns: dict[str, Any] = {
             **cell.model_dump(
-                include={"key", "status", "error", "channel_ratio", "parameter_ratio", "parameters", "seconds", "command"}
+                include={
+                    "key",
+                    "status",
+                    "error",
+                    "channel_ratio",
+                    "parameter_ratio",
+                    "parameters",
+                    "seconds",
+                    "command",
+                }
             ),
             **cell.spec.model_dump(),
             "result": cell.model_dump_json(),
@@ -104,7 +113,9 @@ def open_store(folder: Path) -> Generator[Store]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{folder}: another sweep is at work there; wait for it, or give another folder.") from None
+            raise OutputError(
+                f"{folder}: another sweep is at work there; wait for it, or give another folder."
+            ) from None
         except OSError:  # this file system knows no locks
             pass
         store = Store(folder)

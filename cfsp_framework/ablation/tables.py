@@ -127,7 +127,9 @@ def measures(results: SweepResults) -> list[Measure]:
         known = [metric for name, metric in task_metrics(results) if name == task]
         metric = next((one for one in ("acc_norm", "acc") if one in known), known[0])
         own = results.dense_tasks.get(task, {}).get(metric)
-        found.append(Measure(f"{metric} on {task}", partial(_task, task=task, metric=metric), own, None, 4, lowest=False))
+        found.append(
+            Measure(f"{metric} on {task}", partial(_task, task=task, metric=metric), own, None, 4, lowest=False)
+        )
     if any(cell.latency for cell in results.cells):
         found.append(Measure("Latency relative to the dense model", relative_latency, 1.0, None, 3))
     return found or [Measure("Share of channels removed", lambda cell: cell.channel_ratio, 0.0, None, 4, lowest=False)]
@@ -142,7 +144,9 @@ def grid(results: SweepResults, measure: Measure) -> Grid:
     found = groups(results)
     ratios = tuple(sorted({group.ratio for group in found}))
     means = {(group.method.label, group.ratio): group.interval(measure.read) for group in found}
-    best = {ratio: _best([means.get((label, ratio)) for label, at in means if at == ratio], measure) for ratio in ratios}
+    best = {
+        ratio: _best([means.get((label, ratio)) for label, at in means if at == ratio], measure) for ratio in ratios
+    }
     rows: dict[str, dict[float, Entry]] = {}
     for group in found:
         mean = means[group.method.label, group.ratio]
@@ -177,7 +181,9 @@ def show_results(results: SweepResults, folder: Path) -> None:
     for cell in results.cells:
         if cell.status == "failed":
             console.print(f"Failed: {cell.spec.row}, {_percent(cell.spec.ratio)}, seed {cell.spec.seed}: {cell.error}")
-    console.print(f"Written to {folder}: {PAGE}, results.csv, .md, .tex and .sqlite, a plan for each cell.", soft_wrap=True)
+    console.print(
+        f"Written to {folder}: {PAGE}, results.csv, .md, .tex and .sqlite, a plan for each cell.", soft_wrap=True
+    )
 
 
 def spread_note(results: SweepResults) -> str:
@@ -237,7 +243,9 @@ def latex_tables(results: SweepResults) -> str:
             lines.append(_latex_row("dense", *[f"{made.measure.dense:.{made.measure.digits}f}"] * len(made.ratios)))
         for label, entries in made.rows:
             words = [one.text(made.measure.digits, " $\\pm$ ") if one else "" for one in entries]
-            bold = [f"\\textbf{{{word}}}" if one and one.best else word for word, one in zip(words, entries, strict=True)]
+            bold = [
+                f"\\textbf{{{word}}}" if one and one.best else word for word, one in zip(words, entries, strict=True)
+            ]
             lines.append(_latex_row(latex(label), *bold))
         lines += ["\\bottomrule", "\\end{tabular}", ""]
     return "\n".join(lines)

@@ -38,7 +38,9 @@ _AXES = {
 def _axes(command: Command) -> Command:
     for name, (metavar, text) in reversed(_AXES.items()):
         field = "presets" if name == "preset" else name
-        command = click.option(f"--{name}", field, multiple=True, metavar=metavar, help=f"{text} May be repeated.")(command)
+        command = click.option(f"--{name}", field, multiple=True, metavar=metavar, help=f"{text} May be repeated.")(
+            command
+        )
     return command
 
 
@@ -71,7 +73,9 @@ def _axes(command: Command) -> Command:
     default="serial",
     help="Run cells one by one, in processes, or as Ray's tasks. [default: serial]",
 )
-@click.option("-j", "--jobs", type=click.IntRange(1), metavar="N", help="Cells at a time. [default: 2 with an executor]")
+@click.option(
+    "-j", "--jobs", type=click.IntRange(1), metavar="N", help="Cells at a time. [default: 2 with an executor]"
+)
 @click.option("--ray-address", metavar="ADDRESS", help="A Ray cluster that is there. [default: one is started here]")
 @plugin_option
 @quiet_option
