@@ -29,7 +29,6 @@ from .plugins import Chosen
 from .progress import Progress
 from .statistics import DOWN_INPUT_GRAM
 
-
 CurveKind = Literal["plain", "compensated"]
 
 

@@ -259,7 +259,7 @@ def test_a_cell_is_what_its_own_command_gives(
 ) -> None:
     out, results = swept
     cell = cell_of(results, row, ratio)
-    cfsp, prune, model, _, *words = shlex.split(cell.command)
+    _, prune, model, _, *words = shlex.split(cell.command)
     alone = CliRunner().invoke(cli, [prune, model, str(tmp_path / "alone"), *words, "--json"], catch_exceptions=False)
     report = Report.model_validate_json(alone.stdout)
     [evaluation], [quality] = report.evaluations, cell.qualities
@@ -371,7 +371,9 @@ def watched(tmp_path: Path, *words: str, end: str | None = None) -> Ended:
         here = CliRunner().invoke(cli, arguments, env=environment)
         return Ended(here.exit_code, here.stdout, here.stderr)
     command = [sys.executable, "-m", "cfsp_framework", *arguments]
-    found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
+    found = subprocess.run(
+        command, check=False, env=os.environ | environment, capture_output=True, text=True, timeout=600
+    )
     return Ended(found.returncode, found.stdout, found.stderr)
 
 

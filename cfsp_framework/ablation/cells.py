@@ -20,7 +20,6 @@ from cfsp_framework import report
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.bench import Bench, open_bench, open_evaluation_sets, open_windows, sequence_length
 from cfsp_framework.blocks import tokens_per_batch
-from cfsp_framework.collect import FeedForwardMeasurement
 from cfsp_framework.config import RunConfig
 from cfsp_framework.evaluation import EvaluationSet, Perplexity
 from cfsp_framework.keys import fingerprint_of, library_versions, numerics, versions
@@ -115,7 +114,7 @@ class Workshop:
         bench = replace(self.bench_of(job.config), progress=Progress())
         try:
             made = run_cell(bench, job, collection, self.extras)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (a sweep of hours does not end for one cell)
             made = Made(failed(bench.selection, job, one_line(error)), None, bench.progress.seconds)
         result = made.result.model_copy(update={"seconds": round(time.perf_counter() - start, 4)})
         return replace(made, result=result)

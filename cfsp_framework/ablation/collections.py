@@ -137,7 +137,8 @@ class Collection:
                 seen = looked[0].measurements[number].statistics
                 statistics = BlockStatistics(values, 0 if seen.unseen else seen.tokens, seen.held_out_tokens)
             scores = {CRITERION: one.scores[criterion]}
-            curves = {CRITERION: source[label].measurements[number].curves[label] for label in wanted.curves}
+            drawn = [source[label].measurements[number].curves[label] for label in wanted.curves]  # one at most
+            curves = {CRITERION: drawn[0]} if drawn else {}
             found.append(FeedForwardMeasurement(one.block, one.path, one.width, statistics, scores, curves))
         return tuple(found)
 
@@ -163,7 +164,7 @@ class CollectionFolder:
                 parts.append(self._measure(missing, failures))
             except OutputError:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  (whoever is to blame, the others go on)
                 alone = {one.labels: one for one in wanted}.values()
                 if len(alone) == 1:
                     failures |= dict.fromkeys(missing.labels, one_line(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -34,7 +34,7 @@ class Sweep:
     """What is asked for."""
 
     cells: tuple[Cell, ...]
-    extras: Extras = Extras()
+    extras: Extras = field(default_factory=Extras)
 
 
 class DenseModel(BaseModel):

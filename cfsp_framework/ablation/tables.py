@@ -36,13 +36,11 @@ PAGE = "report.html"
 
 def write_tables(results: SweepResults, folder: Path) -> None:
     """``results.csv``, ``.md`` and ``.tex``, and the page."""
+    from .page import sweep_page
+
     write_text(folder / "results.csv", csv_table(results))
     write_text(folder / "results.md", markdown_tables(results))
     write_text(folder / "results.tex", latex_tables(results))
-    try:
-        from .page import sweep_page
-    except ModuleNotFoundError:  # until the page is merged
-        return
     write_text(folder / PAGE, sweep_page(results))
 
 
