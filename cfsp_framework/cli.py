@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "Decide what to prune and write the plan, without cutting.",
     "recover": "Train a pruned model, and write the result.",
     "ablate": "Compare criteria, allocators and presets in one table.",
+    "compare": "Tell where two plans differ.",
     "evaluate": "Report a model's perplexity.",
     "plugins": "List and explain the components plugins offer.",
     "demo": "Prune the embedded model and show what happens.",

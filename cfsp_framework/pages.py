@@ -57,14 +57,14 @@ class Curve:
 def html_report(report: Report) -> str:
     """One page with the pictures inside it and nothing fetched from elsewhere."""
     totals = [
-        ("feed-forward channels", f"{report.channels_before:,}", f"{report.channels_after:,}"),
-        ("parameters", f"{report.dense.parameters:,}", f"{report.pruned.parameters:,}"),
-        ("weights", human_bytes(report.dense.bytes), human_bytes(report.pruned.bytes)),
-        ("FLOPs per token", f"{report.dense.flops_per_token:,}", f"{report.pruned.flops_per_token:,}"),
+        ("feed-forward channels", report.channels_before, report.channels_after, human_count),
+        ("parameters", report.dense.parameters, report.pruned.parameters, human_count),
+        ("weights", report.dense.bytes, report.pruned.bytes, human_bytes),
+        ("FLOPs per token", report.dense.flops_per_token, report.pruned.flops_per_token, human_count),
     ]
     compensated = any(block.error is not None for block in report.blocks)
     ranked = any(block.importance is not None for block in report.blocks)
-    page = _environment().get_template("report.html.j2")
+    page = page_environment().get_template("report.html.j2")
     return page.render(
         report=report,
         totals=totals,
@@ -81,7 +81,7 @@ def html_report(report: Report) -> str:
 def model_card(report: Report, *, code: bool) -> str:
     """README.md of the checkpoint; ``code`` says that it brings the code its widths need."""
     local = PurePath(report.model).is_absolute() or report.model.startswith((".", "~")) or report.model == "demo"
-    card = _environment().get_template("card.md.j2")
+    card = page_environment().get_template("card.md.j2")
     return card.render(
         report=report,
         code=code,
@@ -90,6 +90,14 @@ def model_card(report: Report, *, code: bool) -> str:
         dense=any(found.dense for found in report.evaluations),
         trained=_described(report),
     )
+
+
+def human_count(value: int) -> str:
+    """A number as wide as a card holds it: 4,587,520, 123 million, 15.01 billion."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= max(size, 1e7):
+            return f"{value / size:.4g} {word}"
+    return f"{value:,}"
 
 
 def _chart(blocks: tuple[BlockReport, ...]) -> Chart:
@@ -137,14 +145,15 @@ def _curve(points: tuple[LossPoint, ...]) -> Curve | None:
     return Curve(_CHART_WIDTH, _CURVE_HEIGHT, line(trained), line(held_out), highest, lowest)
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Of all templates: what is missing is an error, and pages escape what they are given."""
     environment = Environment(
         loader=PackageLoader("cfsp_framework"),
         autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
         undefined=StrictUndefined,
         trim_blocks=False,
     )
-    environment.filters["filename"] = lambda spec: PurePath(spec).name
+    environment.filters["filename"] = lambda spec: spec if spec.startswith("hf:") else PurePath(spec).name
     environment.filters["bytes"] = human_bytes
     environment.filters["place"] = place
     return environment

@@ -69,6 +69,12 @@ class BlockPlan(_Frozen):
         return self
 
 
+def bank_path(path: str) -> str:
+    """A feed-forward's path without the number an expert has."""
+    module, _, last = path.rpartition(".")
+    return module if last.isdigit() else path
+
+
 class PruningPlan(_Frozen):
     """Everything a cut needs and everything that led to it, as plain JSON without tensors."""
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .api import Update
 from .evaluation import Perplexity
-from .planning import BlockPlan, PruningPlan
+from .planning import BlockPlan, PruningPlan, bank_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -219,12 +219,6 @@ def block_reports(
         )
         for (block, path), entries in together.items()
     )
-
-
-def bank_path(path: str) -> str:
-    """A feed-forward's path without the number an expert has."""
-    module, _, last = path.rpartition(".")
-    return module if last.isdigit() else path
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

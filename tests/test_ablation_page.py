@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 import random
+import re
+import shutil
+import subprocess
+from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations, product
+from html.parser import HTMLParser
+from itertools import combinations, pairwise, product
+from pathlib import Path
+from typing import Any
 
+import matplotlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from cfsp_framework.ablation import summary
+from cfsp_framework.ablation.drawing import dodge, shortened
+from cfsp_framework.ablation.page import clock, number, sweep_page
 from cfsp_framework.ablation.results import Agreement, CellResult, CellSpec, Latency, Quality, SweepResults
 
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
 untimed = settings(deadline=None)  # a busy machine is no failure
-finite = st.floats(-1e6, 1e6)
+finite = st.floats(-1e6, 1e6).map(lambda value: round(value, 6))
 
 CRITERIA = (
     "cfsp:variant=rel,b=1.0,c=1",
@@ -56,7 +68,7 @@ def make_sweep(
 ) -> SweepResults:
     """A grid made up. What is named first is better; ``failing`` criteria fail, ``exploding`` ones lose everything."""
     draw = random.Random(0)
-    cells = []
+    cells: list[CellResult] = []
     grid = product(enumerate(criteria), enumerate(allocators), compensators, samples, ratios, seeds)
     for (first, criterion), (second, allocator), compensator, windows, ratio, seed in grid:
         chosen = [name.partition(":")[0] for name in (criterion, allocator, compensator) if name != "none"]
@@ -271,6 +283,21 @@ def test_the_best_of_a_ratio_has_the_lowest_mean_loss() -> None:
     assert best[0.5].group.method.criterion == "wanda-sp"
 
 
+@untimed
+@given(st.lists(st.floats(0, 9) | st.sampled_from([math.nan, math.inf]), max_size=8))
+def test_ranks_are_of_finite_losses(losses: list[float]) -> None:
+    made = make_sweep(criteria=CRITERIA[:1], allocators=ALLOCATORS[:1], ratios=(0.5,), seeds=(0,))
+    [group] = summary.groups(made)
+    every = [
+        summary.Group(
+            group.method, 0.5, (group.cells[0].model_copy(update={"qualities": (make_quality("wikitext2", loss),)}),)
+        )
+        for loss in losses
+    ]
+    found = [one.cells[0].qualities[0].nll for one in summary.ranked(every, "wikitext2")]
+    assert found == sorted(loss for loss in losses if math.isfinite(loss))
+
+
 def test_nothing_is_best_where_nothing_was_measured() -> None:
     failed = summary.groups(make_sweep(criteria=["flap"], failing=["flap"]))
     assert summary.best_per_ratio(failed, "wikitext2") == {}
@@ -336,3 +363,281 @@ def test_a_blocks_share_counts_all_its_feed_forwards() -> None:
     cell = made.cells[0].model_copy(update={"widths": (32, 8)})
     assert summary.kept_by_block(cell, mixture) == {3: 40 / 96}
     assert summary.kept_by_block(cell.model_copy(update={"widths": ()}), mixture) == {}
+
+
+def test_a_full_sweep_is_one_grid_with_its_best_first() -> None:
+    made = make_sweep(criteria=CRITERIA[:3], allocators=ALLOCATORS[:2], failing=["wanda-sp"])
+    [grid] = summary.grids(summary.groups(made), "wikitext2")
+    assert (grid.row_axis, grid.column_axis, grid.fixed) == ("criterion", "allocator", ())
+    assert grid.rows == ("cfsp:variant=rel", "cfsp:variant=act", "wanda-sp")
+    assert grid.columns == ("cfsp", "uniform")
+    assert list(grid.groups) == [0.3, 0.5, 0.8]
+    for ratio, rows in grid.groups.items():
+        for name, row in zip(CRITERIA, rows, strict=False):
+            for allocator, group in zip(ALLOCATORS, row, strict=False):
+                assert group is not None
+                assert (group.ratio, group.method.criterion, group.method.allocator) == (ratio, name, allocator)
+
+
+def test_what_is_fixed_makes_several_grids_and_sizes_stay_in_order() -> None:
+    made = make_sweep(
+        criteria=CRITERIA[:2],
+        allocators=ALLOCATORS[:1],
+        compensators=("none", "least-squares:damping=0.001"),
+        samples=(32, 512, 128),
+        seeds=(0,),
+    )
+    found = summary.grids(summary.groups(made), "wikitext2")
+    assert {grid.fixed for grid in found} == {("none",), ("least-squares",)}
+    assert all((grid.row_axis, grid.rows) == ("samples", ("32", "128", "512")) for grid in found)
+
+
+def test_named_rows_are_no_grid() -> None:
+    made = make_sweep(criteria=CRITERIA[:4], allocators=ALLOCATORS, ratios=(0.5,), seeds=(0,))
+    named = [
+        cell for cell in made.cells if CRITERIA.index(cell.spec.criterion) == ALLOCATORS.index(cell.spec.allocator)
+    ]
+    assert summary.grids(summary.groups(made.model_copy(update={"cells": tuple(named)})), "wikitext2") == ()
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+@untimed
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_labels_keep_their_order_and_their_distance(wanted: list[float]) -> None:
+    room = 0.05
+    found = dodge(wanted, room)
+    order = sorted(range(len(wanted)), key=lambda place: wanted[place])
+    placed = [found[place] for place in order]
+    assert all(above - below >= room - 1e-9 for below, above in pairwise(placed))
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in found)
+    apart = [wanted[place] for place in order]
+    if all(above - below >= room for below, above in pairwise(apart)):
+        assert found == pytest.approx(wanted)
+
+
+@given(st.text(), st.integers(2, 40))
+def test_a_shortened_text_fits_and_keeps_its_ends(text: str, room: int) -> None:
+    found = shortened(text, room)
+    assert len(found) == min(len(text), room)
+    assert (found == text) == (len(text) <= room)
+    assert found[0:1] == text[0:1]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.23456, "1.235"), (123.456, "123.5"), (12345.6, "12,346"), (1.2e7, "1.2e+07"), (math.inf, "∞"),
+        (-math.inf, "-∞"), (math.nan, "NaN"),
+    ],
+)  # fmt: skip
+def test_perplexities_are_written_as_long_as_they_mean_something(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_times_are_written_as_people_say_them() -> None:
+    assert [clock(seconds) for seconds in (0.4, 42, 200, 7500)] == ["0 s", "42 s", "3 min 20 s", "2 h 5 min"]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """What of a page the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.opened: list[str] = []
+        self.rows: list[list[str]] = []
+        self.sections: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.ids.update([given["id"]] if "id" in given else [])
+        self.links += [given[name] for name in ("href", "src", "xlink:href") if name in given]
+        self.links += re.findall(r"url\(([^)]+)\)", " ".join(given.values()))
+        if tag == "section":
+            self.sections.append(given["id"])
+        if tag == "tbody" and "data-words" in given:
+            self.rows.append([])
+        if self.rows and "data-sort" in given:
+            self.rows[-1].append(given["data-sort"])
+        if tag not in ("meta", "input", "wbr", "br", "path", "use", "image"):
+            self.opened.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if self.opened and self.opened[-1] == tag:
+            self.opened.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("path", "use", "image"):
+            assert self.opened.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def full() -> SweepResults:
+    """A sweep with everything: failures, infinities, tasks, latency, three seeds."""
+    return make_sweep(failing=["taylor"], exploding=["random"], tasks=True)
+
+
+@pytest.fixture(scope="module")
+def page(full: SweepResults) -> str:
+    return sweep_page(full)
+
+
+def test_the_page_stands_alone(page: str) -> None:
+    found = Page(page)
+    assert found.opened == []
+    assert all(count == 1 for count in found.ids.values())
+    assert "@import" not in page
+    for link in found.links:
+        assert link.startswith("data:image/png;base64,") or (link[0] == "#" and link[1:] in found.ids), link[:60]
+
+
+def test_a_page_is_the_same_every_time_and_leaves_matplotlib_as_it_was(full: SweepResults, page: str) -> None:
+    before = dict(matplotlib.rcParams)
+    assert sweep_page(full) == page
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_page_has_a_row_for_every_method_and_ratio(full: SweepResults, page: str) -> None:
+    rows = Page(page).rows
+    found = summary.groups(full)
+    assert len(rows) == len(found) == 96
+    told = {(row[0], row[1]): row for row in rows}
+    for group in found:
+        row = told[group.method.label, str(group.ratio)]
+        assert row[2] == str(len(group.done))
+        mean = group.interval(lambda cell: summary.perplexity(cell, "wikitext2"))
+        if mean is None:
+            assert row[3] == ""
+        elif math.isfinite(mean.mean):
+            assert float(row[3]) == mean.mean
+
+
+def test_every_command_and_every_error_is_there(full: SweepResults, page: str) -> None:
+    for cell in full.cells:
+        assert cell.command.replace("'", "&#39;") in page
+    assert "3 of 512 scores are &lt;NaN&gt;" in page
+    assert "<NaN>" not in page
+    assert "36 of 288 cells failed" in page
+
+
+def test_what_was_not_measured_has_no_section() -> None:
+    everything = {"quality", "grids", "table", "cost", "widths", "agreement", "how"}
+    assert {*Page(sweep_page(make_sweep(blocks=2, seeds=(0,)))).sections} == everything
+    one = make_sweep(criteria=CRITERIA[:1], allocators=ALLOCATORS[:1], ratios=(0.5,), seeds=(0,), latency=False)
+    assert Page(sweep_page(one)).sections == ["table", "widths", "how"]
+    bare = make_sweep(criteria=CRITERIA[:2], seeds=(0,), data=(), latency=False, agreements=False)
+    assert Page(sweep_page(bare)).sections == ["table", "widths", "how"]
+    nothing = make_sweep().model_copy(update={"cells": (), "agreements": ()})
+    assert Page(sweep_page(nothing)).sections == ["how"]
+    failed = make_sweep(criteria=CRITERIA[:1], failing=["cfsp"])
+    assert Page(sweep_page(failed)).sections == ["table", "how"]
+
+
+def test_confidence_is_told_plainly() -> None:
+    grid: dict[str, Any] = {"criteria": CRITERIA[:2], "allocators": ALLOCATORS[:1], "blocks": 2}
+    assert "With one seed there are no confidence intervals." in sweep_page(make_sweep(**grid, seeds=(0,)))
+    assert "Every number is a mean over seeds, ± its 95% t-interval." in sweep_page(make_sweep(**grid))
+
+
+def test_quality_is_against_parameters_where_nothing_was_timed() -> None:
+    text = sweep_page(make_sweep(criteria=CRITERIA[:2], latency=False, blocks=2, seeds=(0,)))
+    assert "Quality against parameters" in text
+    assert "Quality against latency" not in text
+
+
+def test_a_seed_that_failed_is_counted_and_told() -> None:
+    made = make_sweep(criteria=CRITERIA[:1], allocators=ALLOCATORS[:1], ratios=(0.5,), blocks=2)
+    first = made.cells[0]
+    broken = CellResult(key=first.key, spec=first.spec, status="failed", error="out of luck", command="cfsp prune")
+    text = sweep_page(made.model_copy(update={"cells": (broken, *made.cells[1:])}))
+    assert "1 of 3 seeds failed." in text
+    assert "2<small>/3</small>" in text
+    assert text.count("out of luck") == 3  # above, in the words to filter by, beside the seed
+
+
+def test_any_name_is_told_as_it_is() -> None:
+    made = make_sweep(criteria=["规则:a=$x$ & <b>", "plain_$y"], allocators=ALLOCATORS[:2], ratios=(0.3, 0.5), blocks=2)
+    text = sweep_page(made)
+    assert Page(text).opened == []
+    assert "规则 + cfsp" in text
+    assert "&lt;b&gt;" in text
+    assert "plain_$y" in text
+
+
+sweeps = st.fixed_dictionaries(
+    {
+        "criteria": st.sampled_from([CRITERIA[:1], CRITERIA[:3], CRITERIA]),
+        "allocators": st.sampled_from([ALLOCATORS[:1], ALLOCATORS[:2]]),
+        "ratios": st.sampled_from([(0.5,), (0.2, 0.5, 0.8)]),
+        "seeds": st.sampled_from([(0,), (0, 1)]),
+        "blocks": st.sampled_from([1, 3, 80]),
+        "data": st.sampled_from([(), ("demo",), ("demo", "hf:allenai/c4:en:validation")]),
+        "latency": st.booleans(),
+        "tasks": st.booleans(),
+        "agreements": st.booleans(),
+        "dense": st.booleans(),
+        "failing": st.sampled_from([(), ("cfsp",), ("wanda-sp",)]),
+        "exploding": st.sampled_from([(), ("cfsp",), ("wanda-sp", "flap")]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=15)
+@given(sweeps)
+def test_any_sweep_has_a_page(shape: dict[str, Any]) -> None:
+    text = sweep_page(make_sweep(**shape))
+    assert Page(text).opened == []
+    assert ">nan<" not in text
+    assert "inf<" not in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
+def test_the_table_sorts_filters_and_opens_in_a_browser(tmp_path: Path) -> None:
+    made = make_sweep(
+        criteria=CRITERIA[:4], allocators=ALLOCATORS[:2], exploding=["wanda-sp"], failing=["flap"], tasks=True
+    )
+    clicks = """
+    const out = [], shown = () => [...document.querySelectorAll("#cells tbody[data-words]")].filter((one) => !one.hidden);
+    const column = (name) => [...document.querySelectorAll("#cells th button")].find((one) => one.textContent === name);
+    const values = (place) => shown().map((body) => body.rows[0].cells[place]?.dataset.sort ?? '').join(",");
+    column("perplexity").click(); out.push(values(3));
+    column("perplexity").click(); out.push(values(3));
+    column("acc").click(); out.push(values(6));
+    column("method").click(); out.push(values(0));
+    document.querySelector("#ratios button[value='0.5']").click(); out.push(values(1));
+    const search = document.querySelector("#search");
+    search.value = "UNIFORM failed"; search.dispatchEvent(new Event("input")); out.push(values(0));
+    out.push(document.querySelector("#shown").textContent);
+    const opener = shown()[0].querySelector("button.open"); opener.click();
+    out.push(opener.getAttribute("aria-expanded"), String(shown()[0].rows[1].hidden));
+    document.body.innerHTML = "<pre>" + out.join("|") + "</pre>";
+    """
+    path = tmp_path / "report.html"
+    path.write_text(sweep_page(made).replace("</body>", f"<script>{clicks}</script></body>"), encoding="utf-8")
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run(
+        [str(BROWSER), *words, path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    found = re.search(r"<pre>([^\"]*)</pre>", done.stdout, flags=re.DOTALL)
+    assert found is not None, done.stdout[-500:]
+    up, down, tasks, labels, ratios, filtered, counted, expanded, hidden = found[1].split("|")
+    rising = [float(value) for value in up.split(",") if value]
+    assert rising == sorted(rising)
+    assert rising[-1] == math.inf
+    last = ["" for value in up.split(",") if not value]  # NaN and failed: last, whichever way
+    assert up.split(",")[len(rising) :] == last == down.split(",")[len(rising) :]
+    assert [float(value) for value in down.split(",") if value] == rising[::-1]
+    falling = [float(value) for value in tasks.split(",") if value]
+    assert falling == sorted(falling, reverse=True)  # of accuracies the highest comes first
+    assert labels.split(",") == sorted(labels.split(","))
+    assert {*ratios.split(",")} == {"0.5"}
+    assert filtered == "flap + uniform"
+    assert (counted, expanded, hidden) == ("1 of 24 rows", "true", "false")

@@ -95,6 +95,21 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Two of the axes of a sweep against each other, with all else fixed but the ratio."""
+
+    fixed: tuple[str, ...]
+    """The short names of what else is chosen, of axes that have several values."""
+    row_axis: str
+    column_axis: str
+    rows: tuple[str, ...]
+    """Short names, the best on average first, calibration sizes ascending; likewise the columns."""
+    columns: tuple[str, ...]
+    groups: dict[float, tuple[tuple[Group | None, ...], ...]]
+    """By ratio, row and column; None where there is no cell."""
+
+
+@dataclass(frozen=True)
 class Pair:
     """How alike two criteria rank channels, averaged over seeds and over the feed-forwards of each block."""
 
@@ -280,20 +295,20 @@ def relative_latency(cell: CellResult) -> float | None:
 
 def ranked(found: Sequence[Group], data: str) -> tuple[Group, ...]:
     """Groups with a finite loss on ``data``, the lowest mean first; equal ones in the order given."""
-    scored = [(mean.mean, group) for group in found if (mean := group.interval(lambda cell: nll(cell, data)))]
-    return tuple(group for score, group in sorted(scored, key=lambda one: one[0]) if math.isfinite(score))
+    measured = ((group.interval(lambda cell: nll(cell, data)), group) for group in found)
+    finite = [(mean.mean, group) for mean, group in measured if mean is not None and math.isfinite(mean.mean)]
+    return tuple(group for _, group in sorted(finite, key=lambda one: one[0]))
 
 
 def best_per_ratio(found: Sequence[Group], data: str) -> dict[float, Best]:
     """By ratio, ascending, the method of lowest mean loss on ``data``; ratios where nothing finite was measured lack."""
     best: dict[float, Best] = {}
     for ratio in sorted({group.ratio for group in found}):
-        order = ranked([group for group in found if group.ratio == ratio], data)
-        measured = order[0].interval(lambda cell: perplexity(cell, data)) if order else None
-        if measured is not None:
-            second = order[1] if len(order) > 1 else None
-            margin = paired_difference(second, order[0], data) if second else None
-            best[ratio] = Best(order[0], measured, second, margin)
+        first, second, *_ = [*ranked([group for group in found if group.ratio == ratio], data), None, None]
+        measured = first.interval(lambda cell: perplexity(cell, data)) if first else None
+        if first is not None and measured is not None:
+            margin = paired_difference(second, first, data) if second else None
+            best[ratio] = Best(first, measured, second, margin)
     return best
 
 
@@ -321,6 +336,45 @@ def by_quality(found: Sequence[Group], data: str) -> tuple[Method, ...]:
         for method in every:
             places[method].append(place_of.get(method, len(every)))
     return tuple(sorted(every, key=lambda method: statistics.fmean(places[method])))
+
+
+def grids(found: Sequence[Group], data: str) -> tuple[Grid, ...]:
+    """The sweep as grids, where two or more of its axes have several values: the longest down, the next across.
+
+    Grids that the sweep fills to less than three fifths are left out: named rows that were never meant as a grid.
+    """
+    order = by_quality(found, data)
+    every = {name: list(dict.fromkeys(str(getattr(method, name)) for method in order)) for name in _FIELDS}
+    axes = sorted((name for name in _FIELDS if len(every[name]) > 1), key=lambda name: -len(every[name]))
+    if len(axes) < 2:
+        return ()
+    down, across, *rest = axes
+    short = {name: short_labels(every[name]) for name in axes}
+    slices: dict[tuple[str, ...], list[Group]] = {}
+    for group in found:
+        slices.setdefault(tuple(short[name][str(getattr(group.method, name))] for name in rest), []).append(group)
+    place_of = {method: place for place, method in enumerate(order)}
+    made = []
+    for fixed, held in slices.items():
+        rows, columns = _in_order(down, held, place_of), _in_order(across, held, place_of)
+        ratios = sorted({group.ratio for group in held})
+        there = {(g.ratio, str(getattr(g.method, down)), str(getattr(g.method, across))): g for g in reversed(held)}
+        if min(len(rows), len(columns)) > 1 and len(there) >= 0.6 * len(ratios) * len(rows) * len(columns):
+            cells = {
+                ratio: tuple(tuple(there.get((ratio, row, column)) for column in columns) for row in rows)
+                for ratio in ratios
+            }
+            names = tuple(short[down][row] for row in rows), tuple(short[across][column] for column in columns)
+            made.append(Grid(fixed, down, across, *names, cells))
+    return tuple(made)
+
+
+def _in_order(axis: str, held: Sequence[Group], place_of: Mapping[Method, int]) -> list[str]:
+    """An axis's distinct values by the mean place of their methods; sizes by size."""
+    places: dict[str, list[int]] = {}
+    for group in held:
+        places.setdefault(str(getattr(group.method, axis)), []).append(place_of[group.method])
+    return sorted(places, key=int if axis == "samples" else lambda name: statistics.fmean(places[name]))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:

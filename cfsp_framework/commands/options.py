@@ -5,12 +5,16 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 from pydantic import ValidationError
 
 from cfsp_framework.config import PRESETS, RunConfig
+from cfsp_framework.errors import PlanError
+
+if TYPE_CHECKING:
+    from cfsp_framework.planning import PruningPlan
 
 MODEL = ("trust_remote_code", "device", "device_map", "dtype", "stream", "spill")
 COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
@@ -39,6 +43,7 @@ SPEC_HELP = """A data SPEC is `demo`; a well-known name (`wikitext2`, `c4`, `ptb
 .parquet or .csv file or the folder of a data set, with :COLUMN where the column is not `text`;
 hf:REPO[:CONFIG][:SPLIT][:COLUMN]; or, for calibration, a mixture A=0.7,B=0.3."""
 Command = Callable[..., Any]
+_PLAN_FILE = "pruning_plan.json"  # as in `checkpoint`, which imports torch
 
 
 def config_options(*names: str) -> Callable[[Command], Command]:
@@ -123,3 +128,26 @@ config_option = click.option(
 def given(options: dict[str, Any]) -> dict[str, object]:
     """What was really given: neither absent options nor empty lists."""
     return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+def read_plan(path: Path) -> PruningPlan:
+    """The plan in a file, or that of a pruned checkpoint's folder.
+
+    Raises:
+        PlanError: there is none, or it cannot be used.
+    """
+    from cfsp_framework.planning import PruningPlan
+
+    file = path / _PLAN_FILE if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise PlanError(f"{path} has no {_PLAN_FILE}; give a plan, or the folder of a pruned checkpoint.")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        text = ""
+    if "cfsp-pruning-plan" not in text:
+        raise PlanError(f"{file} is no pruning plan; `cfsp plan` writes one.")
+    try:
+        return PruningPlan.from_json(text)
+    except PlanError as error:
+        raise PlanError(f"{file}: {error}") from error

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from cfsp_framework.config import layered
-from cfsp_framework.errors import PlanError
 
 from .options import (
     AMOUNT,
@@ -26,6 +25,7 @@ from .options import (
     plugin_option,
     preset_option,
     quiet_option,
+    read_plan,
     traceback_option,
 )
 
@@ -71,7 +71,7 @@ def prune(
     result = pipeline.prune(
         config,
         out,
-        plan=_read_plan(plan_file) if plan_file else None,
+        plan=read_plan(plan_file) if plan_file else None,
         overwrite=overwrite,
         keep_statistics=keep_statistics,
         progress=Progress(visible=is_first() and not (quiet or as_json)),
@@ -82,18 +82,3 @@ def prune(
         click.echo(result.report.to_json(), nl=False)
     elif not quiet:
         console.show_report(result.report, out)
-
-
-def _read_plan(path: Path) -> Any:
-    from cfsp_framework.planning import PruningPlan
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PlanError(f"{path} is no pruning plan; `cfsp plan` writes one.") from error
-    if "cfsp-pruning-plan" not in text:
-        raise PlanError(f"{path} is no pruning plan; `cfsp plan` writes one.")
-    try:
-        return PruningPlan.from_json(text)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error

@@ -1,0 +1,30 @@
+"""What the pages of a run write, apart from the run."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfsp_framework.pages import human_count, page_environment
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (4_587_520, "4,587,520"), (123_456_789, "123.5 million"), (15_010_000_000, "15.01 billion"),
+     (2_300_000_000_000, "2.3 trillion")],
+)  # fmt: skip
+def test_large_counts_are_told_in_words(value: int, text: str) -> None:
+    assert human_count(value) == text
+
+
+@given(st.integers(0, 10**15))
+def test_any_count_fits_a_card(value: int) -> None:
+    assert len(human_count(value)) <= 14
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"), [("texts/ptb.txt", "ptb.txt"), ("c4", "c4"), ("hf:allenai/c4:en:train", "hf:allenai/c4:en:train")]
+)
+def test_files_go_by_their_names_and_repositories_by_their_specs(spec: str, name: str) -> None:
+    assert page_environment().filters["filename"](spec) == name
