@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 from cfsp_framework import report
@@ -21,6 +22,7 @@ from cfsp_framework.architectures import Decoder
 from cfsp_framework.bench import Bench, open_bench, open_evaluation_sets, open_windows, sequence_length
 from cfsp_framework.blocks import tokens_per_batch
 from cfsp_framework.config import RunConfig
+from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation import EvaluationSet, Perplexity
 from cfsp_framework.keys import fingerprint_of, library_versions, numerics, versions
 from cfsp_framework.pipeline import evaluate, make_plan, narrow, schedule
@@ -44,16 +46,44 @@ LATENCY_SECONDS = 1.0
 """Both models run in turn at least so often, and for at least so long."""
 
 
-@dataclass(frozen=True)
-class Extras:
+class Extras(BaseModel):
     """What is measured of every cell beside perplexity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tasks: tuple[str, ...] = ()
     """By the names of lm-evaluation-harness."""
     task_data: Path | None = None
-    task_limit: int | None = None
-    fewshot: int | None = None
+    limit: int | None = Field(default=None, ge=1)
+    """Of each task's documents."""
+    fewshot: int | None = Field(default=None, ge=0)
     latency: bool = False
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _between_commas(cls, value: object) -> object:
+        texts: Sequence[object] = (
+            (value,) if isinstance(value, str) else value if isinstance(value, list | tuple) else ()
+        )
+        return tuple(name.strip() for text in texts for name in str(text).split(",") if name.strip()) or value
+
+    @classmethod
+    def build(cls, options: Mapping[str, object]) -> Extras:
+        """Validate options.
+
+        Raises:
+            ConfigError: one has an impossible value, or is about tasks where none are named.
+        """
+        try:
+            extras = cls.model_validate(dict(options))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                f"{'.'.join(map(str, first['loc']))}: {first['msg']} (given: {first['input']!r})"
+            ) from error
+        if not extras.tasks and (extras.task_data or extras.limit or extras.fewshot is not None):
+            raise ConfigError("--task-data, --limit and --fewshot are about --tasks; name some.")
+        return extras
 
 
 @dataclass(frozen=True)
@@ -197,7 +227,7 @@ def score_tasks(bench: Bench, extras: Extras) -> dict[str, dict[str, float]]:
             bench.loaded.tokenizer,
             extras.tasks,
             task_data=extras.task_data,
-            limit=extras.task_limit,
+            limit=extras.limit,
             fewshot=extras.fewshot,
             batch_size=bench.config.batch_size,
         )
@@ -249,7 +279,7 @@ def dense_key(bench: Bench, extras: Extras) -> str:
 
 def _evaluation(bench: Bench, extras: Extras) -> dict[str, object]:
     """What decides how a model is evaluated."""
-    scored = [*extras.tasks, str(extras.task_data), extras.task_limit, extras.fewshot]
+    scored = [*extras.tasks, str(extras.task_data), extras.limit, extras.fewshot]
     return {
         "evaluation": [(one.spec, fingerprint_of(one.windows)) for one in bench.evaluation_sets],
         "tasks": [*scored, version("lm_eval")] if extras.tasks else None,

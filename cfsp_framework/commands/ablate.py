@@ -58,9 +58,9 @@ def _axes(command: Command) -> Command:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="The tasks' data, a folder for each; default: the Hub's.",
 )
-@click.option("--task-limit", type=click.IntRange(1), metavar="N", help="Only the first N documents of each task.")
-@click.option("--fewshot", type=click.IntRange(0), metavar="N", help="Examples in each task's prompt.")
-@click.option("--latency", is_flag=True, help="Time each cell's forward in turn with the dense model's.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N documents of each task only.")
+@click.option("--fewshot", type=click.IntRange(0), metavar="N", help="Examples in a prompt. [default: the task's own]")
+@click.option("--latency", is_flag=True, default=None, help="Time each cell's forward in turn with the dense model's.")
 @click.option(
     "--config",
     "config_file",
@@ -85,11 +85,6 @@ def ablate(
     model: str,
     out: Path,
     config_file: Path | None,
-    tasks: tuple[str, ...],
-    task_data: Path | None,
-    task_limit: int | None,
-    fewshot: int | None,
-    latency: bool,
     executor: Any,
     jobs: int | None,
     ray_address: str | None,
@@ -110,10 +105,9 @@ def ablate(
     from cfsp_framework.ablation.tables import show_results
     from cfsp_framework.progress import Progress
 
-    from_file = read_yaml(config_file) if config_file else {}
-    names = tuple(name.strip() for text in tasks for name in text.split(",") if name.strip())
-    extras = Extras(names, task_data, task_limit, fewshot, latency)
-    sweep = Sweep(expand(model, {**from_file, **given(options)}), extras)
+    asked = {**(read_yaml(config_file) if config_file else {}), **given(options)}
+    extras = Extras.build({name: asked.pop(name) for name in Extras.model_fields if name in asked})
+    sweep = Sweep(expand(model, asked), extras)
     try:
         results = run(
             sweep,
