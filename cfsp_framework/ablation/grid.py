@@ -21,7 +21,7 @@ SHARED = (
     *("batch_size", "device", "dtype", "spill", "evaluate", "evaluate_windows", "trust_remote_code", "plugins"),
 )
 """Options of a run that hold for all cells; a row may say otherwise for those that are also its own."""
-PARTS = ("presets", "rows", "include", "exclude")
+PARTS = ("preset", "rows", "include", "exclude")
 Options = Mapping[str, object]
 
 
@@ -37,7 +37,7 @@ def expand(model: str, options: Options) -> tuple[Cell, ...]:
     """All cells of a sweep: named rows first, then the grids.
 
     ``options`` hold the axes (components, ``ratio``, ``samples``, ``seeds``: one value or many), the ``SHARED`` options
-    of a run, and ``presets`` (names), ``rows`` (options by name), ``include`` (more grids) and ``exclude`` (what cells
+    of a run, and ``preset`` (names), ``rows`` (options by name), ``include`` (more grids) and ``exclude`` (what cells
     to leave out). The axes at the top make a grid if a component is among them, or if there is nothing else.
 
     Raises:
@@ -90,7 +90,7 @@ def check_names(options: Options, known: Sequence[str], where: str) -> None:
 
 
 def _preset_rows(options: Options) -> Iterator[tuple[str, Options]]:
-    for name in _values(options.get("presets"), "presets"):
+    for name in _values(options.get("preset"), "preset"):
         yield str(name), {"preset": name}
 
 

@@ -37,10 +37,7 @@ _AXES = {
 
 def _axes(command: Command) -> Command:
     for name, (metavar, text) in reversed(_AXES.items()):
-        field = "presets" if name == "preset" else name
-        command = click.option(f"--{name}", field, multiple=True, metavar=metavar, help=f"{text} May be repeated.")(
-            command
-        )
+        command = click.option(f"--{name}", multiple=True, metavar=metavar, help=f"{text} May be repeated.")(command)
     return command
 
 
