@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from cfsp_framework import RunConfig
 from cfsp_framework.ablation.agreement import average_ranks, overlaps, rank_correlations
@@ -35,6 +37,7 @@ from cfsp_framework.commands.prune import prune as prune_command_line
 from cfsp_framework.config import Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.planning import PruningPlan
+from cfsp_framework.progress import Progress
 from cfsp_framework.report import Report
 
 MakeModel = Callable[..., Path]
@@ -554,3 +557,17 @@ def test_latency_is_measured_beside_the_dense_model(
     assert cell.latency.tokens == 512
     assert cell.latency.milliseconds > 0
     assert cell.latency.dense_milliseconds > 0
+
+
+def test_a_bar_inside_another_shares_its_display() -> None:
+    progress = Progress(visible=True)
+    progress._console = Console(file=io.StringIO(), force_terminal=True)
+    progress._visible = True
+    with progress.bar("cells", total=2) as step:
+        with progress.bar("collect", total=1) as inner:
+            inner()
+        step()
+        assert progress._bars is not None
+        assert [task.description for task in progress._bars.tasks] == ["cells"]
+        assert progress._bars.tasks[0].completed == 1
+    assert progress._bars is None
