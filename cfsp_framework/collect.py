@@ -200,7 +200,9 @@ def _judge(
                 if failures is None:
                     raise
                 failures[label] = error
-        wanted = {label: (scores[along], kind) for label, (along, kind) in curves.items() if along in scores}
+        wanted: dict[str, tuple[Tensor, CurveKind]] = {
+            label: (scores[along], kind) for label, (along, kind) in curves.items() if along in scores
+        }
         drawn = error_curves(one, seen, wanted)
         found.append(FeedForwardMeasurement(one.block, one.path, one.width, seen.light(), scores, drawn))
     return found

@@ -348,7 +348,8 @@ def test_the_model_comes_back_to_the_last_bit(trained: bool, make_model: MakeMod
     after = dict(loaded.model.named_parameters())
     assert all(after[name] is parameter and torch.equal(parameter, copy) for name, (parameter, copy) in before.items())
     assert decoder.config.to_dict() == config
-    assert decoder.blocks[0].mlp.up_proj.out_features == 64  # type: ignore[union-attr]
+    first: Any = decoder.blocks[0]
+    assert first.mlp.up_proj.out_features == 64
     assert torch.equal(loaded.model(ids).logits, logits)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cfsp_framework.collect import FeedForwardMeasurement
-from cfsp_framework.report import bank_path
+from cfsp_framework.planning import bank_path
 
 from .results import Agreement
 
@@ -40,6 +40,7 @@ def agreements(seed: int, feed_forwards: Sequence[Scored], ratios: Sequence[floa
     found: list[Agreement] = []
     for (block, path), members in groupby(feed_forwards, key=lambda one: (one.block, bank_path(one.path))):
         matrices: list[tuple[Tensor, dict[float, Tensor]]] = []
+        names: list[str] = []
         for one in members:
             names = list(one.scores)
             scores = torch.stack(list(one.scores.values())).double()  # (C, F)
@@ -86,4 +87,5 @@ def overlaps(scores: Tensor, ratio: float) -> Tensor:
     count = min(width, max(1, round((1 - ratio) * width)))
     order = scores.neg().argsort(dim=1, stable=True)[:, :count]  # (C, K)
     kept = torch.zeros_like(scores).scatter_(1, order, 1.0)  # (C, F)
-    return kept @ kept.mT / count
+    shared: Tensor = kept @ kept.mT  # (C, C)
+    return shared / count

@@ -171,7 +171,7 @@ class CollectionFolder:
                 else:
                     for one in alone:
                         found = self.open([one])
-                        parts, failures = list(found.parts), failures | found.failures
+                        parts, failures = list(found.parts), {**failures, **found.failures}
         return Collection(tuple(parts), failures)
 
     def read(self) -> list[Part]:
@@ -208,9 +208,10 @@ class CollectionFolder:
                 failures=failed,
             )
         failures |= {label: one_line(error) for label, error in failed.items()}
-        told = {"key": key, "statistics": sorted(missing.statistics), "measured": bool(collectors)}
+        statistics = sorted(missing.statistics)
+        told = {"key": key, "statistics": statistics, "measured": bool(collectors)}
         write_text(folder / _MANIFEST, json.dumps(told, indent=2) + "\n")  # last: what has one is whole
-        return _part(found, told["statistics"], measured=bool(collectors))
+        return _part(found, statistics, measured=bool(collectors))
 
 
 def _part(measurements: Sequence[FeedForwardMeasurement], statistics: Iterable[str], measured: bool) -> Part:

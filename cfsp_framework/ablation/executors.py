@@ -92,8 +92,8 @@ def _run_processes(work: Work, executor: Executor, workshop: Workshop, collectio
         yield from _drain(
             work,
             lambda one: pool.submit(_run_here, one[0], one[1].failures),
-            lambda pending: wait(pending, return_when=FIRST_COMPLETED),
-            Future.result,
+            _wait_here,
+            Future[Made].result,
             executor.jobs * _AHEAD,
         )
     except BrokenProcessPool:
@@ -103,6 +103,11 @@ def _run_processes(work: Work, executor: Executor, workshop: Workshop, collectio
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _wait_here(pending: set[Future[Made]]) -> tuple[set[Future[Made]], set[Future[Made]]]:
+    finished, left = wait(pending, return_when=FIRST_COMPLETED)
+    return finished, left
 
 
 def _gpu(number: int) -> str:
