@@ -75,7 +75,8 @@ def average_ranks(values: Tensor) -> Tensor:
     """Ranks from 1 of ``values (F,)``, float64; equal ones share the mean of theirs."""
     _, place, count = values.unique(sorted=True, return_inverse=True, return_counts=True)
     last = count.cumsum(0)  # of each distinct value
-    return (last - (count - 1) / 2).double()[place]
+    ranks: Tensor = (last - (count - 1) / 2).double()
+    return ranks[place]
 
 
 def overlaps(scores: Tensor, ratio: float) -> Tensor:
