@@ -81,14 +81,26 @@ def removal_curve(weight: Tensor, gram: Tensor, order: Tensor, damping: float | 
     Without ``damping`` nothing else changes, ``trace(W_P G_PP W_P^T)``; with it the kept weights are re-fitted,
     ``trace(W_P ([H^-1]_PP)^-1 W_P^T)`` with ``H`` the damped Gram matrix. One factorisation serves all k.
     """
-    ordered = weight.double()[:, order]  # (D, F), first removed first
     if damping is None:
-        products = (ordered.mT @ ordered) * gram.double()[order][:, order]  # (F, F)
-        steps = products.tril(-1).sum(1) * 2 + products.diagonal()  # (F,): what each further removal adds
-    else:
-        inverse = damped_inverse(gram, damping)[order][:, order]  # (F, F)
-        factor = torch.linalg.cholesky(inverse)
-        steps = torch.linalg.solve_triangular(factor, ordered.mT, upper=False).square().sum(1)  # (F,)
+        return plain_curve(weight, gram, order)
+    return compensated_curve(weight, damped_inverse(gram, damping), order)
+
+
+def plain_curve(weight: Tensor, gram: Tensor, order: Tensor) -> Tensor:
+    """``removal_curve`` where nothing else changes."""
+    ordered = weight.double()[:, order]  # (D, F), first removed first
+    products = (ordered.mT @ ordered) * gram.double()[order][:, order]  # (F, F)
+    return _summed(products.tril(-1).sum(1) * 2 + products.diagonal())  # (F,): what each further removal adds
+
+
+def compensated_curve(weight: Tensor, inverse: Tensor, order: Tensor) -> Tensor:
+    """``removal_curve`` with the kept weights re-fitted, from the ``inverse (F, F)`` of the damped Gram matrix."""
+    ordered = weight.double()[:, order]  # (D, F), first removed first
+    factor = torch.linalg.cholesky(inverse[order][:, order])
+    return _summed(torch.linalg.solve_triangular(factor, ordered.mT, upper=False).square().sum(1))  # (F,)
+
+
+def _summed(steps: Tensor) -> Tensor:
     return torch.cat([steps.new_zeros(1), steps.cumsum(0)])
 
 

@@ -72,18 +72,23 @@ def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, rank
     if ranks.first:
         progress.tell = start_observing(selection.observers)
     progress.tell(RunStarted(config))
+    bench = open_bench(config, plugins, selection, progress, ranks)
+    check_rounding(config, bench.decoder, planned=planned)
+    with progress.phase("calibrate"):
+        measured = selection.measures or (config.drop_attention and not planned)
+        windows = open_windows(config, bench.loaded) if measured else None
+        return replace(bench, windows=windows, evaluation_sets=open_evaluation_sets(config, bench.loaded))
+
+
+def open_bench(config: RunConfig, plugins: Plugins, selection: Selection, progress: Progress, ranks: Ranks) -> Bench:
+    """Open the model; there are no data yet."""
     torch.manual_seed(config.seed)
     with progress.phase("load"):
         loaded = load_model(config, ranks)
         decoder = open_streamed(config, loaded, plugins) if config.stream else open_decoder(loaded.model, plugins)
-    check_rounding(config, decoder, planned=planned)
-    with progress.phase("calibrate"):
-        measured = selection.collectors or selection.second_pass or (config.drop_attention and not planned)
-        windows = open_windows(config, loaded) if measured else None
-        evaluation_sets = open_evaluation_sets(config, loaded)
     parameters = report.measure_size(loaded.model).parameters
     passage = Passage(config.batch_size, skipped_ids(config, loaded), config.spill, ranks)
-    return Bench(config, plugins, selection, loaded, decoder, parameters, windows, evaluation_sets, progress, passage)
+    return Bench(config, plugins, selection, loaded, decoder, parameters, None, (), progress, passage)
 
 
 def check_selection(config: RunConfig, selection: Selection, ranks: Ranks) -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "prune": "Prune a model into a checkpoint folder.",
     "plan": "Decide what to prune and write the plan, without cutting.",
     "recover": "Train a pruned model, and write the result.",
+    "ablate": "Compare criteria, allocators and presets in one table.",
     "compare": "Tell where two plans differ.",
     "evaluate": "Report a model's perplexity and its scores on tasks.",
     "benchmark": "Time models side by side, and say how much of the ideal is reached.",

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from .algebra import removal_curve
+from .algebra import compensated_curve, damped_inverse, plain_curve
 from .api import (
     BlockStatistics,
     BlockSummary,
@@ -23,13 +23,15 @@ from .api import (
 from .architectures import Decoder
 from .blocks import Batch, Passage, embed, pass_block
 from .containment import tensor_problem
-from .errors import PluginError
+from .errors import CfspError, PluginError
 from .events import BlockFinished
 from .gradients import measure_gradients
 from .measure import lent, measure_block
 from .plugins import Chosen
 from .progress import Progress
 from .statistics import DOWN_INPUT_GRAM
+
+CurveKind = Literal["plain", "compensated"]
 
 
 class FinishedCollection(Protocol):
@@ -112,16 +114,21 @@ def collect(
     criteria: Mapping[str, Chosen[Criterion]],
     collectors: Sequence[Chosen[Collector]],
     *,
-    curve: Literal["plain", "compensated"] | None = None,
+    curves: Mapping[str, tuple[str, CurveKind]] | None = None,
     passage: Passage | None = None,
     seed: int,
     progress: Progress,
     finished: FinishedCollection | None = None,
+    failures: dict[str, CfspError] | None = None,
 ) -> tuple[FeedForwardMeasurement, ...]:
     """Measure every feed-forward on ``windows (N, T)`` and score its channels with every criterion.
 
     Each block runs exactly once per batch and the head never. Where no collector is needed nothing runs at all, and
-    the windows may be None. Blocks that are ``finished`` already are read, not measured.
+    the windows may be None. Blocks that are ``finished`` already are read, not measured. ``curves`` says along which
+    criterion's order, and of which kind, each removal-error curve is.
+
+    With ``failures`` a criterion that fails does not end the collection: its scores are missing from that block on,
+    and why is put there under its label.
     """
     passage = passage or Passage()
     count = len(decoder.blocks)
@@ -149,7 +156,8 @@ def collect(
                         decoder.feed_forwards(index, seed),
                         _measured(decoder, index, batches, collectors, gradients, passage, step),
                         criteria,
-                        curve,
+                        curves or {},
+                        failures,
                     )
                 )
             if finished:
@@ -179,20 +187,37 @@ def _judge(
     feed_forwards: Sequence[FeedForward],
     statistics: Sequence[BlockStatistics],
     criteria: Mapping[str, Chosen[Criterion]],
-    curve: Literal["plain", "compensated"] | None,
+    curves: Mapping[str, tuple[str, CurveKind]],
+    failures: dict[str, CfspError] | None,
 ) -> list[FeedForwardMeasurement]:
     """Score one block's channels with every criterion, and keep what may outlive the block."""
     found: list[FeedForwardMeasurement] = []
     for one, seen in zip(feed_forwards, statistics, strict=True):
-        scores = {label: score(criterion, one, seen) for label, criterion in criteria.items()}
-        curves = {label: error_curve(one, seen, order, curve) for label, order in scores.items() if curve}
-        found.append(FeedForwardMeasurement(one.block, one.path, one.width, seen.light(), scores, curves))
+        scores: dict[str, Tensor] = {}
+        for label, criterion in criteria.items():
+            if failures and label in failures:
+                continue
+            try:
+                scores[label] = score(criterion, one, seen)
+            except CfspError as error:
+                if failures is None:
+                    raise
+                failures[label] = error
+        wanted: dict[str, tuple[Tensor, CurveKind]] = {
+            label: (scores[along], kind) for label, (along, kind) in curves.items() if along in scores
+        }
+        drawn = error_curves(one, seen, wanted)
+        found.append(FeedForwardMeasurement(one.block, one.path, one.width, seen.light(), scores, drawn))
     return found
 
 
 def score(criterion: Chosen[Criterion], feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
-    """The criterion's scores, ``(F,)`` float32 on the CPU, checked: right shape, all finite."""
+    """The criterion's scores, ``(F,)`` float32 on the CPU, checked: right shape, all finite.
+
+    PyTorch's own generator is seeded for a criterion that draws from it: what else is scored changes nothing.
+    """
     where = f"block {feed_forward.block}, {feed_forward.path}"
+    torch.manual_seed(feed_forward.generator().initial_seed())
     seen = statistics.only(criterion.required())
     with torch.no_grad(), criterion.blamed(f"score() at {where}", lent(feed_forward, seen)) as component:
         scores: object = component.score(feed_forward, seen)
@@ -206,15 +231,21 @@ def score(criterion: Chosen[Criterion], feed_forward: FeedForward, statistics: B
 CURVE_DAMPING = 1e-2
 
 
-def error_curve(
-    feed_forward: FeedForward,
-    statistics: BlockStatistics,
-    scores: Tensor,
-    kind: Literal["plain", "compensated"],
-) -> Tensor:
-    """Squared output error after removing the k lowest of ``scores (F,)``, for every k: ``(F + 1,)`` float64, CPU."""
-    order = (
-        scores.to(feed_forward.down.device).neg().argsort(stable=True).flip(0)
-    )  # (F,): of equals the last goes first
-    damping = CURVE_DAMPING if kind == "compensated" else None
-    return removal_curve(feed_forward.down, statistics[DOWN_INPUT_GRAM], order, damping).cpu()
+def error_curves(
+    feed_forward: FeedForward, statistics: BlockStatistics, wanted: Mapping[str, tuple[Tensor, CurveKind]]
+) -> dict[str, Tensor]:
+    """Squared output error after removing the k lowest of some scores ``(F,)``, for every k: ``(F + 1,)`` float64, CPU.
+
+    The costly inverse of the Gram matrix is made once for all of them.
+    """
+    if not wanted:
+        return {}
+    weight, gram = feed_forward.down, statistics[DOWN_INPUT_GRAM]
+    compensated = any(kind == "compensated" for _, kind in wanted.values())
+    inverse = damped_inverse(gram, CURVE_DAMPING) if compensated else None  # (F, F)
+    found: dict[str, Tensor] = {}
+    for label, (scores, kind) in wanted.items():
+        order = scores.to(weight.device).neg().argsort(stable=True).flip(0)  # (F,): of equals the last goes first
+        curve = compensated_curve(weight, inverse, order) if inverse is not None and kind == "compensated" else None
+        found[label] = (plain_curve(weight, gram, order) if curve is None else curve).cpu()
+    return found

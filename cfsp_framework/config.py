@@ -27,8 +27,13 @@ class Choice(BaseModel):
         return parse_choice(value) if isinstance(value, str) else value
 
     def __str__(self) -> str:
-        options = ",".join(f"{key}={'null' if value is None else value}" for key, value in self.options.items())
+        options = ",".join(f"{key}={_scalar(value)}" for key, value in self.options.items())
         return f"{self.name}:{options}" if options else self.name
+
+
+def _scalar(value: object) -> str:
+    """A value as YAML writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class RunConfig(BaseModel):

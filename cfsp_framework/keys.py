@@ -6,6 +6,11 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
+from torch import Tensor
 
 from . import surgery
 from .bench import Bench
@@ -19,7 +24,7 @@ def collection_key(bench: Bench) -> str:
     selection, windows = bench.selection, bench.windows_to_select
     told = {
         "model": bench.loaded.fingerprint,
-        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest() if windows is not None else None,
+        "windows": fingerprint_of(windows),
         "criterion": identity_of(selection.criterion),
         "collectors": [identity_of(chosen) for chosen in selection.collectors],
         "curve": curve_of(selection.allocator),
@@ -44,7 +49,7 @@ def second_pass_key(bench: Bench, plan: PruningPlan) -> str:
         "plan": plan.model_dump(mode="json", exclude={"components", "versions"}),
         "components": bench.selection.describe(),
         "versions": versions(bench.selection),
-        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest() if windows is not None else None,
+        "windows": fingerprint_of(windows),
         "compensator": identity_of(bench.selection.compensator),
         "collectors": [identity_of(chosen) for chosen in bench.selection.second_pass],
         "numerics": numerics(bench),
@@ -54,5 +59,16 @@ def second_pass_key(bench: Bench, plan: PruningPlan) -> str:
 
 def versions(selection: Selection) -> dict[str, str]:
     """Of Python, the libraries that compute, and every distribution a component comes from."""
+    return {**library_versions(), **selection.distributions()}
+
+
+@cache
+def library_versions() -> Mapping[str, str]:
+    """Of Python and the libraries that compute."""
     libraries = {name: importlib.metadata.version(name) for name in ("cfsp-framework", "torch", "transformers")}
-    return {"python": platform.python_version(), **libraries, **selection.distributions()}
+    return MappingProxyType({"python": platform.python_version(), **libraries})
+
+
+def fingerprint_of(windows: Tensor | None) -> str | None:
+    """A hash of windows ``(N, T)``, where there are some."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest() if windows is not None else None

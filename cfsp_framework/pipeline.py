@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from . import checkpoint, report, surgery
@@ -204,6 +205,7 @@ def drop_attention(bench: Bench, plan: PruningPlan | None = None) -> None:
 def measure(bench: Bench, *, planned: bool = False) -> tuple[FeedForwardMeasurement, ...]:
     """Run the blocks once over the calibration windows; without a collector nothing runs."""
     config, selection = bench.config, bench.selection
+    curve = None if planned else curve_of(selection.allocator)
     finished = None
     if config.resume and not planned:
         finished = KeptCollection(config.resume, collection_key(bench), bench.ranks)
@@ -213,7 +215,7 @@ def measure(bench: Bench, *, planned: bool = False) -> tuple[FeedForwardMeasurem
             bench.windows_to_select,
             {} if planned else {CRITERION: selection.criterion},
             selection.collectors,
-            curve=None if planned else curve_of(selection.allocator),
+            curves={CRITERION: (CRITERION, curve)} if curve else {},
             passage=bench.passage,
             seed=config.seed,
             progress=bench.progress,
@@ -224,6 +226,7 @@ def measure(bench: Bench, *, planned: bool = False) -> tuple[FeedForwardMeasurem
 def make_plan(bench: Bench, measurements: Sequence[FeedForwardMeasurement]) -> PruningPlan:
     """Spread the budget over the blocks and pick each block's channels; every process gets the first one's plan."""
     config, decoder = bench.config, bench.decoder
+    torch.manual_seed(config.seed)  # for allocators that draw
     with bench.progress.phase("plan"):
         ratio = config.ratio
         if config.budget == "parameters":
@@ -288,13 +291,39 @@ class Cut:
 
 def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasurement], folder: Path) -> Cut:
     """Narrow the model and compensate, block by block; a streamed block is written before the next one is read."""
-    decoder, selection = bench.decoder, bench.selection
+    decoder = bench.decoder
+    writer = ShardWriter(decoder.model, decoder.architecture.blocks, folder) if bench.config.stream else None
+    sample: list[Batch] = embed(decoder, sample_ids(bench), Passage(batch_size=1)) if writer else []
+
+    def write(index: int) -> None:
+        if writer is not None:
+            pass_block(decoder, index, sample)
+            if bench.ranks.first:
+                writer.write_block(index)
+
+    updates = narrow(bench, plan, measurements, write)
+    with bench.progress.phase(cutting_phase(bench)):
+        ids = sample_ids(bench)
+        expected = finish(decoder, ids, sample[0].hidden) if writer else logits(decoder, ids)
+    return Cut(updates, expected, writer)
+
+
+def narrow(
+    bench: Bench,
+    plan: PruningPlan,
+    measurements: Sequence[FeedForwardMeasurement],
+    leave: Callable[[int], None] = lambda index: None,
+) -> dict[tuple[int, str], Update]:
+    """Narrow the model and compensate, and nothing else; ``leave(block)`` is called while the block is resident and done.
+
+    Returns what the compensator answered for each feed-forward that lost some channels, by block and path.
+    """
+    decoder = bench.decoder
     updates: dict[tuple[int, str], Update] = {}
-    phase = "compensate" if selection.second_pass else "cut"
+    phase = cutting_phase(bench)
+    torch.manual_seed(bench.config.seed)  # for compensators that draw and bring no generator
     with bench.progress.phase(phase), bench.progress.bar(phase, total=len(decoder.blocks)) as step:
         answer = compensation(bench, plan, measurements)
-        writer = ShardWriter(decoder.model, decoder.architecture.blocks, folder) if bench.config.stream else None
-        sample: list[Batch] = embed(decoder, sample_ids(bench), Passage(batch_size=1)) if writer else []
 
         def compensate(index: int, kept: Sequence[Tensor]) -> Sequence[Update]:
             found = answer(index, kept)
@@ -303,21 +332,20 @@ def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasu
             updates.update({(one.block, one.path): update for one, k, update in told if len(k) < one.width})
             return found
 
-        def leave(index: int) -> None:
+        def passed(index: int) -> None:
             if index + 1 < len(decoder.blocks):
                 answer.leave(index)
-            if writer is not None:
-                pass_block(decoder, index, sample)
-                if bench.ranks.first:
-                    writer.write_block(index)
+            leave(index)
             step()
             bench.progress.tell(BlockFinished(phase, index, len(decoder.blocks)))
 
-        surgery.apply_plan(decoder, plan, compensate, leave)
-        expected = (
-            finish(decoder, sample_ids(bench), sample[0].hidden) if writer else logits(decoder, sample_ids(bench))
-        )
-    return Cut(updates, expected, writer)
+        surgery.apply_plan(decoder, plan, compensate, passed)
+    return updates
+
+
+def cutting_phase(bench: Bench) -> str:
+    """What reports call the time cutting takes, which measuring blocks again makes long."""
+    return "compensate" if bench.selection.second_pass else "cut"
 
 
 def compensation(

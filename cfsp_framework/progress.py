@@ -14,6 +14,9 @@ from rich.text import Text
 
 from .events import Event, PhaseFinished, PhaseStarted, RunFailed
 
+_SPEED_PERIOD = 600.0
+"""Seconds whose steps tell how long the rest takes: longer than a slow step."""
+
 
 class Progress:
     """Times the phases of a run and, where ``visible``, draws a bar for whatever takes more than a second."""
@@ -24,6 +27,7 @@ class Progress:
         """Tells the observers, once there are some."""
         self._console = Console(file=sys.stderr)
         self._visible = visible and self._console.is_terminal
+        self._bars: Bars | None = None
 
     @property
     def visible(self) -> bool:
@@ -53,14 +57,34 @@ class Progress:
 
     @contextmanager
     def bar(self, what: str, total: int) -> Generator[Callable[[], None]]:
-        """Yield a function to call after each of ``total`` steps; the bar appears once a second has passed."""
+        """Yield a function to call after each of ``total`` steps; the bar appears once a second has passed.
+
+        A bar inside another one stands below it while it runs.
+        """
         if not self._visible:
             yield lambda: None
             return
         started = time.perf_counter()
-        with Bars(*_columns(), console=self._console, transient=True) as bars:
+        with self._display() as bars:
             task = bars.add_task(what, total=total, visible=False)
-            yield lambda: bars.update(task, advance=1, visible=time.perf_counter() - started > 1)
+            try:
+                yield lambda: bars.update(task, advance=1, visible=time.perf_counter() - started > 1)
+            finally:
+                bars.remove_task(task)
+
+    @contextmanager
+    def _display(self) -> Generator[Bars]:
+        """What draws the bars; a terminal has room for one such thing at a time."""
+        if self._bars is not None:
+            yield self._bars
+            return
+        try:
+            with Bars(
+                *_columns(), console=self._console, transient=True, speed_estimate_period=_SPEED_PERIOD
+            ) as self._bars:
+                yield self._bars
+        finally:
+            self._bars = None
 
 
 class _Rate(ProgressColumn):

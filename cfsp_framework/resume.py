@@ -31,10 +31,19 @@ class KeptCollection:
     """Measurements of finished blocks in a folder, and the hidden states some block left, filed under a key.
 
     The key is a hash of all that decides a measurement: another model, data, seed, plugin or option finds nothing.
-    Hidden states are written so rarely that it costs less than a twentieth of the time.
+    Hidden states are written so rarely that it costs less than a twentieth of the time. A block without scores under
+    one of the ``labels`` counts as not finished.
     """
 
-    def __init__(self, folder: Path, key: str, ranks: Ranks = SOLO, share: float = HIDDEN_SHARE) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        ranks: Ranks = SOLO,
+        share: float = HIDDEN_SHARE,
+        labels: frozenset[str] = frozenset(),
+    ) -> None:
+        self._labels = labels
         self._folder = folder / f"collection-{key[:32]}"
         self._ranks = ranks
         self._share = share
@@ -50,7 +59,7 @@ class KeptCollection:
         found: list[list[FeedForwardMeasurement]] = []
         while self._ranks.first and len(found) < count:
             measured = _read(self._path(len(found)), len(found))
-            if measured is None:
+            if measured is None or any(not self._labels <= one.scores.keys() for one in measured):
                 break
             found.append(measured)
         found = self._ranks.agree(found)

@@ -26,6 +26,11 @@ class Selection:
     """What the compensator needs measured block by block while cutting; empty where the first pass suffices."""
     observers: tuple[Chosen[Observer], ...] = ()
 
+    @property
+    def measures(self) -> bool:
+        """Whether calibration windows are needed."""
+        return bool(self.collectors or self.second_pass)
+
     def describe(self) -> dict[str, str]:
         """Each kind's component with every option it runs with, defaults included."""
         return {

@@ -22,7 +22,7 @@ from cfsp_framework.algebra import (
     positive_inverse,
     removal_curve,
 )
-from cfsp_framework.collect import CURVE_DAMPING, error_curve
+from cfsp_framework.collect import CURVE_DAMPING, CurveKind, error_curves
 from cfsp_framework.planning import keep_highest
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
@@ -343,11 +343,11 @@ def block_of(case: Case) -> FeedForward:
 
 
 @pytest.mark.parametrize("kind", ["plain", "compensated"])
-def test_the_curve_of_a_block_follows_what_the_plan_removes(kind: str) -> None:
+def test_the_curve_of_a_block_follows_what_the_plan_removes(kind: CurveKind) -> None:
     scores = torch.tensor([3.0, 1.0, 2.0, 1.0, 5.0, 1.0, 2.0, 4.0])  # ties: the lower index stays longer
     small = case(width=8, hidden=4, tokens=50, seed=1)
     statistics = BlockStatistics({DOWN_INPUT_GRAM: small.gram.float()}, 50)
-    curve = error_curve(block_of(small), statistics, scores, "plain" if kind == "plain" else "compensated")
+    curve = error_curves(block_of(small), statistics, {"mine": (scores, kind)})["mine"]
     weight, gram = small.weight.float().double(), small.gram.float().double()
     matrix = damped(gram, CURVE_DAMPING)
     assert (curve.dtype, curve.shape) == (torch.float64, (9,))

@@ -440,7 +440,7 @@ class Collection:
             windows,
             {"criterion": criterion},
             collectors,
-            curve="compensated",
+            curves={"criterion": ("criterion", "compensated")},
             passage=Passage(batch_size=2),
             seed=0,
             progress=Progress(),

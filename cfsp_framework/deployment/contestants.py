@@ -28,7 +28,7 @@ from cfsp_framework.models import (
 from cfsp_framework.planning import ModelIdentity, PruningPlan, plan_blocks
 from cfsp_framework.plugins import Plugins
 from cfsp_framework.progress import Progress
-from cfsp_framework.selection import select
+from cfsp_framework.selection import curve_of, select
 from cfsp_framework.skeletons import without_weights
 
 _WINDOWS, _TOKENS = 4, 64
@@ -142,12 +142,13 @@ def _plan(
     selection = select(settings, plugins)
     draw = torch.Generator().manual_seed(config.seed)
     windows = torch.randint(decoder.config.vocab_size, (_WINDOWS, _TOKENS), generator=draw)  # (N, T)
+    curve = curve_of(selection.allocator)
     measured = collect(
         decoder,
         windows,
         {"criterion": selection.criterion},
         selection.collectors,
-        curve=selection.allocator.component.curve(),
+        curves={"criterion": ("criterion", curve)} if curve else {},
         seed=config.seed,
         progress=Progress(),
     )

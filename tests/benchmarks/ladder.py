@@ -91,7 +91,7 @@ def collect_all(bench: Bench, selections: Mapping[str, Selection]) -> tuple[Feed
         bench.windows,
         criteria,
         list(collectors.values()),
-        curve="compensated",
+        curves={row: (row, "compensated") for row in selections},
         seed=bench.config.seed,
         progress=Progress(),
     )

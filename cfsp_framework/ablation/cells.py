@@ -1,0 +1,329 @@
+"""One cell: plan, cut, compensate, train and evaluate the model in memory, and give it back as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import Tensor
+
+from cfsp_framework import report
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.bench import Bench, open_bench, open_evaluation_sets, open_windows, sequence_length
+from cfsp_framework.blocks import tokens_per_batch
+from cfsp_framework.config import RunConfig
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.evaluation import EvaluationSet, Perplexity
+from cfsp_framework.keys import fingerprint_of, library_versions, numerics, versions
+from cfsp_framework.pipeline import evaluate, make_plan, narrow, schedule
+from cfsp_framework.planning import PruningPlan
+from cfsp_framework.plugins import Plugins, load_plugins
+from cfsp_framework.progress import Progress
+from cfsp_framework.ranks import SOLO
+from cfsp_framework.recovery import train_model
+from cfsp_framework.resume import identity_of
+from cfsp_framework.selection import Selection, select
+
+from .collections import Collection, one_line, want
+from .grid import TRAINING
+from .restoring import ModelState, restored
+from .results import CellResult, CellSpec, Latency, Quality
+
+_LONG_TEXT = 1 << 16
+_OF_TRAINING = set(TRAINING) | {"calibration", "seqlen"}
+LEAST_ROUNDS = 7
+LATENCY_SECONDS = 1.0
+"""Both models run in turn at least so often, and for at least so long."""
+
+
+class Extras(BaseModel):
+    """What is measured of every cell beside perplexity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: tuple[str, ...] = ()
+    """By the names of lm-evaluation-harness."""
+    task_data: Path | None = None
+    limit: int | None = Field(default=None, ge=1)
+    """Of each task's documents."""
+    fewshot: int | None = Field(default=None, ge=0)
+    latency: bool = False
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _between_commas(cls, value: object) -> object:
+        texts: Sequence[object] = (
+            (value,) if isinstance(value, str) else value if isinstance(value, list | tuple) else ()
+        )
+        return tuple(name.strip() for text in texts for name in str(text).split(",") if name.strip()) or value
+
+    @classmethod
+    def build(cls, options: Mapping[str, object]) -> Extras:
+        """Validate options.
+
+        Raises:
+            ConfigError: one has an impossible value, or is about tasks where none are named.
+        """
+        try:
+            extras = cls.model_validate(dict(options))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                f"{'.'.join(map(str, first['loc']))}: {first['msg']} (given: {first['input']!r})"
+            ) from error
+        if not extras.tasks and (extras.task_data or extras.limit or extras.fewshot is not None):
+            raise ConfigError("--task-data, --limit and --fewshot are about --tasks; name some.")
+        return extras
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell that can be run anywhere the model can be opened."""
+
+    key: str
+    row: str
+    config: RunConfig
+    collection: str
+    """The name of the collection it takes its measurements from."""
+    command: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """What running a cell gave; a cell that failed may have no plan."""
+
+    result: CellResult
+    plan: PruningPlan | None
+    seconds: dict[str, float]
+    """By phase."""
+
+
+class Workshop:
+    """The model, opened once, and the data: runs one cell after another and leaves no trace of any."""
+
+    def __init__(
+        self, config: RunConfig, extras: Extras, progress: Progress | None = None, plugins: Plugins | None = None
+    ) -> None:
+        plugins = plugins or load_plugins(config.plugins)
+        progress = progress or Progress()
+        bench = open_bench(config, plugins, select(config, plugins), progress, SOLO)
+        with progress.phase("calibrate"):
+            # The same text is cut into windows for every seed and size, and may take long to tokenise.
+            tokenizer = _Remembering(bench.loaded.tokenizer)
+            self._drawing = replace(bench.loaded, tokenizer=tokenizer)
+            sets = open_evaluation_sets(config, bench.loaded)
+        self.bench = replace(bench, evaluation_sets=sets)
+        self.extras = extras
+        self._windows: dict[tuple[int, int], Tensor] = {}
+
+    def bench_of(self, config: RunConfig) -> Bench:
+        """The bench of one cell, as a run of it alone has it."""
+        selection = select(config, self.bench.plugins)
+        windows: Tensor | None = None
+        if selection.measures:
+            place = config.seed, config.samples
+            if place not in self._windows:
+                with self.bench.progress.phase("calibrate"):
+                    self._windows[place] = open_windows(config, self._drawing)  # (N, T)
+            windows = self._windows[place]
+        return replace(self.bench, config=config, selection=selection, windows=windows)
+
+    def run(self, job: Job, collection: Collection) -> Made:
+        """Run one cell; whatever goes wrong in it is its result."""
+        start = time.perf_counter()
+        bench = replace(self.bench_of(job.config), progress=Progress())
+        try:
+            made = run_cell(bench, job, collection, self.extras)
+        except Exception as error:  # noqa: BLE001  (a sweep of hours does not end for one cell)
+            made = Made(failed(bench.selection, job, one_line(error)), None, bench.progress.seconds)
+        result = made.result.model_copy(update={"seconds": round(time.perf_counter() - start, 4)})
+        return replace(made, result=result)
+
+
+class _Remembering:
+    """A tokenizer that knows the ids of the long texts it was given before."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, Any] = {}
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        if len(text) < _LONG_TEXT:
+            return self._tokenizer(text, **options)
+        if text not in self._known:
+            self._known[text] = self._tokenizer(text, **options)
+        return self._known[text]
+
+
+def run_cell(bench: Bench, job: Job, collection: Collection, extras: Extras) -> Made:
+    """A run as ``prune`` does it, without a checkpoint; the model is afterwards what it was."""
+    decoder, selection = bench.decoder, bench.selection
+    wanted = want(selection, bench.plugins)
+    if problem := collection.problem(wanted):
+        return Made(failed(selection, job, problem), None, {})
+    measurements = collection.seen_by(wanted, selection)
+    dense = ModelState.of(decoder)
+    with restored(decoder, trained=trains(selection)):
+        plan = make_plan(bench, measurements)
+        task = schedule(bench, plan, measurements)
+        narrow(bench, plan, measurements)
+        if task:
+            train_model(bench, plan, task, Path())  # only an adapter that is kept would be written
+        parameters = report.measure_size(decoder.model).parameters
+        result = CellResult(
+            key=job.key,
+            spec=spec_of(job.row, job.config, selection),
+            status="done",
+            channel_ratio=plan.achieved_ratio,
+            parameter_ratio=1 - parameters / bench.parameters,
+            parameters=parameters,
+            widths=plan.widths,
+            qualities=qualities(bench.evaluation_sets, evaluate(bench, decoder)),
+            tasks=score_tasks(bench, extras),
+            latency=measure_latency(bench, dense) if extras.latency else None,
+            command=job.command,
+        )
+    return Made(result, plan, bench.progress.seconds)
+
+
+def failed(selection: Selection, job: Job, error: str) -> CellResult:
+    """A cell as the row of a table that says why there is nothing."""
+    spec = spec_of(job.row, job.config, selection)
+    return CellResult(key=job.key, spec=spec, status="failed", error=error, command=job.command)
+
+
+def spec_of(row: str, config: RunConfig, selection: Selection) -> CellSpec:
+    """What distinguishes a cell."""
+    return CellSpec(row=row, ratio=config.ratio, samples=config.samples, seed=config.seed, **selection.describe())
+
+
+def qualities(data: Sequence[EvaluationSet], found: Sequence[Perplexity]) -> tuple[Quality, ...]:
+    """What was found on every evaluation set."""
+    return tuple(
+        Quality(data=one.spec, windows=len(one.windows), seqlen=one.windows.shape[1], **told.model_dump())
+        for one, told in zip(data, found, strict=True)
+    )
+
+
+def score_tasks(bench: Bench, extras: Extras) -> dict[str, dict[str, float]]:
+    """The metrics of every task for the model as it is now."""
+    if not extras.tasks:
+        return {}
+    from cfsp_framework.deployment.tasks import run_tasks
+
+    with bench.progress.phase("tasks"):
+        found = run_tasks(
+            bench.decoder.model,
+            bench.loaded.tokenizer,
+            extras.tasks,
+            task_data=extras.task_data,
+            limit=extras.limit,
+            fewshot=extras.fewshot,
+            batch_size=bench.config.batch_size,
+        )
+    return {task.task: {name: metric.value for name, metric in task.metrics.items()} for task in found.tasks}
+
+
+@torch.no_grad()
+def measure_latency(bench: Bench, dense: ModelState) -> Latency:
+    """Forwards of the cell's model and the dense one in turn, over one batch; the medians.
+
+    A machine that slows down slows both.
+    """
+    decoder, device = bench.decoder, bench.decoder.device
+    cell = ModelState.of(decoder)
+    seqlen = sequence_length(bench.config, bench.loaded)
+    size = max(1, tokens_per_batch(device) // seqlen)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(decoder.config.vocab_size, (size, seqlen), generator=draw).to(device)  # (B, T)
+    own: list[float] = []
+    before: list[float] = []
+    with bench.progress.phase("latency"):
+        start = time.perf_counter()
+        while len(own) <= LEAST_ROUNDS or time.perf_counter() - start < LATENCY_SECONDS:
+            for state, seconds in ((cell, own), (dense, before)):
+                state.put_back(decoder)
+                seconds.append(_forward_seconds(decoder, ids))
+        cell.put_back(decoder)
+    # The first round warms up.
+    medians = [1000 * statistics.median(seconds[1:]) for seconds in (own, before)]
+    return Latency(tokens=ids.numel(), milliseconds=medians[0], dense_milliseconds=medians[1])
+
+
+def _forward_seconds(decoder: Decoder, ids: Tensor) -> float:
+    cuda = ids.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(ids.device)
+    start = time.perf_counter()
+    decoder.model(ids, use_cache=False)
+    if cuda:
+        torch.cuda.synchronize(ids.device)
+    return time.perf_counter() - start
+
+
+def dense_key(bench: Bench, extras: Extras) -> str:
+    """A hash of all that decides what the dense model scores."""
+    told = {"model": bench.loaded.fingerprint, "versions": dict(library_versions()), "numerics": numerics(bench)[1:]}
+    return _hash(told | _evaluation(bench, extras))
+
+
+def _evaluation(bench: Bench, extras: Extras) -> dict[str, object]:
+    """What decides how a model is evaluated."""
+    scored = [*extras.tasks, str(extras.task_data), extras.limit, extras.fewshot]
+    return {
+        "evaluation": [(one.spec, fingerprint_of(one.windows)) for one in bench.evaluation_sets],
+        "tasks": [*scored, version("lm_eval")] if extras.tasks else None,
+    }
+
+
+def _hash(told: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def cell_key(bench: Bench, extras: Extras) -> str:
+    """A hash of all that decides a cell's result."""
+    config, selection = bench.config, bench.selection
+    chosen = (selection.criterion, selection.allocator, selection.compensator, selection.recovery)
+    told = {
+        "model": bench.loaded.fingerprint,
+        "windows": [fingerprint_of(bench.windows_to_select), fingerprint_of(bench.windows_to_compensate)],
+        "components": [identity_of(one) for one in (*chosen, *selection.collectors, *selection.second_pass)],
+        "budget": [config.ratio, config.budget, config.round_to, config.rebalance],
+        "samples": config.samples,
+        "recovery": [config.model_dump(include=_OF_TRAINING), version("peft")] if trains(selection) else None,
+        "latency": extras.latency,
+        "versions": versions(selection),
+        "numerics": numerics(bench),
+    }
+    return _hash(told | _evaluation(bench, extras))
+
+
+def trains(selection: Selection) -> bool:
+    """Whether anything may be trained after the cut."""
+    return selection.recovery.component.name != "none"
+
+
+def prune_command(config: RunConfig, out: str) -> str:
+    """The ``cfsp prune`` that gives this cell alone, with every option that is not the default."""
+    words = ["cfsp", "prune", config.model, out, "--ratio", repr(config.ratio)]
+    for name, field in RunConfig.model_fields.items():
+        value = getattr(config, name)
+        if name in ("model", "ratio") or value == field.default:
+            continue
+        flag = "-p" if name == "plugins" else "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [flag, str(one)]
+    return shlex.join(words)

@@ -1,0 +1,239 @@
+"""Who runs the cells: this process, several on this machine, or Ray's tasks on as many machines as it has."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from cfsp_framework.config import RunConfig
+from cfsp_framework.errors import CfspError, ConfigError
+
+from .cells import Extras, Job, Made, Workshop
+from .collections import Collection, CollectionFolder
+
+Kind = Literal["serial", "process", "ray"]
+Work = Iterable[tuple[Job, Collection]]
+T = TypeVar("T")
+P = TypeVar("P")
+
+_AHEAD = 2
+"""Cells handed out for every worker, so that none waits for the next one."""
+
+
+@dataclass(frozen=True)
+class Executor:
+    """How cells are run: in which way, how many at a time, and on which cluster."""
+
+    kind: Kind = "serial"
+    jobs: int = 1
+    address: str | None = None
+    """Of a Ray cluster that is there; None starts one on this machine."""
+
+    def check(self, extras: Extras) -> None:
+        """Refuse, before any work is done, what cannot be.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if self.kind == "serial" and self.jobs > 1:
+            raise ConfigError("-j: the serial executor runs one cell at a time; add --executor process or ray.")
+        if self.kind != "ray" and self.address:
+            raise ConfigError("--ray-address: add --executor ray.")
+        if extras.latency and self.kind != "serial":
+            raise ConfigError("--latency: cells that run at the same time slow each other; leave --executor out.")
+        if self.kind == "ray":
+            _import_ray()
+
+    def run(self, work: Work, workshop: Workshop, collections: Path) -> Iterator[Made]:
+        """Run every cell and yield what it gave, in the order they end."""
+        if self.kind == "serial":
+            yield from (workshop.run(job, collection) for job, collection in work)
+            return
+        everything = list(work)  # whatever is to be measured is measured now, with all cores
+        if self.kind == "process":
+            yield from _run_processes(everything, self, workshop, collections)
+        else:
+            yield from _run_ray(everything, self, workshop)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a worker needs to open a workshop of its own."""
+
+    config: RunConfig
+    extras: Extras
+    threads: int
+
+    def open(self) -> Workshop:
+        torch.set_num_threads(self.threads)
+        return Workshop(self.config, self.extras)
+
+
+def _run_processes(work: Work, executor: Executor, workshop: Workshop, collections: Path) -> Iterator[Made]:
+    """Processes that open the model themselves and read the collections from the folder."""
+    threads = max(1, torch.get_num_threads() // executor.jobs)
+    setting = _Setting(workshop.bench.config, workshop.extras, threads)
+    context = get_context("spawn")
+    places: Queue[str | None] = context.Queue()
+    for number in range(executor.jobs):
+        places.put(_gpu(number) if workshop.bench.decoder.device.type == "cuda" else None)
+    pool = ProcessPoolExecutor(executor.jobs, context, _begin, (setting, collections, places))
+    try:
+        yield from _drain(
+            work,
+            lambda one: pool.submit(_run_here, one[0], one[1].failures),
+            _wait_here,
+            Future[Made].result,
+            executor.jobs * _AHEAD,
+        )
+    except BrokenProcessPool:
+        raise CfspError(
+            "a worker process was ended from outside, perhaps for its memory; try fewer with -j. "
+            "Finished cells are kept: the same command goes on."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _wait_here(pending: set[Future[Made]]) -> tuple[set[Future[Made]], set[Future[Made]]]:
+    finished, left = wait(pending, return_when=FIRST_COMPLETED)
+    return finished, left
+
+
+def _gpu(number: int) -> str:
+    """Which GPU a worker has to itself, or shares with as few as possible."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    return names[number % len(names)]
+
+
+@dataclass
+class _Worker:
+    """What a worker process keeps between cells."""
+
+    setting: _Setting
+    collections: Path
+    workshop: Workshop | None = None
+    collection: tuple[str, Collection] | None = None
+
+
+_workers: list[_Worker] = []
+
+
+def _begin(setting: _Setting, collections: Path, places: Queue[str | None]) -> None:
+    """What a worker process does first; the model is opened with its first cell, so that an error there is told."""
+    place = places.get()
+    if place is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _workers.append(_Worker(setting, collections))
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot tell its workers, which would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run_here(job: Job, failures: Mapping[str, str]) -> Made:
+    [worker] = _workers
+    if worker.workshop is None:
+        worker.workshop = worker.setting.open()
+    if worker.collection is None or worker.collection[0] != job.collection:
+        bench = worker.workshop.bench_of(job.config)
+        parts = CollectionFolder(worker.collections, bench, bench.windows_to_select).read()
+        worker.collection = job.collection, Collection(tuple(parts), failures)
+    return worker.workshop.run(job, worker.collection[1])
+
+
+def _run_ray(work: Work, executor: Executor, workshop: Workshop) -> Iterator[Made]:
+    """Ray's tasks; the collections are in its object store, the models are opened by its workers."""
+    ray = _import_ray()
+    local = executor.address is None and "RAY_ADDRESS" not in os.environ
+    own = not ray.is_initialized()
+    if own:
+        options = {"num_cpus": executor.jobs, "include_dashboard": False} if local else {}
+        try:
+            ray.init(address=executor.address, log_to_driver=False, logging_level="error", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"--ray-address {executor.address}: {' '.join(str(error).split())}") from error
+    try:
+        cores = torch.get_num_threads() if local else int(ray.cluster_resources().get("CPU", 1))
+        threads = max(1, cores // executor.jobs)
+        setting = ray.put(_Setting(workshop.bench.config, workshop.extras, threads))
+        stored: dict[str, Any] = {}
+        task = ray.remote(_run_on_ray).options(
+            num_cpus=1 if local else threads, num_gpus=1 if workshop.bench.decoder.device.type == "cuda" else 0
+        )
+
+        def submit(one: tuple[Job, Collection]) -> Any:
+            job, collection = one
+            if job.collection not in stored:
+                stored[job.collection] = ray.put(collection)
+            return task.remote(setting, job, stored[job.collection])
+
+        try:
+            yield from _drain(
+                work, submit, lambda pending: map(set, ray.wait(list(pending))), ray.get, executor.jobs * _AHEAD
+            )
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, CfspError) else error) from None
+        except ray.exceptions.RayError as error:
+            raise CfspError(
+                f"Ray lost a worker: {' '.join(str(error).split())[:200]} Finished cells are kept: the same command goes on."
+            ) from error
+    finally:
+        if own:
+            ray.shutdown()
+
+
+_on_ray: dict[str, Workshop] = {}
+
+
+def _run_on_ray(setting: _Setting, job: Job, collection: Collection) -> Made:
+    """A task; Ray uses its processes again, and what one of them opened stays open."""
+    name = repr(setting)
+    if name not in _on_ray:
+        _on_ray.clear()
+        _on_ray[name] = setting.open()
+    return _on_ray[name].run(job, collection)
+
+
+def _drain(
+    work: Iterable[T],
+    submit: Callable[[T], P],
+    wait_for_some: Callable[[set[P]], Iterable[set[P]]],
+    result: Callable[[P], Made],
+    most: int,
+) -> Iterator[Made]:
+    """Hand out at most so much at a time, and yield results as they come."""
+    left, pending = iter(work), set[P]()
+    while True:
+        for one in left:
+            pending.add(submit(one))
+            if len(pending) >= most:
+                break
+        if not pending:
+            return
+        finished, pending = wait_for_some(pending)
+        yield from map(result, finished)
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("--executor ray: Ray is missing; pip install 'cfsp-framework[distributed]'.") from None
+    return ray

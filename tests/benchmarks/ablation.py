@@ -1,0 +1,168 @@
+"""What a sweep costs: plans against one collection, cells against one evaluation forward, cutting against masking.
+
+    python tests/benchmarks/ablation.py MODEL CALIBRATION TEXT [--samples 64] [--seqlen 512] [--windows 30] [--round-to 32]
+                                        [--criteria NAMES] [--allocators NAMES] [--ratios NUMBERS] [--cells 8] [--rounds 3]
+
+All in one process, in turn, so that a drifting machine drifts for all; ratios are medians of the rounds' ratios. Seconds
+are the processor's, which other programs on a shared machine take nothing from.
+
+* ``collection_default``: seconds of the collection of a plain CFSP run. ``collection_union``: of all the grid's criteria.
+* ``plans``: seconds of all plans of the grid, from the union's measurements.
+* ``cell``: seconds of plan, cut, evaluation and restoring, the mean over some cells. ``forward``: of the dense model's
+  evaluation. ``masked``: of an evaluation where the same channels are zeroed instead of cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp_framework.ablation.cells import Extras, Job, Workshop
+from cfsp_framework.ablation.collections import Collection, CollectionFolder, want
+from cfsp_framework.ablation.grid import expand
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.pipeline import evaluate, make_plan
+from cfsp_framework.planning import PruningPlan
+
+CRITERIA = "cfsp,cfsp:variant=act,wanda-sp,wanda-l2,flap,variance-weighted,magnitude,random"
+ALLOCATORS = "cfsp,uniform,owl,global-zscore"
+
+
+def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    found = action()
+    return time.process_time() - start, found
+
+
+def open_collections(workshop: Workshop, jobs: Sequence[Job]) -> dict[str, Collection]:
+    """Measure what the jobs need, in a folder of its own so that nothing is there already."""
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.collection, []).append(job)
+    found: dict[str, Collection] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, group in groups.items():
+            benches = [workshop.bench_of(job.config) for job in group]
+            folder = CollectionFolder(Path(scratch), benches[0], benches[0].windows_to_select)
+            found[name] = folder.open([want(bench.selection, bench.plugins) for bench in benches])
+    return found
+
+
+def make_plans(workshop: Workshop, jobs: Sequence[Job], collections: dict[str, Collection]) -> list[PruningPlan]:
+    plans: list[PruningPlan] = []
+    for job in jobs:
+        bench = workshop.bench_of(job.config)
+        measured = collections[job.collection].seen_by(want(bench.selection, bench.plugins), bench.selection)
+        plans.append(make_plan(bench, measured))
+    return plans
+
+
+@contextmanager
+def masked(decoder: Decoder, plan: PruningPlan) -> Generator[None]:
+    """While open, the channels the plan removes are zero; single feed-forwards only."""
+    hooks = []
+    for entry in plan.blocks:
+        keep = torch.zeros(entry.width)  # (F,)
+        keep[list(entry.kept)] = 1
+        [bank] = decoder.banks(entry.block)
+        down: Any = bank
+        hooks.append(down.down.register_forward_pre_hook(_mask(keep.to(decoder.model.dtype))))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _mask(keep: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+    return lambda module, inputs: (inputs[0] * keep,)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("text")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=30)
+    parser.add_argument("--round-to", type=int, default=32)
+    parser.add_argument("--criteria", default=CRITERIA)
+    parser.add_argument("--allocators", default=ALLOCATORS)
+    parser.add_argument("--ratios", default="0.3,0.5,0.8")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cells", type=int, default=8, help="how many cells of the grid are run")
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    options = {
+        **{name: getattr(asked, name) for name in ("calibration", "samples", "seqlen", "round_to", "dtype")},
+        "evaluate": [asked.text],
+        "evaluate_windows": asked.windows,
+    }
+    default = expand(asked.model, options)
+    cells = expand(
+        asked.model, {**options, "criterion": asked.criteria, "allocator": asked.allocators, "ratio": asked.ratios}
+    )
+    workshop = Workshop(default[0].config, Extras())
+
+    def job(config: Any, row: str) -> Job:
+        bench = workshop.bench_of(config)
+        return Job("", row, config, CollectionFolder(Path(), bench, bench.windows_to_select).key, "")
+
+    plain, grid = [[job(cell.config, cell.row) for cell in some] for some in (default, cells)]
+    some = grid[:: max(1, len(grid) // asked.cells)]
+    rounds: dict[str, list[float]] = {}
+    for number in range(asked.rounds + 1):
+        found: dict[str, float] = {}
+        found["collection_default"], _ = timed(lambda: open_collections(workshop, plain))
+        found["collection_union"], collections = timed(lambda: open_collections(workshop, grid))
+        found["plans"], plans = timed(partial(make_plans, workshop, grid, collections))
+        cell_seconds, forward, mask = list[float](), list[float](), list[float]()
+        for one in some:
+            cell_seconds.append(timed(partial(workshop.run, one, collections[one.collection]))[0])
+            forward.append(timed(lambda: evaluate(workshop.bench, workshop.bench.decoder))[0])
+            with masked(workshop.bench.decoder, plans[grid.index(one)]):
+                mask.append(timed(lambda: evaluate(workshop.bench, workshop.bench.decoder))[0])
+        found |= {
+            "cell": statistics.mean(cell_seconds),
+            "forward": statistics.mean(forward),
+            "masked": statistics.mean(mask),
+        }
+        for name, seconds in found.items() if number else ():  # the first round warms up
+            rounds.setdefault(name, []).append(seconds)
+    print(json.dumps({"threads": torch.get_num_threads(), "cells": len(grid), **told(rounds)}, indent=2))
+
+
+def told(rounds: dict[str, list[float]]) -> dict[str, float]:
+    """Medians of the seconds and of the ratios."""
+
+    def ratio(over: Callable[[int], float], under: str) -> float:
+        return round(statistics.median(over(i) / rounds[under][i] for i in range(len(rounds[under]))), 3)
+
+    both = {name: (lambda i, name=name: rounds[name][i]) for name in rounds}
+    return {
+        **{name: round(statistics.median(seconds), 3) for name, seconds in rounds.items()},
+        "union_and_plans_over_default_collection": ratio(
+            lambda i: rounds["collection_union"][i] + rounds["plans"][i], "collection_default"
+        ),
+        "union_and_plans_over_union_collection": ratio(
+            lambda i: rounds["collection_union"][i] + rounds["plans"][i], "collection_union"
+        ),
+        "cell_over_forward": ratio(both["cell"], "forward"),
+        "masked_over_forward": ratio(both["masked"], "forward"),
+    }
+
+
+if __name__ == "__main__":
+    main()
