@@ -36,7 +36,7 @@ class ComponentContract:
     method to say that their component makes no such promise.
     """
 
-    component: ClassVar[Component | None] = None
+    component: ClassVar[Any] = None
     components: ClassVar[Sequence[Component]] = ()
     collectors: ClassVar[Sequence[type[Collector]]] = ()
     kind: ClassVar[str] = "component"
@@ -133,17 +133,19 @@ def for_each_case(check: Callable[[Case], None], cases: Sequence[Case] = CASES, 
 def explore(check: Callable[[Any], None], strategy: Callable[[Any], Any]) -> None:
     """Run a check on what hypothesis draws from ``strategy(hypothesis.strategies)``; the same every time."""
     import hypothesis
+    from hypothesis import strategies
 
-    bounded = hypothesis.settings(
+    checks: Any = hypothesis.HealthCheck  # an enumeration, which its stubs do not say
+    bounded: Any = hypothesis.settings(
         max_examples=EXAMPLES,
         deadline=None,
         derandomize=True,
         database=None,
         print_blob=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=list(checks),
     )
-    examined: Any = hypothesis.given(strategy(hypothesis.strategies))(check)
-    bounded(examined)()
+    drawing: Any = hypothesis.given(strategy(strategies))
+    bounded(drawing(check))()
 
 
 def usage(requires: frozenset[Statistic], reads: set[Statistic], methods: str) -> None:
