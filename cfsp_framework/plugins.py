@@ -126,7 +126,7 @@ class Registry(Mapping[str, type[C]]):
             except ValidationError as error:
                 known = ", ".join(cls.model_fields) or "none"
                 raise ConfigError(
-                    f"Bad options for {self.kind} {name!r} ({origin}): {_validation_message(error)}. "
+                    f"Bad options for {self.kind} {name!r} ({origin}): {_validation_message(error, cls)}. "
                     f"Its options: {known}."
                 ) from error
 
@@ -200,7 +200,8 @@ class Plugins:
             if len(names) > 1:
                 claims = " and ".join(f"{name!r} ({self.collectors.origin(name)})" for name in names)
                 raise PluginError(
-                    f"Two collectors provide the statistic {statistic.name!r}: {claims}. Disable one with -p no:NAME."
+                    f"Two collectors provide the statistic {statistic.name!r}: {claims}. "
+                    f"{_leave_one_out(*map(self.collectors.origin, names))}"
                 )
             chosen.append(self.collectors.create(names[0], {}))
         return tuple(chosen)
@@ -221,7 +222,7 @@ class Plugins:
                         )
                     raise PluginError(
                         f"{kind.capitalize()} {cls.name!r} is offered by both {where} and {origin}. "
-                        "Disable one with -p no:NAME."
+                        f"{_leave_one_out(where, origin)}"
                     )
                 offers[cls.name] = cls, origin
         return Registry(kind, offers)
@@ -374,5 +375,26 @@ def _checked(offered: object, base: type[C], hook: str, origin: Origin) -> type[
     return offered
 
 
-def _validation_message(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
+def _leave_one_out(*origins: Origin) -> str:
+    """What to type so that one of several plugins remains: rather a third party's than a whole set of built-in ones."""
+    installed = [origin for origin in origins if origin.distribution is not None]
+    others = [origin for origin in installed if origin.distribution != "cfsp-framework"]
+    flags = " or ".join(sorted({f"-p no:{origin.plugin}" for origin in others or installed}))
+    if others:
+        return f"Leave one out: {flags}."
+    return (
+        f"Give yours another name, or leave the built-in one out: {flags}." if installed else "Load one of them only."
+    )
+
+
+def _validation_message(error: ValidationError, cls: type[Component]) -> str:
+    return "; ".join(
+        _problem(".".join(map(str, e["loc"])) or "options", e["type"], e["msg"], cls) for e in error.errors()
+    )
+
+
+def _problem(option: str, what: str, message: str, cls: type[Component]) -> str:
+    if what != "extra_forbidden":
+        return f"{option}: {message}"
+    close = difflib.get_close_matches(option, cls.model_fields, n=1)
+    return f"there is no option {option!r}" + (f" (did you mean {close[0]!r}?)" if close else "")

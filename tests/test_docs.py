@@ -212,6 +212,40 @@ def hooks() -> dict[str, str]:
     }
 
 
+def test_imports_point_one_way() -> None:
+    """Each line of the list in docs/architecture.md imports from those below it alone, and every module is there."""
+    [listed] = [block for block in blocks(read(ARCHITECTURE), "text") if block.startswith("cli\n")]
+    lines = [line.split(", ") for line in listed.splitlines()]
+    place = {module: number for number, modules in enumerate(lines) for module in modules}
+    package = ROOT / "cfsp_framework"
+    files = {file: file.relative_to(package).with_suffix("").parts[0] for file in package.rglob("*.py")}
+    assert {*files.values()} - {"__init__", "__main__"} == {*place}
+    anywhere = len(lines) - 1
+    for file, module in files.items():
+        for used in imported(file) & {*place} - {module}:
+            if module in place and place[used] <= place[module] and place[used] != anywhere:
+                assert (module, used) == ("statistics", "api"), f"{file.relative_to(ROOT)} imports {used}"
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of the host that a file imports when it runs, by the first part of their name."""
+    names: list[str] = []
+    folder = file.parent.relative_to(ROOT).parts
+    waiting: list[ast.AST] = [ast.parse(read(file))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = folder[: len(folder) - node.level + 1] if node.level else ()
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("cfsp_framework.")}
+
+
 def test_every_hook_is_in_the_table_of_the_architecture() -> None:
     documented = {code(row[0])[0] for row in table(read(ARCHITECTURE), "hook")}
     expected = {f"{name}({', '.join(inspect.signature(getattr(hookspecs, name)).parameters)})" for name in hooks()}
@@ -343,8 +377,6 @@ NOT_RUN = {
     "docs/recovery.md",
 }
 """Documents whose commands take longer than a test should; that their options exist is checked all the same."""
-COMING = (["plugins", "new"], ["plugins", "check"], ["ablate"])
-"""Commands of other parts: checked as soon as they are there."""
 RUN = ("prune", "plan", "recover", "evaluate", "plugins")
 PREPARED = {"README.md": ("cfsp prune demo out-uniform --allocator uniform",)}
 """What a document takes for granted."""
@@ -364,12 +396,7 @@ def command_lines(text: str) -> list[list[str]]:
     words = [shlex.split(line.partition(" #")[0]) for line in lines if line.strip() and not line.startswith("#")]
     torchrun = [one[one.index("-m") + 2 :] for one in words if one[0] == "torchrun"]
     found = [one[1:] for one in words if one[0] == "cfsp"] + torchrun
-    return [one for one in found if is_there(one)]
-
-
-def is_there(words: list[str]) -> bool:
-    existing = {path for path, _ in commands()}
-    return all(words[: len(name)] != name or " ".join(["cfsp", *name]) in existing for name in COMING)
+    return found
 
 
 def find_command(words: list[str]) -> tuple[click.Command, list[str]]:
