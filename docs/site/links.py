@@ -38,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite the links of a page, outside of code."""
+    """Rewrite the links of a page, outside of code; in code a table needs no backslash before ``|`` here."""
     pages = {page: source for source, page in ADDED.items()}
     source = pages.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
@@ -55,4 +55,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     parts = _CODE.split(markdown)
     parts[::2] = [_LINK.sub(rewritten, part) for part in parts[::2]]
+    parts[1::2] = [part if part.startswith("```") else part.replace(r"\|", "|") for part in parts[1::2]]
     return "".join(parts)
