@@ -301,8 +301,8 @@ def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasu
             if bench.ranks.first:
                 writer.write_block(index)
 
-    updates = narrow(bench, plan, measurements, write)
     with bench.progress.phase(cutting_phase(bench)):
+        updates = narrow(bench, plan, measurements, write)
         ids = sample_ids(bench)
         expected = finish(decoder, ids, sample[0].hidden) if writer else logits(decoder, ids)
     return Cut(updates, expected, writer)
@@ -322,7 +322,7 @@ def narrow(
     updates: dict[tuple[int, str], Update] = {}
     phase = cutting_phase(bench)
     torch.manual_seed(bench.config.seed)  # for compensators that draw and bring no generator
-    with bench.progress.phase(phase), bench.progress.bar(phase, total=len(decoder.blocks)) as step:
+    with bench.progress.bar(phase, total=len(decoder.blocks)) as step:
         answer = compensation(bench, plan, measurements)
 
         def compensate(index: int, kept: Sequence[Tensor]) -> Sequence[Update]:

@@ -870,7 +870,7 @@ def test_a_defect_is_named_below_the_table_and_the_exit_code_is_1(run: Callable[
     ("target", "components"),
     [
         ("wanda-sp", {"wanda-sp"}),
-        ("flap:released=true", {"flap:released=True"}),
+        ("flap:released=true", {"flap:released=true"}),
         ("none", {"none"}),
         ("cfsp-allocators", None),
         ("cfsp_allocators", None),

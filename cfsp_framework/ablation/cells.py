@@ -25,7 +25,7 @@ from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation import EvaluationSet, Perplexity
 from cfsp_framework.keys import fingerprint_of, library_versions, numerics, versions
-from cfsp_framework.pipeline import evaluate, make_plan, narrow, schedule
+from cfsp_framework.pipeline import cutting_phase, evaluate, make_plan, narrow, schedule
 from cfsp_framework.planning import PruningPlan
 from cfsp_framework.plugins import Plugins, load_plugins
 from cfsp_framework.progress import Progress
@@ -176,7 +176,8 @@ def run_cell(bench: Bench, job: Job, collection: Collection, extras: Extras) -> 
     with restored(decoder, trained=trains(selection)):
         plan = make_plan(bench, measurements)
         task = schedule(bench, plan, measurements)
-        narrow(bench, plan, measurements)
+        with bench.progress.phase(cutting_phase(bench)):
+            narrow(bench, plan, measurements)
         if task:
             train_model(bench, plan, task, Path())  # only an adapter that is kept would be written
         parameters = report.measure_size(decoder.model).parameters
