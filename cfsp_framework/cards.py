@@ -42,7 +42,7 @@ def read_base(source: str, folder: Path) -> BaseModel:
         found = metadata_load(folder / "README.md") or {}
     except Exception:  # noqa: BLE001  (whatever is wrong with somebody else's card is no reason to stop)
         found = {}
-    carried = {key: found[key] for key in _CARRIED if found.get(key)}
+    carried = {key: value for key in _CARRIED if (value := plain(found.get(key)))}
     files = tuple(path.name for path in licence_files(folder))
     link = carried.get("license_link")
     if isinstance(link, str) and "://" not in link and PurePath(link).name not in files:
@@ -51,6 +51,13 @@ def read_base(source: str, folder: Path) -> BaseModel:
         else:
             del carried["license_link"]  # it would point to nothing
     return BaseModel(PurePath(source).name or source, hub_id, carried, files)
+
+
+def plain(value: Any) -> Any:
+    """Metadata whose texts are one line without control characters, which YAML would fold or refuse."""
+    if isinstance(value, str):
+        return " ".join("".join(letter if letter.isprintable() else " " for letter in value).split())
+    return [plain(one) for one in value] if isinstance(value, list) else value
 
 
 def front_matter(report: Report, base: BaseModel, name: str, *, code: bool) -> str:

@@ -201,7 +201,7 @@ def test_the_command_of_a_cell_is_the_run_it_was(options: dict[str, object]) -> 
     config = RunConfig.build(model="some model", **options)
     cfsp, prune, *words = shlex.split(prune_command(config, "out"))
     assert (cfsp, prune, *words[:2]) == ("cfsp", "prune", "some model", "out")
-    parsed = prune_command_line.make_context("prune", words).params
+    parsed = prune_command_line.make_context("prune", words, help_option_names=["-h", "--help"]).params
     given = {
         name: value for name, value in parsed.items() if name in RunConfig.model_fields and value not in (None, ())
     }

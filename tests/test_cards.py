@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.cards import BaseModel, front_matter, hub_data_sets, read_base
+from cfsp_framework.cards import BaseModel, front_matter, hub_data_sets, plain, read_base
 from cfsp_framework.cli import cli
 from cfsp_framework.evaluation import Perplexity
 from cfsp_framework.pages import model_card
@@ -127,9 +127,16 @@ def test_any_words_make_valid_metadata(name: str, metadata: dict[str, Any]) -> N
     from yaml import safe_load
 
     report = Report.model_construct(calibration=None, recovery=None, evaluations=())
-    found = safe_load(front_matter(report, BaseModel(name, None, metadata), name, code=False))
-    for key, value in metadata.items():
-        assert found.get(key, []) == value or value == []
+    told = {key: plain(value) for key, value in metadata.items()}
+    assert {key: plain(value) for key, value in told.items()} == told
+    found = safe_load(front_matter(report, BaseModel(name, None, told), name, code=False))
+    for key, value in told.items():
+        assert found.get(key, []) == value or not value
+
+
+def test_metadata_keep_their_words_on_one_line() -> None:
+    assert plain("Fox\x85 and\u2028hound\n\x07 licence") == "Fox and hound licence"
+    assert plain(["en", "d\te"]) == ["en", "d e"]
 
 
 @pytest.mark.parametrize(

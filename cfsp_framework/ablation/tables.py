@@ -166,9 +166,9 @@ def show_results(results: SweepResults, folder: Path) -> None:
     console = Console(highlight=False, markup=False)
     for made in (grid(results, measure) for measure in measures(results)):
         table = Table(title=made.measure.title, title_justify="left")
-        table.add_column("method", overflow="fold")
+        table.add_column("method", overflow="fold", min_width=16)
         for ratio in made.ratios:
-            table.add_column(_percent(ratio), justify="right", no_wrap=True)
+            table.add_column(_percent(ratio), justify="right")
         if made.measure.dense is not None:
             table.add_row("dense", *[f"{made.measure.dense:.{made.measure.digits}f}"] * len(made.ratios))
         for label, entries in made.rows:
