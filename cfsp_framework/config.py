@@ -118,7 +118,8 @@ class RunConfig(BaseModel):
     @field_validator("evaluate", "observer", "plugins", "report_to", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str | dict) else value
+        given = value  # pyright would follow the check below into a partly unknown type
+        return (given,) if isinstance(value, str | dict) else given
 
     @classmethod
     def build(cls, **options: object) -> Self:
