@@ -30,8 +30,9 @@ from cfsp_framework.ablation.grid import expand, split_choices
 from cfsp_framework.ablation.restoring import restored
 from cfsp_framework.ablation.results import CellResult, SweepResults
 from cfsp_framework.ablation.store import open_store
+from cfsp_framework.ablation.summary import interval
 from cfsp_framework.ablation.sweep import Sweep, ablate
-from cfsp_framework.ablation.tables import latex
+from cfsp_framework.ablation.tables import Entry, latex
 from cfsp_framework.cli import cli
 from cfsp_framework.commands.prune import prune as prune_command_line
 from cfsp_framework.config import Choice, layered
@@ -578,3 +579,11 @@ def test_a_bar_inside_another_shares_its_display() -> None:
         assert [task.description for task in progress._bars.tasks] == ["cells"]
         assert progress._bars.tasks[0].completed == 1
     assert progress._bars is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([65.884, 65.884], "65.88"), ([65.884], "65.88"), ([1.0, 2.0], "1.50 ± 6.35"), ([], "failed")],
+)
+def test_what_no_seed_changes_has_no_spread(values: list[float], expected: str) -> None:
+    assert Entry(interval(values), None, failed=0 if values else 2, best=False).text(2) == expected

@@ -91,10 +91,10 @@ class Entry:
     best: bool
 
     def text(self, digits: int, plus: str = " ± ") -> str:
-        """``12.34 ± 0.05 (+0.321)``; how many seeds failed where some did."""
+        """``12.34 ± 0.05 (+0.321)``; how many seeds failed where some did. What no seed changes has no spread."""
         if self.mean is None:
             return "failed" if self.failed else ""
-        spread = f"{plus}{self.mean.half:.{digits}f}" if self.mean.half is not None else ""
+        spread = f"{plus}{self.mean.half:.{digits}f}" if self.mean.half else ""
         beside = f" ({self.beside.mean:+.3f})" if self.beside is not None else ""
         return f"{self.mean.mean:.{digits}f}{spread}{beside}" + (f", {self.failed} failed" if self.failed else "")
 
@@ -165,7 +165,8 @@ def show_results(results: SweepResults, folder: Path) -> None:
     """What a finished sweep prints."""
     console = Console(highlight=False, markup=False)
     for made in (grid(results, measure) for measure in measures(results)):
-        table = Table(title=made.measure.title, title_justify="left")
+        console.print(made.measure.title, style="italic")  # a table's own title is folded at the table's width
+        table = Table()
         table.add_column("method", overflow="fold", min_width=16)
         for ratio in made.ratios:
             table.add_column(_percent(ratio), justify="right")
@@ -189,7 +190,10 @@ def spread_note(results: SweepResults) -> str:
     seeds = len({cell.spec.seed for cell in results.cells})
     if seeds == 1:
         return "One seed: no spread can be told."
-    return f"Means over {seeds} seeds ± half of the 95 % confidence interval (Student)."
+    return (
+        f"Means over {seeds} seeds ± half of the 95 % confidence interval (Student); "
+        "none where all seeds agree or only one has a value."
+    )
 
 
 def markdown_tables(results: SweepResults) -> str:
