@@ -164,6 +164,12 @@ def _curve(points: tuple[LossPoint, ...]) -> Curve | None:
     return Curve(_CHART_WIDTH, _CURVE_HEIGHT, line(trained), line(held_out), highest, lowest)
 
 
+def model_title(source: str) -> str:
+    """A model's folder by its name alone; a Hub id as it is."""
+    folder = PurePath(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    return PurePath(source).name if folder else source
+
+
 def page_environment() -> Environment:
     """Of all templates: what is missing is an error, and pages escape what they are given."""
     environment = Environment(
@@ -173,6 +179,7 @@ def page_environment() -> Environment:
         trim_blocks=False,
     )
     environment.filters["filename"] = lambda spec: spec if spec.startswith("hf:") else PurePath(spec).name
+    environment.filters["model"] = model_title
     environment.filters["bytes"] = human_bytes
     environment.filters["place"] = place
     return environment

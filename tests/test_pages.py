@@ -28,3 +28,11 @@ def test_any_count_fits_a_card(value: int) -> None:
 )
 def test_files_go_by_their_names_and_repositories_by_their_specs(spec: str, name: str) -> None:
     assert page_environment().filters["filename"](spec) == name
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("demo", "demo"), ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"), ("./out/a", "a"), ("/models/a", "a")],
+)
+def test_a_page_is_headed_by_a_folders_name_or_a_hub_id(model: str, name: str) -> None:
+    assert page_environment().filters["model"](model) == name
