@@ -904,7 +904,7 @@ def test_a_distribution_is_all_of_its_plugins_and_a_module_need_not_be_installed
             2,
             "'wanda-sq' is no plugin, component, distribution, module or file.py. Did you mean 'wanda-sp'?",
         ),
-        (["flap:relased=true"], 2, "relased: Extra inputs are not permitted"),
+        (["flap:relased=true"], 2, "there is no option 'relased'"),
         (["nowhere.py"], 2, "nowhere.py: there is no such file"),
         (["example_not_there.x"], 2, "is no plugin, component"),
         (["json"], 3, "implements no hook"),
