@@ -75,26 +75,21 @@ def greedy_removal(weight: Tensor, gram: Tensor, damping: float = 1e-2, batch: i
     return torch.cat(order), torch.cat(errors)
 
 
-def removal_curve(weight: Tensor, gram: Tensor, order: Tensor, damping: float | None = None) -> Tensor:
-    """Squared output error after removing the first k channels of ``order (F,)``, for k = 0..F: ``(F+1,)``.
-
-    Without ``damping`` nothing else changes, ``trace(W_P G_PP W_P^T)``; with it the kept weights are re-fitted,
-    ``trace(W_P ([H^-1]_PP)^-1 W_P^T)`` with ``H`` the damped Gram matrix. One factorisation serves all k.
-    """
-    if damping is None:
-        return plain_curve(weight, gram, order)
-    return compensated_curve(weight, damped_inverse(gram, damping), order)
-
-
 def plain_curve(weight: Tensor, gram: Tensor, order: Tensor) -> Tensor:
-    """``removal_curve`` where nothing else changes."""
+    """Squared output error after removing the first k channels of ``order (F,)``, for k = 0..F, and changing nothing else.
+
+    ``trace(W_P G_PP W_P^T)``, ``(F + 1,)`` float64.
+    """
     ordered = weight.double()[:, order]  # (D, F), first removed first
     products = (ordered.mT @ ordered) * gram.double()[order][:, order]  # (F, F)
     return _summed(products.tril(-1).sum(1) * 2 + products.diagonal())  # (F,): what each further removal adds
 
 
 def compensated_curve(weight: Tensor, inverse: Tensor, order: Tensor) -> Tensor:
-    """``removal_curve`` with the kept weights re-fitted, from the ``inverse (F, F)`` of the damped Gram matrix."""
+    """``plain_curve`` with the kept weights re-fitted, from the ``inverse (F, F)`` of the damped Gram matrix ``H``.
+
+    ``trace(W_P ([H^-1]_PP)^-1 W_P^T)``; one factorisation serves all k.
+    """
     ordered = weight.double()[:, order]  # (D, F), first removed first
     factor = torch.linalg.cholesky(inverse[order][:, order])
     return _summed(torch.linalg.solve_triangular(factor, ordered.mT, upper=False).square().sum(1))  # (F,)

@@ -14,13 +14,15 @@ from torch import Tensor
 from cfsp_criteria import Leverage, Obs
 from cfsp_framework import BlockStatistics, FeedForward
 from cfsp_framework.algebra import (
+    compensated_curve,
     damped,
+    damped_inverse,
     greedy_removal,
     least_squares,
     output_error,
     output_square,
+    plain_curve,
     positive_inverse,
-    removal_curve,
 )
 from cfsp_framework.collect import CURVE_DAMPING, CurveKind, error_curves
 from cfsp_framework.planning import keep_highest
@@ -61,6 +63,13 @@ CASES = st.builds(
     case, width=st.integers(2, 24), hidden=st.integers(1, 10), tokens=st.integers(1, 60), seed=st.integers(0, 999)
 )
 DEFAULT = case(width=40, hidden=12, tokens=300, seed=7)
+
+
+def removal_curve(weight: Tensor, gram: Tensor, order: Tensor, damping: float | None = None) -> Tensor:
+    """The error after each removal, ``(F + 1,)``: the plain one, or with a damping the compensated one."""
+    if damping is None:
+        return plain_curve(weight, gram, order)
+    return compensated_curve(weight, damped_inverse(gram, damping), order)
 
 
 def complement(kept: Tensor, width: int) -> Tensor:
