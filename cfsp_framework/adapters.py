@@ -16,9 +16,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .api import BlockRecovery
-from .architectures import Decoder
-from .errors import CfspError, ModelError
+from cfsp_framework.api import BlockRecovery
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.errors import CfspError, ModelError
 
 _ADAPTER = "default"
 

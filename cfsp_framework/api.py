@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # torch is imported by the commands that need it, not by `cfs
     import torch
     from torch import Tensor
 
-    from .events import Event
-    from .planning import PruningPlan
+    from cfsp_framework.events import Event
+    from cfsp_framework.planning import PruningPlan
 
 
 API_VERSION = 1

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .api import Architecture, FeedForward
-from .banks import Bank, ExpertBank, SingleBank
-from .errors import ModelError
-from .finder import find_architecture
-from .plugins import Plugins
-from .residency import InMemory, Residency
+from cfsp_framework.api import Architecture, FeedForward
+from cfsp_framework.banks import Bank, ExpertBank, SingleBank
+from cfsp_framework.errors import ModelError
+from cfsp_framework.finder import find_architecture
+from cfsp_framework.plugins import Plugins
+from cfsp_framework.residency import InMemory, Residency
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .architectures import Decoder
-from .blocks import PADDING
-from .errors import ConfigError
-from .progress import Progress
-from .surgery import dropped_attention, without_attention
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.blocks import PADDING
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.progress import Progress
+from cfsp_framework.surgery import dropped_attention, without_attention
 
 _WINDOWS = 4
 """Calibration windows each candidate is judged on."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from .api import FeedForward, FeedForwardLayout, Site
-from .errors import ModelError
+from cfsp_framework.api import FeedForward, FeedForwardLayout, Site
+from cfsp_framework.errors import ModelError
 
 Projection = nn.Linear | Conv1D
 

@@ -8,23 +8,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import report, surgery
-from .api import Site
-from .architectures import Decoder, open_decoder
-from .blocks import PADDING, Passage
-from .calibration import calibration_windows
-from .config import RunConfig
-from .errors import ConfigError
-from .evaluation import EvaluationSet, evaluation_set
-from .events import RunStarted
-from .models import LoadedModel, context_length, load_model
-from .observing import start_observing
-from .planning import check_shared
-from .plugins import Plugins, load_plugins
-from .progress import Progress
-from .ranks import Ranks, join_ranks
-from .selection import Selection, select
-from .streaming import Streamed
+from cfsp_framework import report, surgery
+from cfsp_framework.api import Site
+from cfsp_framework.architectures import Decoder, open_decoder
+from cfsp_framework.blocks import PADDING, Passage
+from cfsp_framework.calibration import calibration_windows
+from cfsp_framework.config import RunConfig
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.evaluation import EvaluationSet, evaluation_set
+from cfsp_framework.events import RunStarted
+from cfsp_framework.models import LoadedModel, context_length, load_model
+from cfsp_framework.observing import start_observing
+from cfsp_framework.planning import check_shared
+from cfsp_framework.plugins import Plugins, load_plugins
+from cfsp_framework.progress import Progress
+from cfsp_framework.ranks import Ranks, join_ranks
+from cfsp_framework.selection import Selection, select
+from cfsp_framework.streaming import Streamed
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import Decoder
-from .errors import ModelError
-from .ranks import SOLO, Ranks
-from .spill import allocate
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.errors import ModelError
+from cfsp_framework.ranks import SOLO, Ranks
+from cfsp_framework.spill import allocate
 
 PADDING = -100
 """The id of a position that holds no token; windows shorter than others end with it."""

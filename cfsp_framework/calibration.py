@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .blocks import PADDING
-from .data import mixture, read_documents, read_text, shares
-from .errors import DataError
-from .planning import CalibrationIdentity
+from cfsp_framework.blocks import PADDING
+from cfsp_framework.data import mixture, read_documents, read_text, shares
+from cfsp_framework.errors import DataError
+from cfsp_framework.planning import CalibrationIdentity
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:

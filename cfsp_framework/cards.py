@@ -9,10 +9,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
-from .data import WELL_KNOWN, mixture
-from .errors import CfspError
-from .files import licence_files
-from .report import Evaluation, Report
+from cfsp_framework.data import WELL_KNOWN, mixture
+from cfsp_framework.errors import CfspError
+from cfsp_framework.files import licence_files
+from cfsp_framework.report import Evaluation, Report
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 

@@ -18,10 +18,10 @@ from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.table import Table
 
-from .api import Allocator, Collector, Component, Site, Statistic, Windows
-from .errors import ConfigError
-from .plugins import Origin, Plugins, Registry, did_you_mean
-from .statistics import DOWN_INPUT_GRAM
+from cfsp_framework.api import Allocator, Collector, Component, Site, Statistic, Windows
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.plugins import Origin, Plugins, Registry, did_you_mean
+from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _LENGTHS = {"minLength": "at least {} long", "minItems": "at least {} long", "maxLength": "at most {} long"}

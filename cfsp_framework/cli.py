@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import click
 
-from .errors import CfspError, PluginWarning, is_out_of_memory
+from cfsp_framework.errors import CfspError, PluginWarning, is_out_of_memory
 
 COMMANDS = {
     "prune": "Prune a model into a checkpoint folder.",

@@ -11,8 +11,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from .algebra import compensated_curve, damped_inverse, plain_curve
-from .api import (
+from cfsp_framework.algebra import compensated_curve, damped_inverse, plain_curve
+from cfsp_framework.api import (
     BlockStatistics,
     BlockSummary,
     Collector,
@@ -20,16 +20,16 @@ from .api import (
     FeedForward,
     Site,
 )
-from .architectures import Decoder
-from .blocks import Batch, Passage, embed, pass_block
-from .containment import tensor_problem
-from .errors import CfspError, PluginError
-from .events import BlockFinished
-from .gradients import measure_gradients
-from .measure import lent, measure_block
-from .plugins import Chosen
-from .progress import Progress
-from .statistics import DOWN_INPUT_GRAM
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.blocks import Batch, Passage, embed, pass_block
+from cfsp_framework.containment import tensor_problem
+from cfsp_framework.errors import CfspError, PluginError
+from cfsp_framework.events import BlockFinished
+from cfsp_framework.gradients import measure_gradients
+from cfsp_framework.measure import lent, measure_block
+from cfsp_framework.plugins import Chosen
+from cfsp_framework.progress import Progress
+from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 CurveKind = Literal["plain", "compensated"]
 

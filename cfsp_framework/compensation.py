@@ -12,15 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .api import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
-from .architectures import Decoder
-from .blocks import Passage, embed, pass_block
-from .containment import tensor_problem
-from .errors import PluginError
-from .files import save_aside
-from .measure import Teacher, lent, measure_block
-from .plugins import Chosen
-from .selection import stream_of, target_mix_of
+from cfsp_framework.api import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.blocks import Passage, embed, pass_block
+from cfsp_framework.containment import tensor_problem
+from cfsp_framework.errors import PluginError
+from cfsp_framework.files import save_aside
+from cfsp_framework.measure import Teacher, lent, measure_block
+from cfsp_framework.plugins import Chosen
+from cfsp_framework.selection import stream_of, target_mix_of
 
 
 def compensate(

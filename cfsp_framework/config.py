@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .errors import ConfigError
-from .plugins import did_you_mean
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.plugins import did_you_mean
 
 
 class Choice(BaseModel):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from .files import human_bytes
+from cfsp_framework.files import human_bytes
 
 if TYPE_CHECKING:
-    from .estimate import Estimate
-    from .evaluation import EvaluationSet, Perplexity
-    from .planning import PruningPlan
-    from .report import BlockReport, Evaluation, RecoveryReport, Report
+    from cfsp_framework.estimate import Estimate
+    from cfsp_framework.evaluation import EvaluationSet, Perplexity
+    from cfsp_framework.planning import PruningPlan
+    from cfsp_framework.report import BlockReport, Evaluation, RecoveryReport, Report
 
 
 def show_report(report: Report, out: Path | None) -> None:
@@ -41,7 +41,7 @@ def _calibrated(report: Report) -> str:
 
 
 def _trained(found: RecoveryReport) -> str:
-    from .report import describe_training
+    from cfsp_framework.report import describe_training
 
     return f"{describe_training(found.model_copy(update={'data': short(found.data)}))}."
 
@@ -65,7 +65,7 @@ def _name(model: str) -> str:
 
 def show_plan(plan: PruningPlan, path: Path) -> None:
     """The widths of a plan."""
-    from .report import block_reports
+    from cfsp_framework.report import block_reports
 
     console = Console(highlight=False, markup=False)
     console.print(_block_table(block_reports(plan), console))
@@ -162,7 +162,7 @@ def continuations(folder: Path, prompts: Sequence[str] = ("Return the ", "The cl
     """What a checkpoint writes after some prompts."""
     from transformers import AutoTokenizer
 
-    from .models import open_model
+    from cfsp_framework.models import open_model
 
     model: Any = open_model(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -183,7 +183,7 @@ def show_continuations(written: Sequence[tuple[str, str]]) -> None:
 
 def _block_table(blocks: Sequence[BlockReport], console: Console) -> Table:
     table = Table(title="Blocks", title_justify="left")
-    from .report import is_mixed, place
+    from cfsp_framework.report import is_mixed, place
 
     mixed = is_mixed(blocks)
     for heading in ("block", *(("feed-forward",) if mixed else ()), "importance", "width", "kept", "share"):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from .errors import CfspError, PluginError, PluginWarning, is_out_of_memory
+from cfsp_framework.errors import CfspError, PluginError, PluginWarning, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch

@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import DataError
-from .plugins import did_you_mean
+from cfsp_framework.errors import DataError
+from cfsp_framework.plugins import did_you_mean
 
 Role = Literal["calibration", "evaluation", "training"]
 
@@ -152,7 +152,7 @@ def read_rows(spec: str) -> Sequence[Mapping[str, Any]]:
 
 def _read(spec: str, role: Role, characters: int | None = None) -> Documents:
     if spec == "demo":
-        from .demo import corpus
+        from cfsp_framework.demo import corpus
 
         return Documents(tuple(corpus.documents(_DEMO_SPLITS[role])), "\n\n")
     if spec in WELL_KNOWN:

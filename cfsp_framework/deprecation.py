@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .errors import PluginDeprecationWarning
+from cfsp_framework.errors import PluginDeprecationWarning
 
 
 def deprecation(what: str, *, since: str, until: str, instead: str) -> PluginDeprecationWarning:

@@ -10,16 +10,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from .api import HELD_OUT_EVERY, Collector, Site, Stream
-from .errors import ConfigError
-from .hardware import BATCH_TOKENS, NOMINAL, Hardware, this_machine
-from .selection import curve_of, stream_of, target_mix_of
-from .shapes import BlockShape, ModelShape, measure_shape
+from cfsp_framework.api import HELD_OUT_EVERY, Collector, Site, Stream
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.hardware import BATCH_TOKENS, NOMINAL, Hardware, this_machine
+from cfsp_framework.selection import curve_of, stream_of, target_mix_of
+from cfsp_framework.shapes import BlockShape, ModelShape, measure_shape
 
 if TYPE_CHECKING:
-    from .config import RunConfig
-    from .plugins import Chosen
-    from .selection import Selection
+    from cfsp_framework.config import RunConfig
+    from cfsp_framework.plugins import Chosen
+    from cfsp_framework.selection import Selection
 
 LISTENING = 1.08
 """A block that is measured beside one that just runs (docs/benchmarks.md)."""
@@ -460,9 +460,9 @@ def estimate_run(config: RunConfig) -> Estimate:
     Raises:
         InputError: the model's configuration or the options cannot be used.
     """
-    from .models import pick_device, sketch_model
-    from .plugins import load_plugins
-    from .selection import select
+    from cfsp_framework.models import pick_device, sketch_model
+    from cfsp_framework.plugins import load_plugins
+    from cfsp_framework.selection import select
 
     selection = select(config, load_plugins(config.plugins))
     device = pick_device(config.device)

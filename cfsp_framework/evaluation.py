@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from .architectures import Decoder
-from .blocks import Passage, embed, finish, pass_block
-from .calibration import tokenize
-from .data import mixture, read_text
-from .errors import DataError, ModelError
-from .progress import Progress
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.blocks import Passage, embed, finish, pass_block
+from cfsp_framework.calibration import tokenize
+from cfsp_framework.data import mixture, read_text
+from cfsp_framework.errors import DataError, ModelError
+from cfsp_framework.progress import Progress
 
 _LOGITS_PER_BATCH = 1 << 23
 """Bounds the float32 logits of a batch to 32 MiB."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .config import RunConfig
-    from .planning import PruningPlan
-    from .report import Report
+    from cfsp_framework.config import RunConfig
+    from cfsp_framework.planning import PruningPlan
+    from cfsp_framework.report import Report
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import OutputError
+from cfsp_framework.errors import OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor

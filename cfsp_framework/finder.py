@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .api import Architecture, FeedForwardLayout
-from .banks import ExpertBank, Projection, matrix
-from .errors import ModelError
-from .skeletons import without_weights
+from cfsp_framework.api import Architecture, FeedForwardLayout
+from cfsp_framework.banks import ExpertBank, Projection, matrix
+from cfsp_framework.errors import ModelError
+from cfsp_framework.skeletons import without_weights
 
 _NAMES = (
     ("gate_proj", "up_proj", "down_proj"),

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .api import BlockStatistics, Collector, Site
-from .architectures import Decoder
-from .banks import Heard
-from .blocks import PADDING, Batch, Passage
-from .measure import BlockTallies, listening
-from .plugins import Chosen
-from .progress import Progress
+from cfsp_framework.api import BlockStatistics, Collector, Site
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.banks import Heard
+from cfsp_framework.blocks import PADDING, Batch, Passage
+from cfsp_framework.measure import BlockTallies, listening
+from cfsp_framework.plugins import Chosen
+from cfsp_framework.progress import Progress
 
 
 def measure_gradients(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from .api import Allocator, Architecture, Collector, Compensator, Criterion, Observer, RecoveryScheduler
+from cfsp_framework.api import Allocator, Architecture, Collector, Compensator, Criterion, Observer, RecoveryScheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from .pipeline import RunResult
+    from cfsp_framework.pipeline import RunResult
 
 NAMESPACE = "cfsp_framework"
 hookspec = pluggy.HookspecMarker(NAMESPACE)

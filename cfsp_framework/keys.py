@@ -12,11 +12,11 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from . import surgery
-from .bench import Bench
-from .planning import PruningPlan
-from .resume import identity_of
-from .selection import Selection, curve_of
+from cfsp_framework import surgery
+from cfsp_framework.bench import Bench
+from cfsp_framework.planning import PruningPlan
+from cfsp_framework.resume import identity_of
+from cfsp_framework.selection import Selection, curve_of
 
 
 def collection_key(bench: Bench) -> str:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .api import Accumulator, BlockStatistics, Collector, FeedForward, Site, Statistic, Windows
-from .architectures import Decoder
-from .banks import Heard, SingleBank
-from .blocks import Batch, run_block
-from .containment import tensor_problem
-from .errors import ModelError, PluginError
-from .plugins import Chosen
-from .ranks import SOLO, Ranks
+from cfsp_framework.api import Accumulator, BlockStatistics, Collector, FeedForward, Site, Statistic, Windows
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.banks import Heard, SingleBank
+from cfsp_framework.blocks import Batch, run_block
+from cfsp_framework.containment import tensor_problem
+from cfsp_framework.errors import ModelError, PluginError
+from cfsp_framework.plugins import Chosen
+from cfsp_framework.ranks import SOLO, Ranks
 
 _WEIGHTS = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
 _IN_FEED_FORWARDS = frozenset({Site.FEED_FORWARD, Site.DOWN_PROJECTION})

@@ -30,11 +30,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from .config import RunConfig
-from .errors import CfspError, ConfigError, ModelError
-from .files import LICENCE_FILES
-from .ranks import SOLO, Ranks
-from .skeletons import without_weights
+from cfsp_framework.config import RunConfig
+from cfsp_framework.errors import CfspError, ConfigError, ModelError
+from cfsp_framework.files import LICENCE_FILES
+from cfsp_framework.ranks import SOLO, Ranks
+from cfsp_framework.skeletons import without_weights
 
 _CHUNK = 1 << 22
 _HASHES_AT_ONCE = 4
@@ -187,7 +187,7 @@ def resolve(source: str, files: Sequence[str] = _CHECKPOINT_FILES) -> Path:
         ModelError: there is no such folder, and the Hub does not have it or cannot be reached.
     """
     if source == "demo":
-        from .demo import MODEL_FOLDER
+        from cfsp_framework.demo import MODEL_FOLDER
 
         return MODEL_FOLDER
     path = Path(source).expanduser()

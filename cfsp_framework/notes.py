@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from . import surgery
-from .api import Update
-from .blocks import PADDING
-from .planning import PruningPlan
-from .statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_INPUT_SQUARES, MAE_DISTANCE, MSE_DISTANCE
+from cfsp_framework import surgery
+from cfsp_framework.api import Update
+from cfsp_framework.blocks import PADDING
+from cfsp_framework.planning import PruningPlan
+from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_INPUT_SQUARES, MAE_DISTANCE, MSE_DISTANCE
 
 if TYPE_CHECKING:
-    from .bench import Bench
-    from .collect import FeedForwardMeasurement
+    from cfsp_framework.bench import Bench
+    from cfsp_framework.collect import FeedForwardMeasurement
 
 _ENOUGH_TOKENS = 10
 """Calibration tokens per channel below which second moments are not to be trusted."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .api import Observer
-from .containment import survived
-from .errors import PluginError
-from .events import Event
-from .plugins import Chosen
+from cfsp_framework.api import Observer
+from cfsp_framework.containment import survived
+from cfsp_framework.errors import PluginError
+from cfsp_framework.events import Event
+from cfsp_framework.plugins import Chosen
 
 
 def start_observing(observers: Sequence[Chosen[Observer]]) -> Callable[[Event], None]:

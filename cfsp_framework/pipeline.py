@@ -11,28 +11,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, report, surgery
-from .api import Budget, Update
-from .architectures import Decoder
-from .attention import choose_attentions, count_to_drop
-from .bench import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
-from .blocks import Batch, Passage, embed, finish, logits, pass_block
-from .calibration import identify
-from .collect import FeedForwardMeasurement, collect, summarise
-from .compensation import FinishedBlocks, FirstPass, SecondPass
-from .config import RunConfig
-from .errors import ConfigError, PlanError
-from .evaluation import EvaluationSet, Perplexity, perplexity
-from .events import BlockFinished, RunFinished
-from .files import staged_folder
-from .keys import collection_key, second_pass_key, versions
-from .models import LoadedModel, load_model, open_model, open_skeleton, resolve
-from .notes import gather_notes
-from .planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step
-from .plugins import load_plugins
-from .progress import Progress
-from .ranks import join_ranks
-from .recovery import (
+from cfsp_framework import checkpoint, report, surgery
+from cfsp_framework.api import Budget, Update
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.attention import choose_attentions, count_to_drop
+from cfsp_framework.bench import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
+from cfsp_framework.blocks import Batch, Passage, embed, finish, logits, pass_block
+from cfsp_framework.calibration import identify
+from cfsp_framework.collect import FeedForwardMeasurement, collect, summarise
+from cfsp_framework.compensation import FinishedBlocks, FirstPass, SecondPass
+from cfsp_framework.config import RunConfig
+from cfsp_framework.errors import ConfigError, PlanError
+from cfsp_framework.evaluation import EvaluationSet, Perplexity, perplexity
+from cfsp_framework.events import BlockFinished, RunFinished
+from cfsp_framework.files import staged_folder
+from cfsp_framework.keys import collection_key, second_pass_key, versions
+from cfsp_framework.models import LoadedModel, load_model, open_model, open_skeleton, resolve
+from cfsp_framework.notes import gather_notes
+from cfsp_framework.planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step
+from cfsp_framework.plugins import load_plugins
+from cfsp_framework.progress import Progress
+from cfsp_framework.ranks import join_ranks
+from cfsp_framework.recovery import (
     RecoveryTask,
     Training,
     kept_plan,
@@ -44,11 +44,11 @@ from .recovery import (
     save_recovery_plan,
     train_model,
 )
-from .report import Report
-from .resume import KeptCollection
-from .selection import curve_of
-from .streaming import ShardWriter, Streamed
-from .telling import tell, tell_recovered, write_report
+from cfsp_framework.report import Report
+from cfsp_framework.resume import KeptCollection
+from cfsp_framework.selection import curve_of
+from cfsp_framework.streaming import ShardWriter, Streamed
+from cfsp_framework.telling import tell, tell_recovered, write_report
 
 CRITERION = "criterion"
 """The label of a run's only criterion among the scores."""

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .api import Allocator, BlockSummary, Budget
-from .errors import ConfigError, PlanError, PluginError
+from cfsp_framework.api import Allocator, BlockSummary, Budget
+from cfsp_framework.errors import ConfigError, PlanError, PluginError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .plugins import Chosen
+    from cfsp_framework.plugins import Chosen
 
 
 _ENDLESS = 100_000

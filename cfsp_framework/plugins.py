@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast
 import pluggy
 from pydantic import ValidationError
 
-from . import hookspecs
-from .api import (
+from cfsp_framework import hookspecs
+from cfsp_framework.api import (
     API_VERSION,
     Allocator,
     Architecture,
@@ -37,14 +37,14 @@ from .api import (
     Site,
     Statistic,
 )
-from .containment import Conduct, contained, survived
-from .errors import ConfigError, PluginError
+from cfsp_framework.containment import Conduct, contained, survived
+from cfsp_framework.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
-    from .pipeline import RunResult
+    from cfsp_framework.pipeline import RunResult
 
 C = TypeVar("C", bound=Component)
 C_co = TypeVar("C_co", bound=Component, covariant=True)

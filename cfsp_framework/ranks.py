@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
-from .errors import ConfigError
+from cfsp_framework.errors import ConfigError
 
 T = TypeVar("T")
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .calibration import tokenize
-from .data import STREAM_CHARACTERS, mixture, read_rows, read_text, shares
-from .errors import DataError
+from cfsp_framework.calibration import tokenize
+from cfsp_framework.data import STREAM_CHARACTERS, mixture, read_rows, read_text, shares
+from cfsp_framework.errors import DataError
 
 NOT_LEARNT = -100
 """The label of a token that no loss counts."""

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .api import Update
-from .evaluation import Perplexity
-from .planning import BlockPlan, PruningPlan, bank_path
+from cfsp_framework.api import Update
+from cfsp_framework.evaluation import Perplexity
+from cfsp_framework.planning import BlockPlan, PruningPlan, bank_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .collect import FeedForwardMeasurement
+    from cfsp_framework.collect import FeedForwardMeasurement
 
 
 class _Frozen(BaseModel):

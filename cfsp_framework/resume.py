@@ -12,12 +12,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .api import BlockStatistics, Component, Statistic
-from .blocks import Batch
-from .collect import FeedForwardMeasurement
-from .files import save_aside
-from .plugins import Chosen
-from .ranks import SOLO, Ranks
+from cfsp_framework.api import BlockStatistics, Component, Statistic
+from cfsp_framework.blocks import Batch
+from cfsp_framework.collect import FeedForwardMeasurement
+from cfsp_framework.files import save_aside
+from cfsp_framework.plugins import Chosen
+from cfsp_framework.ranks import SOLO, Ranks
 
 HIDDEN_SHARE = 0.05
 """The share of the time that may go into keeping hidden states."""

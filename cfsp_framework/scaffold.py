@@ -12,11 +12,11 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .errors import ConfigError, OutputError
-from .files import check_parent, staged_folder
+from cfsp_framework.errors import ConfigError, OutputError
+from cfsp_framework.files import check_parent, staged_folder
 
 if TYPE_CHECKING:
-    from .plugins import Plugins
+    from cfsp_framework.plugins import Plugins
 
 Kind = Literal["criterion", "allocator", "collector", "compensator", "recovery"]
 

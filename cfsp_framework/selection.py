@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .api import Allocator, Collector, Compensator, Component, Criterion, Observer, RecoveryScheduler, Statistic, Stream
-from .config import RunConfig
-from .errors import PluginError
-from .plugins import Chosen, Plugins
-from .statistics import DOWN_INPUT_GRAM
+from cfsp_framework.api import Allocator, Collector, Compensator, Component, Criterion, Observer, RecoveryScheduler, Statistic, Stream
+from cfsp_framework.config import RunConfig
+from cfsp_framework.errors import PluginError
+from cfsp_framework.plugins import Chosen, Plugins
+from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .errors import ModelError
+from cfsp_framework.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,8 +11,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from .errors import OutputError, ResourceError
-from .files import human_bytes
+from cfsp_framework.errors import OutputError, ResourceError
+from cfsp_framework.files import human_bytes
 
 
 def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor:

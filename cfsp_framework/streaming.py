@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import ModelError
+from cfsp_framework.errors import ModelError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

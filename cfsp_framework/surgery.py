@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .api import Update
-from .architectures import Decoder
-from .banks import Bank, ExpertBank, SingleBank, matrix
-from .errors import ConfigError, ModelError, PlanError
-from .heterogeneous import StandIn
-from .planning import BlockPlan, PruningPlan
+from cfsp_framework.api import Update
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.banks import Bank, ExpertBank, SingleBank, matrix
+from cfsp_framework.errors import ConfigError, ModelError, PlanError
+from cfsp_framework.heterogeneous import StandIn
+from cfsp_framework.planning import BlockPlan, PruningPlan
 
 Compensate = Callable[[int, Sequence[Tensor]], Sequence[Update]]
 """Answers ``(block, kept channels of each of its feed-forwards)`` with a change for each."""

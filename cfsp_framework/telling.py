@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import checkpoint, report
-from .api import Update
-from .bench import Bench, sequence_length
-from .cards import read_base
-from .evaluation import EvaluationSet, Perplexity
-from .keys import versions
-from .pages import html_report, model_card
-from .planning import PruningPlan
-from .recovery import Training
-from .report import Evaluation, Report, Size
+from cfsp_framework import checkpoint, report
+from cfsp_framework.api import Update
+from cfsp_framework.bench import Bench, sequence_length
+from cfsp_framework.cards import read_base
+from cfsp_framework.evaluation import EvaluationSet, Perplexity
+from cfsp_framework.keys import versions
+from cfsp_framework.pages import html_report, model_card
+from cfsp_framework.planning import PruningPlan
+from cfsp_framework.recovery import Training
+from cfsp_framework.report import Evaluation, Report, Size
 
 
 def tell(

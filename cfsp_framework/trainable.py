@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .api import BlockRecovery, RecoveryPlan, TrainableBlock
-from .architectures import Decoder
-from .banks import Bank, Projection, SingleBank, matrix
-from .planning import PruningPlan
+from cfsp_framework.api import BlockRecovery, RecoveryPlan, TrainableBlock
+from cfsp_framework.architectures import Decoder
+from cfsp_framework.banks import Bank, Projection, SingleBank, matrix
+from cfsp_framework.planning import PruningPlan
 
 
 def trainable_blocks(decoder: Decoder, plan: PruningPlan) -> tuple[TrainableBlock, ...]:

@@ -22,13 +22,13 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .api import Distillation, RecoveryPlan
-from .errors import CfspError, ConfigError
-from .plugins import did_you_mean
-from .progress import Progress
-from .ranks import SOLO, Ranks
-from .recovery_data import NOT_LEARNT, Example, TrainingData, collate
-from .report import LossPoint
+from cfsp_framework.api import Distillation, RecoveryPlan
+from cfsp_framework.errors import CfspError, ConfigError
+from cfsp_framework.plugins import did_you_mean
+from cfsp_framework.progress import Progress
+from cfsp_framework.ranks import SOLO, Ranks
+from cfsp_framework.recovery_data import NOT_LEARNT, Example, TrainingData, collate
+from cfsp_framework.report import LossPoint
 
 _TOKENS_AT_ONCE = 2048
 _TOKENS_AT_ONCE_GPU = 8192

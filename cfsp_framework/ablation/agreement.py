@@ -12,7 +12,7 @@ from torch import Tensor
 from cfsp_framework.collect import FeedForwardMeasurement
 from cfsp_framework.planning import bank_path
 
-from .results import Agreement
+from cfsp_framework.ablation.results import Agreement
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import CfspError, ConfigError
 
-from .cells import Extras, Job, Made, Workshop
-from .collections import Collection, CollectionFolder
+from cfsp_framework.ablation.cells import Extras, Job, Made, Workshop
+from cfsp_framework.ablation.collections import Collection, CollectionFolder
 
 Kind = Literal["serial", "process", "ray"]
 Work = Iterable[tuple[Job, Collection]]

@@ -13,10 +13,10 @@ from markupsafe import Markup, escape
 from cfsp_framework.console import short
 from cfsp_framework.pages import page_environment
 
-from . import pictures
-from .drawing import HIGHLIGHTS, MUTED, percent
-from .results import CellResult, SweepResults
-from .summary import (
+from cfsp_framework.ablation import pictures
+from cfsp_framework.ablation.drawing import HIGHLIGHTS, MUTED, percent
+from cfsp_framework.ablation.results import CellResult, SweepResults
+from cfsp_framework.ablation.summary import (
     Best,
     Grid,
     Group,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .drawing import (
+from cfsp_framework.ablation.drawing import (
     ACCENT,
     HIGHLIGHTS,
     INK,
@@ -21,7 +21,7 @@ from .drawing import (
     use_log_axis,
     use_share_axis,
 )
-from .summary import Group, Interval, Method, Pair
+from cfsp_framework.ablation.summary import Group, Interval, Method, Pair
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-    from .results import CellResult
+    from cfsp_framework.ablation.results import CellResult
 
 _WIDTH = 11.0
 """Inches of a picture as wide as the page."""

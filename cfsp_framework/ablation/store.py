@@ -13,7 +13,7 @@ from typing import Any
 
 from cfsp_framework.errors import OutputError
 
-from .results import CellResult
+from cfsp_framework.ablation.results import CellResult
 
 FILE = "results.sqlite"
 PLANS = "plans"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from .results import CellResult, CellSpec, Quality, SweepResults
+from cfsp_framework.ablation.results import CellResult, CellSpec, Quality, SweepResults
 
 CONFIDENCE = 0.95
 

@@ -19,14 +19,14 @@ from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import SOLO, join_ranks
 from cfsp_framework.selection import select
 
-from .agreement import agreements, scored
-from .cells import Extras, Job, Made, Workshop, cell_key, dense_key, prune_command, qualities, score_tasks
-from .collections import Collection, CollectionFolder, Part, want
-from .executors import Executor
-from .grid import Cell
-from .results import Agreement, CellResult, Quality, SweepResults
-from .store import COLLECTIONS, PLANS, Store, check_folder, open_store
-from .tables import write_tables
+from cfsp_framework.ablation.agreement import agreements, scored
+from cfsp_framework.ablation.cells import Extras, Job, Made, Workshop, cell_key, dense_key, prune_command, qualities, score_tasks
+from cfsp_framework.ablation.collections import Collection, CollectionFolder, Part, want
+from cfsp_framework.ablation.executors import Executor
+from cfsp_framework.ablation.grid import Cell
+from cfsp_framework.ablation.results import Agreement, CellResult, Quality, SweepResults
+from cfsp_framework.ablation.store import COLLECTIONS, PLANS, Store, check_folder, open_store
+from cfsp_framework.ablation.tables import write_tables
 
 
 @dataclass(frozen=True)

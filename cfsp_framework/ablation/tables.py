@@ -18,8 +18,8 @@ from rich.text import Text
 from cfsp_framework.console import short
 from cfsp_framework.files import write_text
 
-from .results import CellResult, CellSpec, SweepResults
-from .summary import (
+from cfsp_framework.ablation.results import CellResult, CellSpec, SweepResults
+from cfsp_framework.ablation.summary import (
     Interval,
     data_specs,
     dense_quality,
@@ -36,7 +36,7 @@ PAGE = "report.html"
 
 def write_tables(results: SweepResults, folder: Path) -> None:
     """``results.csv``, ``.md`` and ``.tex``, and the page."""
-    from .page import sweep_page
+    from cfsp_framework.ablation.page import sweep_page
 
     write_text(folder / "results.csv", csv_table(results))
     write_text(folder / "results.md", markdown_tables(results))

@@ -9,7 +9,7 @@ import click
 
 from cfsp_framework.config import RunConfig
 
-from .options import config_options, given, json_option, quiet_option, traceback_option
+from cfsp_framework.commands.options import config_options, given, json_option, quiet_option, traceback_option
 
 
 @click.command()

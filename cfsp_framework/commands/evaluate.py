@@ -11,7 +11,7 @@ import click
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 
-from .options import MODEL, SPEC_HELP, config_options, given, json_option, plugin_option, traceback_option
+from cfsp_framework.commands.options import MODEL, SPEC_HELP, config_options, given, json_option, plugin_option, traceback_option
 
 
 @click.command(epilog=SPEC_HELP)

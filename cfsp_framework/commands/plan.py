@@ -11,7 +11,7 @@ import click
 from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.errors import InputError
 
-from .options import (
+from cfsp_framework.commands.options import (
     AMOUNT,
     CALIBRATION,
     COMPONENTS,

@@ -9,7 +9,7 @@ import click
 
 from cfsp_framework.config import layered
 
-from .options import (
+from cfsp_framework.commands.options import (
     EVALUATION,
     RECOVERY,
     RESUME,

@@ -32,8 +32,8 @@ from cfsp_framework.models import context_length
 from cfsp_framework.progress import Progress
 from cfsp_framework.report import measure_size
 
-from .contestants import Contestant
-from .costs import Costs, Machine, count_costs
+from cfsp_framework.deployment.contestants import Contestant
+from cfsp_framework.deployment.costs import Costs, Machine, count_costs
 
 _LEAST_SECONDS = 0.1
 """Episodes are repeated within a round until they take this long, so that the clock and the scheduler matter little."""

@@ -13,9 +13,9 @@ from rich.table import Table
 from cfsp_framework.files import human_bytes
 
 if TYPE_CHECKING:
-    from .benchmark import Benchmark, ModelSize, Speed
-    from .publishing import Upload
-    from .tasks import Metric, TaskResult, TaskResults
+    from cfsp_framework.deployment.benchmark import Benchmark, ModelSize, Speed
+    from cfsp_framework.deployment.publishing import Upload
+    from cfsp_framework.deployment.tasks import Metric, TaskResult, TaskResults
 
 
 def show_tasks(model: str, found: TaskResults) -> None:

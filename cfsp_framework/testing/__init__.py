@@ -12,16 +12,16 @@ hypothesis is installed (``pip install 'cfsp-framework[test]'``) contracts also 
 
 from __future__ import annotations
 
-from .allocators import AllocatorContract
-from .collectors import CollectorContract
-from .compensators import CompensatorContract
-from .contract import ComponentContract
-from .criteria import CriterionContract
-from .errors import ContractError, NotApplicable
-from .models import calibration_windows, tiny_decoder, tiny_model, write_checkpoint
-from .observers import ObserverContract
-from .recovery import RecoverySchedulerContract
-from .samples import Case, Sample, make_sample, only
+from cfsp_framework.testing.allocators import AllocatorContract
+from cfsp_framework.testing.collectors import CollectorContract
+from cfsp_framework.testing.compensators import CompensatorContract
+from cfsp_framework.testing.contract import ComponentContract
+from cfsp_framework.testing.criteria import CriterionContract
+from cfsp_framework.testing.errors import ContractError, NotApplicable
+from cfsp_framework.testing.models import calibration_windows, tiny_decoder, tiny_model, write_checkpoint
+from cfsp_framework.testing.observers import ObserverContract
+from cfsp_framework.testing.recovery import RecoverySchedulerContract
+from cfsp_framework.testing.samples import Case, Sample, make_sample, only
 
 pytest_plugins = ("cfsp_framework.testing.fixtures",)
 """pytest reads this where the package is used as a plugin."""

@@ -13,8 +13,8 @@ import torch
 from cfsp_framework.api import Allocator, BlockSummary, Budget, Statistic
 from cfsp_framework.planning import round_widths, total_to_keep
 
-from .contract import ComponentContract, ContractError, NotApplicable, blamed, explore, unwritten, usage
-from .watching import WatchedScalars, unchanged_process
+from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed, explore, unwritten, usage
+from cfsp_framework.testing.watching import WatchedScalars, unchanged_process
 
 RATIOS = (0.0, 0.1, 0.25, 0.5, 0.8)
 

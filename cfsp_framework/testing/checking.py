@@ -19,11 +19,11 @@ from cfsp_framework.errors import ConfigError
 from cfsp_framework.hookspecs import NAMESPACE
 from cfsp_framework.plugins import Origin, Plugins, Registry, did_you_mean, load_plugins
 
-from . import CONTRACTS
-from .contract import describe, variants
-from .errors import ContractError, NotApplicable
-from .samples import one_line
-from .watching import restored
+from cfsp_framework.testing import CONTRACTS
+from cfsp_framework.testing.contract import describe, variants
+from cfsp_framework.testing.errors import ContractError, NotApplicable
+from cfsp_framework.testing.samples import one_line
+from cfsp_framework.testing.watching import restored
 
 Verdict = Literal["pass", "fail", "skip"]
 _ROOM = 14

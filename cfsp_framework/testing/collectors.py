@@ -11,10 +11,10 @@ from torch import Tensor
 
 from cfsp_framework.api import Accumulator, Collector, Site
 
-from .contract import ComponentContract, ContractError, NotApplicable, blamed, close, explore, mixed, unwritten
-from .elsewhere import DeviceMismatchError, Elsewhere, sent
-from .samples import Case, Sample, make_sample, one_line
-from .watching import unchanged_process
+from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed, close, explore, mixed, unwritten
+from cfsp_framework.testing.elsewhere import DeviceMismatchError, Elsewhere, sent
+from cfsp_framework.testing.samples import Case, Sample, make_sample, one_line
+from cfsp_framework.testing.watching import unchanged_process
 
 Rows = Sequence[tuple[Tensor, Tensor]]
 """Inputs and outputs of each window."""
@@ -209,7 +209,7 @@ class CollectorContract(ComponentContract):
 
     def test_works_on_whole_models(self, component: Collector) -> None:
         """In a pass over tiny models of several families, experts among them; the batch size changes nothing."""
-        from . import models
+        from cfsp_framework.testing import models
 
         for name in models.TINY:
             models.statistics(component, name, batch_size=4)

@@ -12,7 +12,7 @@ from torch import Tensor
 from cfsp_framework.api import Compensator, FeedForward, Statistic, Stream, Update
 from cfsp_framework.errors import CfspError
 
-from .contract import (
+from cfsp_framework.testing.contract import (
     ComponentContract,
     ContractError,
     NotApplicable,
@@ -24,8 +24,8 @@ from .contract import (
     usage,
     watched,
 )
-from .samples import FORMS, Case, Sample, make_sample, output, tensors_of
-from .watching import unchanged_process
+from cfsp_framework.testing.samples import FORMS, Case, Sample, make_sample, output, tensors_of
+from cfsp_framework.testing.watching import unchanged_process
 
 _ERROR_SLACK = 1e-3
 """By how much of plain pruning's error a measured one may exceed it: rounding."""
@@ -169,7 +169,7 @@ class CompensatorContract(ComponentContract):
 
     def test_works_wherever_the_model_is(self, component: Compensator) -> None:
         """Weights, statistics and ``kept`` are where the block ran, a GPU say."""
-        from .contract import away
+        from cfsp_framework.testing.contract import away
 
         sample = make_sample(Case(form="plain"))
         statistics = self.measured(component, sample)
@@ -178,7 +178,7 @@ class CompensatorContract(ComponentContract):
 
     def test_works_on_whole_models(self, component: Compensator) -> None:
         """On blocks of tiny models of several families, experts among them."""
-        from . import models
+        from cfsp_framework.testing import models
 
         for name in models.TINY:
             models.update(component, name, self.found_collectors(component))

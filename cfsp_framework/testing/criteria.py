@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cfsp_framework.api import BlockStatistics, Criterion, FeedForward, Statistic
 
-from .contract import (
+from cfsp_framework.testing.contract import (
     ComponentContract,
     ContractError,
     NotApplicable,
@@ -21,8 +21,8 @@ from .contract import (
     usage,
     watched,
 )
-from .samples import CASES, Case, Sample, make_sample
-from .watching import unchanged_process
+from cfsp_framework.testing.samples import CASES, Case, Sample, make_sample
+from cfsp_framework.testing.watching import unchanged_process
 
 _TOLERANCE = 1e-3
 """Of the largest score: how far a criterion may be off by rounding."""
@@ -121,7 +121,7 @@ class CriterionContract(ComponentContract):
 
     def test_works_on_whole_models(self, component: Criterion) -> None:
         """In a pass over tiny models of several families, experts among them; the batch size changes nothing."""
-        from . import models
+        from cfsp_framework.testing import models
 
         for name in models.TINY:
             models.scores(component, name, self.found_collectors(component), batch_size=4)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from . import models, samples
+from cfsp_framework.testing import models, samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cfsp_framework.architectures import Decoder
     from cfsp_framework.plugins import Plugins
 
-    from .samples import Case, Sample
+    from cfsp_framework.testing.samples import Case, Sample
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from cfsp_framework.api import Collector, Compensator, Criterion, Site, Update
 from cfsp_framework.errors import CfspError, ConfigError
 from cfsp_framework.plugins import Chosen, Origin, did_you_mean
 
-from .errors import ContractError, NotApplicable
-from .samples import built_ins, made, provider
+from cfsp_framework.testing.errors import ContractError, NotApplicable
+from cfsp_framework.testing.samples import built_ins, made, provider
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,9 +22,9 @@ from cfsp_framework.events import (
 )
 from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
 
-from .contract import ComponentContract
-from .errors import ContractError
-from .watching import blamed
+from cfsp_framework.testing.contract import ComponentContract
+from cfsp_framework.testing.errors import ContractError
+from cfsp_framework.testing.watching import blamed
 
 _BEGINNING: Sequence[Event] = (
     RunStarted(RunConfig(model="demo")),

@@ -13,8 +13,8 @@ from cfsp_framework.api import BlockSummary, RecoveryPlan, RecoveryScheduler, Tr
 from cfsp_framework.errors import CfspError
 from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
 
-from .contract import ComponentContract, ContractError, NotApplicable, blamed
-from .watching import unchanged_process
+from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed
+from cfsp_framework.testing.watching import unchanged_process
 
 Shapes = dict[str, tuple[int, ...]]
 

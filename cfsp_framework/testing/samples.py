@@ -16,7 +16,7 @@ from cfsp_framework.api import BlockStatistics, Collector, Component, FeedForwar
 from cfsp_framework.errors import CfspError
 from cfsp_framework.plugins import Chosen, Origin, Plugins, load_plugins
 
-from .errors import ContractError
+from cfsp_framework.testing.errors import ContractError
 
 if TYPE_CHECKING:
     from torch._prims_common import DeviceLikeType

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cfsp_framework.api import BlockStatistics, Statistic
 
-from .errors import ContractError
-from .samples import one_line
+from cfsp_framework.testing.errors import ContractError
+from cfsp_framework.testing.samples import one_line
 
 
 class WatchedStatistics(BlockStatistics):
