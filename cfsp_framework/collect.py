@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from cfsp_framework.algebra import compensated_curve, damped_inverse, plain_curve
+from cfsp_framework.linalg import compensated_curve, damped_inverse, plain_curve
 from cfsp_framework.api import (
     BlockStatistics,
     BlockSummary,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cfsp_criteria import Leverage, Obs
 from cfsp_framework import BlockStatistics, FeedForward
-from cfsp_framework.algebra import (
+from cfsp_framework.linalg import (
     compensated_curve,
     damped,
     damped_inverse,

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Criterion, FeedForward, Statistic
-from cfsp_framework.algebra import damped_inverse
+from cfsp_framework.linalg import damped_inverse
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 

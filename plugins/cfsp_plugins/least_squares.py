@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Compensator, FeedForward, Statistic, Stream, Update
-from cfsp_framework.algebra import least_squares, output_error, output_square
+from cfsp_framework.linalg import least_squares, output_error, output_square
 from cfsp_framework.statistics import (
     DOWN_CROSS,
     DOWN_CROSS_HELD_OUT,

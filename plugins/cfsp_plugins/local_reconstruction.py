@@ -21,7 +21,7 @@ from cfsp_framework import (
     Stream,
     Update,
 )
-from cfsp_framework.algebra import least_squares
+from cfsp_framework.linalg import least_squares
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.statistics import (
     FEED_FORWARD_INPUTS,
