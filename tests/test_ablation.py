@@ -27,7 +27,7 @@ from cfsp_framework import RunConfig
 from cfsp_framework.ablation.agreement import average_ranks, overlaps, rank_correlations
 from cfsp_framework.ablation.cells import Extras, prune_command
 from cfsp_framework.ablation.grid import expand, split_choices
-from cfsp_framework.ablation.restoring import restored
+from cfsp_framework.ablation.snapshot import restored
 from cfsp_framework.ablation.results import CellResult, SweepResults
 from cfsp_framework.ablation.store import open_store
 from cfsp_framework.ablation.summary import interval

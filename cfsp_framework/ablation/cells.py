@@ -34,9 +34,9 @@ from cfsp_framework.recovery import train_model
 from cfsp_framework.resume import identity_of
 from cfsp_framework.selection import Selection, select
 
-from cfsp_framework.ablation.collections import Collection, one_line, want
+from cfsp_framework.ablation.measurements import Collection, one_line, want
 from cfsp_framework.ablation.grid import TRAINING
-from cfsp_framework.ablation.restoring import ModelState, restored
+from cfsp_framework.ablation.snapshot import ModelState, restored
 from cfsp_framework.ablation.results import CellResult, CellSpec, Latency, Quality
 
 _LONG_TEXT = 1 << 16

@@ -19,7 +19,7 @@ from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import CfspError, ConfigError
 
 from cfsp_framework.ablation.cells import Extras, Job, Made, Workshop
-from cfsp_framework.ablation.collections import Collection, CollectionFolder
+from cfsp_framework.ablation.measurements import Collection, CollectionFolder
 
 Kind = Literal["serial", "process", "ray"]
 Work = Iterable[tuple[Job, Collection]]

@@ -21,7 +21,7 @@ from cfsp_framework.selection import select
 
 from cfsp_framework.ablation.agreement import agreements, scored
 from cfsp_framework.ablation.cells import Extras, Job, Made, Workshop, cell_key, dense_key, prune_command, qualities, score_tasks
-from cfsp_framework.ablation.collections import Collection, CollectionFolder, Part, want
+from cfsp_framework.ablation.measurements import Collection, CollectionFolder, Part, want
 from cfsp_framework.ablation.executors import Executor
 from cfsp_framework.ablation.grid import Cell
 from cfsp_framework.ablation.results import Agreement, CellResult, Quality, SweepResults

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp_framework.ablation.cells import Extras, Job, Workshop
-from cfsp_framework.ablation.collections import Collection, CollectionFolder, want
+from cfsp_framework.ablation.measurements import Collection, CollectionFolder, want
 from cfsp_framework.ablation.grid import expand
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.pipeline import evaluate, make_plan
