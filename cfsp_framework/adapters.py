@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cfsp_framework.api import BlockRecovery
+from cfsp_framework.api.components import BlockRecovery
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.errors import CfspError, ModelError
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cfsp_framework.api import Architecture, FeedForward
+from cfsp_framework.api.components import Architecture, FeedForward
 from cfsp_framework.banks import Bank, ExpertBank, SingleBank
 from cfsp_framework.errors import ModelError
 from cfsp_framework.finder import find_architecture

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from cfsp_framework import report, surgery
-from cfsp_framework.api import Site
+from cfsp_framework.api.components import Site
 from cfsp_framework.architectures import Decoder, open_decoder
 from cfsp_framework.blocks import PADDING, Passage
 from cfsp_framework.calibration import calibration_windows
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation import EvaluationSet, evaluation_set
-from cfsp_framework.events import RunStarted
+from cfsp_framework.api.events import RunStarted
 from cfsp_framework.models import LoadedModel, context_length, load_model
 from cfsp_framework.observing import start_observing
 from cfsp_framework.planning import check_shared

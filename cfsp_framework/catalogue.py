@@ -18,7 +18,7 @@ from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.table import Table
 
-from cfsp_framework.api import Allocator, Collector, Component, Site, Statistic, Windows
+from cfsp_framework.api.components import Allocator, Collector, Component, Site, Statistic, Windows
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.plugins import Origin, Plugins, Registry, did_you_mean
 from cfsp_framework.statistics import DOWN_INPUT_GRAM

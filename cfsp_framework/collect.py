@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cfsp_framework.linalg import compensated_curve, damped_inverse, plain_curve
-from cfsp_framework.api import (
+from cfsp_framework.api.components import (
     BlockStatistics,
     BlockSummary,
     Collector,
@@ -24,7 +24,7 @@ from cfsp_framework.architectures import Decoder
 from cfsp_framework.blocks import Batch, Passage, embed, pass_block
 from cfsp_framework.containment import tensor_problem
 from cfsp_framework.errors import CfspError, PluginError
-from cfsp_framework.events import BlockFinished
+from cfsp_framework.api.events import BlockFinished
 from cfsp_framework.gradients import measure_gradients
 from cfsp_framework.measure import lent, measure_block
 from cfsp_framework.plugins import Chosen

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cfsp_framework.api import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
+from cfsp_framework.api.components import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.blocks import Passage, embed, pass_block
 from cfsp_framework.containment import tensor_problem

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from cfsp_framework.api import Architecture, FeedForwardLayout
+from cfsp_framework.api.components import Architecture, FeedForwardLayout
 from cfsp_framework.banks import ExpertBank, Projection, matrix
 from cfsp_framework.errors import ModelError
 from cfsp_framework.skeletons import without_weights

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cfsp_framework.api import BlockStatistics, Collector, Site
+from cfsp_framework.api.components import BlockStatistics, Collector, Site
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import Heard
 from cfsp_framework.blocks import PADDING, Batch, Passage

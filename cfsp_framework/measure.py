@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfsp_framework.api import Accumulator, BlockStatistics, Collector, FeedForward, Site, Statistic, Windows
+from cfsp_framework.api.components import Accumulator, BlockStatistics, Collector, FeedForward, Site, Statistic, Windows
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import Heard, SingleBank
 from cfsp_framework.blocks import Batch, run_block

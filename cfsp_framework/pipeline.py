@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cfsp_framework import checkpoint, report, surgery
-from cfsp_framework.api import Budget, Update
+from cfsp_framework.api.components import Budget, Update
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.attention import choose_attentions, count_to_drop
 from cfsp_framework.bench import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
@@ -23,7 +23,7 @@ from cfsp_framework.compensation import FinishedBlocks, FirstPass, SecondPass
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.evaluation import EvaluationSet, Perplexity, perplexity
-from cfsp_framework.events import BlockFinished, RunFinished
+from cfsp_framework.api.events import BlockFinished, RunFinished
 from cfsp_framework.files import staged_folder
 from cfsp_framework.keys import collection_key, second_pass_key, versions
 from cfsp_framework.models import LoadedModel, load_model, open_model, open_skeleton, resolve

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cfsp_framework.api import Allocator, BlockSummary, Budget
+from cfsp_framework.api.components import Allocator, BlockSummary, Budget
 from cfsp_framework.errors import ConfigError, PlanError, PluginError
 
 if TYPE_CHECKING:

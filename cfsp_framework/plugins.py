@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast
 import pluggy
 from pydantic import ValidationError
 
-from cfsp_framework import hookspecs
-from cfsp_framework.api import (
+from cfsp_framework.api import hookspecs
+from cfsp_framework.api.components import (
     API_VERSION,
     Allocator,
     Architecture,

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from cfsp_framework.events import Event, PhaseFinished, PhaseStarted, RunFailed
+from cfsp_framework.api.events import Event, PhaseFinished, PhaseStarted, RunFailed
 
 _SPEED_PERIOD = 600.0
 """Seconds whose steps tell how long the rest takes: longer than a slow step."""

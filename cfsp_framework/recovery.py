@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cfsp_framework import checkpoint
-from cfsp_framework.api import BlockRecovery, BlockSummary, RecoveryPlan, TrainableBlock
+from cfsp_framework.api.components import BlockRecovery, BlockSummary, RecoveryPlan, TrainableBlock
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.bench import Bench, sample_ids, sequence_length
 from cfsp_framework.blocks import logits

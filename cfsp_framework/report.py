@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cfsp_framework.api import Update
+from cfsp_framework.api.components import Update
 from cfsp_framework.evaluation import Perplexity
 from cfsp_framework.planning import BlockPlan, PruningPlan, bank_path
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cfsp_framework.api import BlockStatistics, Component, Statistic
+from cfsp_framework.api.components import BlockStatistics, Component, Statistic
 from cfsp_framework.blocks import Batch
 from cfsp_framework.collect import FeedForwardMeasurement
 from cfsp_framework.files import save_aside

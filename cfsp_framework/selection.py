@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cfsp_framework.api import Allocator, Collector, Compensator, Component, Criterion, Observer, RecoveryScheduler, Statistic, Stream
+from cfsp_framework.api.components import Allocator, Collector, Compensator, Component, Criterion, Observer, RecoveryScheduler, Statistic, Stream
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import PluginError
 from cfsp_framework.plugins import Chosen, Plugins

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from cfsp_framework.api import Update
+from cfsp_framework.api.components import Update
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import Bank, ExpertBank, SingleBank, matrix
 from cfsp_framework.errors import ConfigError, ModelError, PlanError

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cfsp_framework import checkpoint, report
-from cfsp_framework.api import Update
+from cfsp_framework.api.components import Update
 from cfsp_framework.bench import Bench, sequence_length
 from cfsp_framework.cards import read_base
 from cfsp_framework.evaluation import EvaluationSet, Perplexity

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from cfsp_framework.api import BlockRecovery, RecoveryPlan, TrainableBlock
+from cfsp_framework.api.components import BlockRecovery, RecoveryPlan, TrainableBlock
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import Bank, Projection, SingleBank, matrix
 from cfsp_framework.planning import PruningPlan

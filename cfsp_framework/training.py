@@ -22,7 +22,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from cfsp_framework.api import Distillation, RecoveryPlan
+from cfsp_framework.api.components import Distillation, RecoveryPlan
 from cfsp_framework.errors import CfspError, ConfigError
 from cfsp_framework.plugins import did_you_mean
 from cfsp_framework.progress import Progress

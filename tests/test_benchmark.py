@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp_framework import RunConfig, surgery
-from cfsp_framework.api import Update
+from cfsp_framework.api.components import Update
 from cfsp_framework.checkpoint import save_model
 from cfsp_framework.cli import cli
 from cfsp_framework.deployment import benchmark as timing

@@ -359,7 +359,7 @@ def test_the_command_line_takes_several(
 
 
 def test_events_need_neither_torch_nor_transformers() -> None:
-    script = "import sys, cfsp_framework.events, cfsp_framework.observing\nassert 'torch' not in sys.modules"
+    script = "import sys, cfsp_framework.api.events, cfsp_framework.observing\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

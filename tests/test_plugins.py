@@ -299,7 +299,7 @@ SCORE = "    def score(self, feed_forward, statistics):\n        return None\n"
         ("    pass", "cfsp_criteria() returned None; it must return a list of classes."),
         (
             "    return Criterion",
-            "cfsp_criteria() returned <class 'cfsp_framework.api.Criterion'>; it must return a list",
+            "cfsp_criteria() returned <class 'cfsp_framework.api.components.Criterion'>; it must return a list",
         ),
         ("    return ['cfsp']", "cfsp_criteria() offered 'cfsp', which is not a subclass of Criterion."),
         ("    return [int]", "cfsp_criteria() offered <class 'int'>, which is not a subclass of Criterion."),

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp_framework import RunConfig
-from cfsp_framework.api import Budget
+from cfsp_framework.api.components import Budget
 from cfsp_framework.architectures import open_decoder
 from cfsp_framework.checkpoint import save_model
 from cfsp_framework.cli import cli

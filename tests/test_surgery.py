@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp_framework import Budget, Compensator, Criterion, PruningPlan, RunConfig, Update, prune
-from cfsp_framework.api import Allocator
+from cfsp_framework.api.components import Allocator
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import SingleBank
 from cfsp_framework.blocks import embed

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp_framework import surgery
-from cfsp_framework.api import Update
+from cfsp_framework.api.components import Update
 from cfsp_framework.checkpoint import save_model
 from cfsp_framework.cli import cli
 from cfsp_framework.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cfsp_framework.api import BlockStatistics, Collector, Criterion, Statistic
+from cfsp_framework.api.components import BlockStatistics, Collector, Criterion, Statistic
 from cfsp_framework.bench import Bench
 from cfsp_framework.collect import CurveKind, FeedForwardMeasurement, collect
 from cfsp_framework.errors import CfspError, OutputError

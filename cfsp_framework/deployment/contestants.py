@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cfsp_framework import surgery
-from cfsp_framework.api import Budget, Update
+from cfsp_framework.api.components import Budget, Update
 from cfsp_framework.architectures import Decoder, open_decoder
 from cfsp_framework.collect import collect, summarise
 from cfsp_framework.config import RunConfig

@@ -13,10 +13,10 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from cfsp_framework.api import Component
+from cfsp_framework.api.components import Component
 from cfsp_framework.config import parse_choice
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.hookspecs import NAMESPACE
+from cfsp_framework.api.hookspecs import NAMESPACE
 from cfsp_framework.plugins import Origin, Plugins, Registry, did_you_mean, load_plugins
 
 from cfsp_framework.testing import CONTRACTS

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cfsp_framework.api import Accumulator, Collector, Site
+from cfsp_framework.api.components import Accumulator, Collector, Site
 
 from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed, close, explore, mixed, unwritten
 from cfsp_framework.testing.elsewhere import DeviceMismatchError, Elsewhere, sent

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cfsp_framework.api import Compensator, FeedForward, Statistic, Stream, Update
+from cfsp_framework.api.components import Compensator, FeedForward, Statistic, Stream, Update
 from cfsp_framework.errors import CfspError
 
 from cfsp_framework.testing.contract import (

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cfsp_framework.api import BlockStatistics, Collector, Component, FeedForward, Statistic
+from cfsp_framework.api.components import BlockStatistics, Collector, Component, FeedForward, Statistic
 from cfsp_framework.config import Choice, parse_choice
 from cfsp_framework.errors import ConfigError
 

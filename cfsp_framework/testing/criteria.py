@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cfsp_framework.api import BlockStatistics, Criterion, FeedForward, Statistic
+from cfsp_framework.api.components import BlockStatistics, Criterion, FeedForward, Statistic
 
 from cfsp_framework.testing.contract import (
     ComponentContract,

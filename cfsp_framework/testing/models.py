@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cfsp_framework.api import Collector, Compensator, Criterion, Site, Update
+from cfsp_framework.api.components import Collector, Compensator, Criterion, Site, Update
 from cfsp_framework.errors import CfspError, ConfigError
 from cfsp_framework.plugins import Chosen, Origin, did_you_mean
 

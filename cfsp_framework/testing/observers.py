@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from cfsp_framework.api import Observer
+from cfsp_framework.api.components import Observer
 from cfsp_framework.config import RunConfig
-from cfsp_framework.events import (
+from cfsp_framework.api.events import (
     BlockFinished,
     Event,
     PhaseFinished,

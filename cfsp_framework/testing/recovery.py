@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cfsp_framework.api import BlockSummary, RecoveryPlan, RecoveryScheduler, TrainableBlock
+from cfsp_framework.api.components import BlockSummary, RecoveryPlan, RecoveryScheduler, TrainableBlock
 from cfsp_framework.errors import CfspError
 from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cfsp_framework.api import BlockStatistics, Collector, Component, FeedForward, Site, Statistic, Windows
+from cfsp_framework.api.components import BlockStatistics, Collector, Component, FeedForward, Site, Statistic, Windows
 from cfsp_framework.errors import CfspError
 from cfsp_framework.plugins import Chosen, Origin, Plugins, load_plugins
 
@@ -264,7 +264,7 @@ def only(*names: str) -> Plugins:
     """
     from importlib.metadata import entry_points
 
-    from cfsp_framework.hookspecs import NAMESPACE
+    from cfsp_framework.api.hookspecs import NAMESPACE
 
     points = entry_points(group=NAMESPACE)
     others = {p.name for p in points if p.name not in names and not (p.dist and p.dist.name == _BUILT_IN)}

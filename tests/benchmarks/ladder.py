@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from cfsp_framework import pipeline
-from cfsp_framework.api import Criterion
+from cfsp_framework.api.components import Criterion
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.bench import Bench, set_up
 from cfsp_framework.collect import FeedForwardMeasurement, collect

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from cfsp_framework.api import Allocator, Architecture, Collector, Compensator, Criterion, Observer, RecoveryScheduler
+from cfsp_framework.api.components import Allocator, Architecture, Collector, Compensator, Criterion, Observer, RecoveryScheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

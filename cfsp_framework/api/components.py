@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # torch is imported by the commands that need it, not by `cfs
     import torch
     from torch import Tensor
 
-    from cfsp_framework.events import Event
+    from cfsp_framework.api.events import Event
     from cfsp_framework.planning import PruningPlan
 
 

@@ -1,0 +1,1 @@
+"""Every type that crosses a folder: what plugins implement, and the records a run writes."""
