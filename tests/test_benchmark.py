@@ -19,11 +19,11 @@ from cfsp_framework import RunConfig, surgery
 from cfsp_framework.api.components import Update
 from cfsp_framework.checkpoint import save_model
 from cfsp_framework.cli import cli
-from cfsp_framework.deployment import benchmark as timing
-from cfsp_framework.deployment.benchmark import Benchmark, Spread, Workload, ideal
-from cfsp_framework.deployment.contestants import Contestant, Cuts, cut_in_memory, open_contestant, random_model
-from cfsp_framework.deployment.costs import Costs, Machine, Work, count_costs
-from cfsp_framework.deployment.race import race, short_names
+from cfsp_framework.benchmark import timing
+from cfsp_framework.benchmark.timing import Benchmark, Spread, Workload, ideal
+from cfsp_framework.benchmark.candidates import Contestant, Cuts, cut_in_memory, open_contestant, random_model
+from cfsp_framework.benchmark.roofline import Costs, Machine, Work, count_costs
+from cfsp_framework.benchmark.benchmark import race, short_names
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.plugins import load_plugins
 

@@ -115,10 +115,10 @@ def benchmark(
 
     PRUNED are checkpoints. --ratio compares cuts of MODEL without any: of least magnitude, in memory.
     """
-    from cfsp_framework.deployment import plots
-    from cfsp_framework.deployment.benchmark import Workload
-    from cfsp_framework.deployment.contestants import Cuts
-    from cfsp_framework.deployment.race import race
+    from cfsp_framework.benchmark import plots
+    from cfsp_framework.benchmark.timing import Workload
+    from cfsp_framework.benchmark.candidates import Cuts
+    from cfsp_framework.benchmark.benchmark import race
     from cfsp_framework.deployment.tables import show_benchmark
     from cfsp_framework.progress import Progress
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from cfsp_framework.files import human_bytes
 
 if TYPE_CHECKING:
-    from cfsp_framework.deployment.benchmark import Benchmark, ModelSize, Speed
+    from cfsp_framework.benchmark.timing import Benchmark, ModelSize, Speed
     from cfsp_framework.deployment.publishing import Upload
     from cfsp_framework.deployment.tasks import Metric, TaskResult, TaskResults
 

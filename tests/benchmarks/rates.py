@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cfsp_framework.hardware import copy_rate, disk_rates, gram_rate, hash_rate, product_rate
+from cfsp_framework.benchmark.hardware import copy_rate, disk_rates, gram_rate, hash_rate, product_rate
 
 
 def compute_rates(device: torch.device, seconds: float) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/scale_table.py
 
-Nothing is measured: every rate is a nominal one times an assumed share (`cfsp_framework/hardware.py`).
+Nothing is measured: every rate is a nominal one times an assumed share (`cfsp_framework/benchmark/hardware.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.console import human_seconds, rough_bytes
 from cfsp_framework.estimate import Way, estimate, plan_workload
-from cfsp_framework.hardware import NOMINAL
+from cfsp_framework.benchmark.hardware import NOMINAL
 from cfsp_framework.models import sketch_model
 from cfsp_framework.plugins import load_plugins
 from cfsp_framework.selection import select

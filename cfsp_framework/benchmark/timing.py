@@ -27,13 +27,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.hardware import synchronise
+from cfsp_framework.benchmark.hardware import synchronise
 from cfsp_framework.models import context_length
 from cfsp_framework.progress import Progress
 from cfsp_framework.report import measure_size
 
-from cfsp_framework.deployment.contestants import Contestant
-from cfsp_framework.deployment.costs import Costs, Machine, count_costs
+from cfsp_framework.benchmark.candidates import Contestant
+from cfsp_framework.benchmark.roofline import Costs, Machine, count_costs
 
 _LEAST_SECONDS = 0.1
 """Episodes are repeated within a round until they take this long, so that the clock and the scheduler matter little."""

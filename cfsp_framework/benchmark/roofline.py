@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cfsp_framework.hardware import product_rate, read_rate
+from cfsp_framework.benchmark.hardware import product_rate, read_rate
 
 
 class Work(BaseModel):

@@ -12,8 +12,8 @@ from cfsp_framework.config import RunConfig
 from cfsp_framework.plugins import load_plugins
 from cfsp_framework.progress import Progress
 
-from cfsp_framework.deployment.benchmark import Benchmark, Workload, benchmark
-from cfsp_framework.deployment.contestants import Contestant, Cuts, cut_in_memory, open_contestant
+from cfsp_framework.benchmark.timing import Benchmark, Workload, benchmark
+from cfsp_framework.benchmark.candidates import Contestant, Cuts, cut_in_memory, open_contestant
 
 
 def race(

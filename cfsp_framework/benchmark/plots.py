@@ -8,7 +8,7 @@ from typing import Any
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.files import check_parent
 
-from cfsp_framework.deployment.benchmark import Benchmark, Speed
+from cfsp_framework.benchmark.timing import Benchmark, Speed
 
 _FORMATS = (".svg", ".png", ".pdf")
 
