@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfsp_framework import checkpoint, report, surgery
+from cfsp_framework import report, surgery
+from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import Budget, Update
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.attention import choose_attentions, count_to_drop

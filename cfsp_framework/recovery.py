@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cfsp_framework import checkpoint
+from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import BlockRecovery, BlockSummary, RecoveryPlan, TrainableBlock
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.bench import Bench, sample_ids, sequence_length

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cfsp_framework import checkpoint, report
+from cfsp_framework import report
+from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import Update
 from cfsp_framework.bench import Bench, sequence_length
 from cfsp_framework.cards import read_base

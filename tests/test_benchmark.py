@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp_framework import RunConfig, surgery
 from cfsp_framework.api.components import Update
-from cfsp_framework.checkpoint import save_model
+from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli import cli
 from cfsp_framework.benchmark import timing
 from cfsp_framework.benchmark.timing import Benchmark, Spread, Workload, ideal

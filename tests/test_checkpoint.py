@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cfsp_framework import PruningPlan, RunConfig, Update, prune
 from cfsp_framework.architectures import Decoder
-from cfsp_framework.checkpoint import PLAN_FILE, REPORT_FILE, save_model
+from cfsp_framework.checkpoint.save import PLAN_FILE, REPORT_FILE, save_model
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.files import staged_folder
 from cfsp_framework.models import LoadedModel
@@ -455,8 +455,8 @@ FAILURES: dict[str, tuple[BaseException, type[BaseException]]] = {
     "full disk in safetensors": (RuntimeError("I/O error: No space left on device (os error 28)"), OutputError),
 }
 MOMENTS = {
-    "in the middle of saving": "cfsp_framework.checkpoint.save_model",
-    "while verifying": "cfsp_framework.checkpoint.verify",
+    "in the middle of saving": "cfsp_framework.checkpoint.save.save_model",
+    "while verifying": "cfsp_framework.checkpoint.save.verify",
     "once all is written": "cfsp_framework.files._make_readable",
 }
 

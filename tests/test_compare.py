@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.checkpoint import PLAN_FILE
+from cfsp_framework.checkpoint.save import PLAN_FILE
 from cfsp_framework.cli import cli
 from cfsp_framework.commands.options import read_plan
 from cfsp_framework.comparison import Comparison, compare

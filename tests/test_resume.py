@@ -57,7 +57,8 @@ import safetensors.torch
 import transformers.modeling_utils
 import transformers.models.llama.modeling_llama
 from pathlib import Path
-from cfsp_framework import checkpoint, collect, compensation, files, pipeline, resume, streaming, surgery
+from cfsp_framework import collect, compensation, files, pipeline, resume, streaming, surgery
+from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.cli import cli
 
 passed = collections.Counter()

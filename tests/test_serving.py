@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from cfsp_framework import RunConfig
 from cfsp_framework.api.components import Budget
 from cfsp_framework.architectures import open_decoder
-from cfsp_framework.checkpoint import save_model
+from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli import cli
 from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.files import staged_folder

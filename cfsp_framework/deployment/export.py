@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsp_framework import checkpoint
+from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.architectures import Decoder, open_decoder
 from cfsp_framework.blocks import logits
 from cfsp_framework.config import RunConfig

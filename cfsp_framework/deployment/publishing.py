@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported, but not by name
 from pydantic import BaseModel, ConfigDict
 
-from cfsp_framework.checkpoint import CARD_FILE, CODE_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE, STATISTICS_FILE
+from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE, STATISTICS_FILE
 from cfsp_framework.errors import CfspError, ConfigError, ModelError
 from cfsp_framework.pages import PLACE
 from cfsp_framework.recovery import read_pruned

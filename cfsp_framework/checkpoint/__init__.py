@@ -1,0 +1,1 @@
+"""Write and reopen checkpoints whose blocks differ in width."""
