@@ -1,5 +1,5 @@
 """``python -m cfsp_framework`` is ``cfsp``."""
 
-from cfsp_framework.cli import main
+from cfsp_framework.cli.main import main
 
 main()

@@ -33,8 +33,8 @@ from cfsp_framework.ablation.store import open_store
 from cfsp_framework.ablation.summary import interval
 from cfsp_framework.ablation.sweep import Sweep, ablate
 from cfsp_framework.ablation.tables import Entry, latex
-from cfsp_framework.cli import cli
-from cfsp_framework.commands.prune import prune as prune_command_line
+from cfsp_framework.cli.main import cli
+from cfsp_framework.cli.prune import prune as prune_command_line
 from cfsp_framework.config import Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.planning import PruningPlan

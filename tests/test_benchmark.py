@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cfsp_framework import RunConfig, surgery
 from cfsp_framework.api.components import Update
 from cfsp_framework.checkpoint.save import save_model
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.benchmark import timing
 from cfsp_framework.benchmark.timing import Benchmark, Spread, Workload, ideal
 from cfsp_framework.benchmark.candidates import Contestant, Cuts, cut_in_memory, open_contestant, random_model

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from cfsp_framework.cli import COMMANDS, cli
+from cfsp_framework.cli.main import COMMANDS, cli
 from cfsp_framework.planning import PruningPlan
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -136,7 +136,7 @@ def write_plugin(folder: Path, body: str) -> Path:
 
 def test_help_imports_nothing_slow() -> None:
     code = (
-        "import sys; from cfsp_framework.cli import cli\n"
+        "import sys; from cfsp_framework.cli.main import cli\n"
         "try: cli(['--help'], prog_name='cfsp')\n"
         "except SystemExit: pass\n"
         "slow = {'torch', 'transformers', 'pydantic', 'datasets', 'rich', 'yaml', 'pluggy'} & sys.modules.keys()\n"
@@ -149,7 +149,7 @@ def test_help_imports_nothing_slow() -> None:
 
 def test_a_commands_help_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from cfsp_framework.cli import cli\n"
+        "import sys; from cfsp_framework.cli.main import cli\n"
         "try: cli(['prune', '--help'], prog_name='cfsp')\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()\n"

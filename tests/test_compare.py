@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp_framework.checkpoint.save import PLAN_FILE
-from cfsp_framework.cli import cli
-from cfsp_framework.commands.options import read_plan
+from cfsp_framework.cli.main import cli
+from cfsp_framework.cli.options import read_plan
 from cfsp_framework.comparison import Comparison, compare
 from cfsp_framework.errors import PlanError
 from cfsp_framework.planning import BlockPlan, CalibrationIdentity, ModelIdentity, PruningPlan
@@ -242,7 +242,7 @@ def test_a_comparison_that_is_refused_is_one_line(run: Callable[..., Result], pl
 
 def test_comparing_needs_no_torch(plans: tuple[Path, Path]) -> None:
     code = (
-        "import sys; from cfsp_framework.cli import cli\n"
+        "import sys; from cfsp_framework.cli.main import cli\n"
         f"try: cli(['compare', {str(plans[0])!r}, {str(plans[1])!r}], prog_name='cfsp')\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()\n"

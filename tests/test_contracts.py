@@ -39,7 +39,7 @@ from cfsp_framework import (
     TrainableBlock,
     Update,
 )
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.statistics import (
     ANGULAR_DISTANCE,
     COSINE_DISTANCE,

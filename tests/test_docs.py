@@ -28,7 +28,7 @@ import cfsp_framework
 from cfsp_framework import Allocator, Component, Event, Site, Statistic, Windows, statistics
 from cfsp_framework.api import hookspecs
 from cfsp_framework.ablation.grid import expand
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.config import PRESETS, Choice, RunConfig, layered
 from cfsp_framework.planning import PruningPlan
 from cfsp_framework.plugins import load_plugins

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.config import RunConfig, layered
-from cfsp_framework.console import human_seconds, rough_bytes
+from cfsp_framework.cli.main.tables import human_seconds, rough_bytes
 from cfsp_framework.estimate import Way, Workload, estimate, plan_workload, pruned_bytes
 from cfsp_framework.benchmark.hardware import NOMINAL, Hardware, disk_rates, product_rate
 from cfsp_framework.models import load_model, sketch_model

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from cfsp_framework import RunConfig
 from cfsp_framework.architectures import Decoder, open_decoder
 from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, PLAN_FILE, save_model
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.deployment.export import NOTE_FILE, export_onnx, export_padded
 from cfsp_framework.deployment.padded import _longer
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, OutputError

@@ -25,7 +25,7 @@ gguf = pytest.importorskip("gguf")
 from cfsp_framework import RunConfig
 from cfsp_framework.architectures import open_decoder
 from cfsp_framework.checkpoint.save import save_model
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.deployment.export import Exported, export_gguf
 from cfsp_framework.deployment.gguf_file import interleave
 from cfsp_framework.deployment.gguf_tokenizer import (

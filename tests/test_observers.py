@@ -27,7 +27,7 @@ from cfsp_framework import (
     RunStarted,
     prune,
 )
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, PluginError, PluginWarning
 from cfsp_framework.observing import start_observing
 from cfsp_framework.pipeline import plan_only

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.deployment import publishing
 from cfsp_framework.deployment.publishing import Upload, check_repository, private_paths, push
 from cfsp_framework.errors import CfspError, ConfigError, ModelError

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cfsp_framework.blocks import Passage
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation import EvaluationSet, perplexity
 from cfsp_framework.planning import PruningPlan
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from click.testing import CliRunner
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 
 commands, told = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 written = []

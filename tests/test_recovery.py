@@ -29,7 +29,7 @@ from cfsp_framework import BlockRecovery, RecoveryPlan, RunConfig, TrainableBloc
 from cfsp_framework import recovery as recovery_module
 from cfsp_framework.adapters import adapter_config, add_adapters, merge, remove_adapters
 from cfsp_framework.bench import Bench, set_up
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import CfspError, ConfigError, DataError, PluginError
 from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
 from cfsp_framework.progress import Progress
@@ -643,7 +643,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from cfsp_framework import training
-from cfsp_framework.cli import main
+from cfsp_framework.cli.main import main
 own = training._Steps.on_step_end
 
 def die(self, args, state, control, **more):

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from cfsp_framework import RunConfig, prune
 from cfsp_framework.api import hookspecs
 from cfsp_framework.api.components import API_VERSION
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.containment import Conduct, contained, survived, tensor_problem
 from cfsp_framework.deprecation import deprecation
 from cfsp_framework.errors import (

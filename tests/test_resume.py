@@ -59,7 +59,7 @@ import transformers.models.llama.modeling_llama
 from pathlib import Path
 from cfsp_framework import collect, compensation, files, pipeline, resume, streaming, surgery
 from cfsp_framework.checkpoint.save import save as checkpoint
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 
 passed = collections.Counter()
 deadly = None

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.utils import canonicalize_name, is_normalized_name
 
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.plugins import load_plugins
 from cfsp_framework.scaffold import Kind, PluginNames, check_free, plugin_names, render, write_plugin

@@ -24,7 +24,7 @@ from cfsp_framework import RunConfig
 from cfsp_framework.api.components import Budget
 from cfsp_framework.architectures import open_decoder
 from cfsp_framework.checkpoint.save import save_model
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.files import staged_folder
 from cfsp_framework.models import load_model

@@ -26,7 +26,7 @@ from cfsp_framework import Criterion, PruningPlan, Statistic, prune
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.blocks import PADDING, Passage
 from cfsp_framework.checkpoint.save import CODE_FILE, PLAN_FILE, REPORT_FILE, STATISTICS_FILE
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import layered
 from cfsp_framework.errors import ModelError, OutputError, ResourceError

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from cfsp_framework import surgery
 from cfsp_framework.api.components import Update
 from cfsp_framework.checkpoint.save import save_model
-from cfsp_framework.cli import cli
+from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, DataError
 from cfsp_framework.models import LoadedModel
 

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from markupsafe import Markup, escape
 
-from cfsp_framework.console import short
+from cfsp_framework.cli.main.tables import short
 from cfsp_framework.pages import page_environment
 
 from cfsp_framework.ablation import pictures

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cfsp_framework.console import short
+from cfsp_framework.cli.main.tables import short
 from cfsp_framework.files import write_text
 
 from cfsp_framework.ablation.results import CellResult, CellSpec, SweepResults

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from cfsp_framework.config import RunConfig, layered
-from cfsp_framework.console import human_seconds, rough_bytes
+from cfsp_framework.cli.main.tables import human_seconds, rough_bytes
 from cfsp_framework.estimate import Way, estimate, plan_workload
 from cfsp_framework.benchmark.hardware import NOMINAL
 from cfsp_framework.models import sketch_model

@@ -10,7 +10,7 @@ import click
 from cfsp_framework.config import PRESETS, read_yaml
 from cfsp_framework.errors import CfspError, InputError
 
-from cfsp_framework.commands.options import (
+from cfsp_framework.cli.options import (
     CALIBRATION,
     EVALUATION,
     SPEC_HELP,

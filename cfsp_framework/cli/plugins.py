@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cfsp_framework.commands.options import json_option, plugin_option, quiet_option, traceback_option
+from cfsp_framework.cli.options import json_option, plugin_option, quiet_option, traceback_option
 
 if TYPE_CHECKING:
     from cfsp_framework.scaffold import Kind

@@ -11,7 +11,7 @@ import click
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 
-from cfsp_framework.commands.options import MODEL, SPEC_HELP, config_options, given, json_option, plugin_option, traceback_option
+from cfsp_framework.cli.options import MODEL, SPEC_HELP, config_options, given, json_option, plugin_option, traceback_option
 
 
 @click.command(epilog=SPEC_HELP)
@@ -56,7 +56,8 @@ def evaluate(
     **options: Any,
 ) -> None:
     """Report the perplexity of MODEL, dense or pruned, on each data SPEC, and its scores on tasks."""
-    from cfsp_framework import console, pipeline
+    from cfsp_framework import pipeline
+    from cfsp_framework.cli.main import tables as console
     from cfsp_framework.progress import Progress
     from cfsp_framework.ranks import is_first
 

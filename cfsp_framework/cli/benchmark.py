@@ -10,7 +10,7 @@ import click
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 
-from cfsp_framework.commands.options import config_options, given, json_option, plugin_option, quiet_option, traceback_option
+from cfsp_framework.cli.options import config_options, given, json_option, plugin_option, quiet_option, traceback_option
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:

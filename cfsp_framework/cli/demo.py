@@ -9,7 +9,7 @@ import click
 
 from cfsp_framework.config import RunConfig
 
-from cfsp_framework.commands.options import config_options, given, json_option, quiet_option, traceback_option
+from cfsp_framework.cli.options import config_options, given, json_option, quiet_option, traceback_option
 
 
 @click.command()
@@ -23,7 +23,8 @@ def demo(out: Path | None, overwrite: bool, quiet: bool, as_json: bool, **option
     """Prune the small model inside this package and compare both on text it never saw."""
     import tempfile
 
-    from cfsp_framework import console, pipeline
+    from cfsp_framework import pipeline
+    from cfsp_framework.cli.main import tables as console
     from cfsp_framework.progress import Progress
     from cfsp_framework.ranks import is_first
 

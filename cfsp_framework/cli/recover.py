@@ -1,4 +1,4 @@
-"""``cfsp prune``."""
+"""``cfsp recover``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ import click
 
 from cfsp_framework.config import layered
 
-from cfsp_framework.commands.options import (
-    AMOUNT,
-    CALIBRATION,
-    COMPONENTS,
+from cfsp_framework.cli.options import (
     EVALUATION,
-    MODEL,
     RECOVERY,
     RESUME,
     SPEC_HELP,
@@ -25,28 +21,24 @@ from cfsp_framework.commands.options import (
     json_option,
     observer_option,
     plugin_option,
-    preset_option,
     publish,
     push_option,
     quiet_option,
-    read_plan,
     traceback_option,
 )
 
 
 @click.command(epilog=SPEC_HELP)
-@click.argument("model")
+@click.argument("pruned")
 @click.argument("out", type=click.Path(path_type=Path))
-@config_options(*AMOUNT, *COMPONENTS, *CALIBRATION, *RECOVERY, *RESUME, *EVALUATION, *MODEL)
-@preset_option
+@click.option("--recovery", metavar="NAME[:k=v,...]", help="What is trained. [default: ig-lora]")
+@config_options(*RECOVERY, *RESUME, "seqlen", "batch_size", "seed", *EVALUATION, "trust_remote_code", "device")
 @config_option
 @click.option(
-    "--plan",
-    "plan_file",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Cut by this plan, whatever ratio, criterion and allocator say.",
+    "--adapter",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Train nothing: merge this adapter, kept by --keep-adapter, into PRUNED.",
 )
-@click.option("--keep-statistics", is_flag=True, help="Keep the statistics as statistics.safetensors.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 @push_option
 @observer_option
@@ -54,36 +46,30 @@ from cfsp_framework.commands.options import (
 @quiet_option
 @json_option
 @traceback_option
-def prune(
+def recover(
+    pruned: str,
     out: Path,
-    preset: str | None,
     config_file: Path | None,
-    plan_file: Path | None,
-    keep_statistics: bool,
+    adapter: Path | None,
     overwrite: bool,
     repository: str | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Prune MODEL (a folder, a Hub id or `demo`) into the checkpoint folder OUT.
+    """Train PRUNED, a checkpoint `cfsp prune` wrote, and write the result to the folder OUT.
 
-    What --preset, --config and the options leave open is CFSP on half of the feed-forward channels.
+    What --recovery leaves open is ig-lora: low-rank adapters, of higher rank in blocks of more importance.
     """
-    from cfsp_framework import console, pipeline
+    from cfsp_framework import pipeline
+    from cfsp_framework.cli.main import tables as console
     from cfsp_framework.progress import Progress
     from cfsp_framework.ranks import is_first
 
     check_repository(repository)
-    config = layered(preset, config_file, given(options))
-    result = pipeline.prune(
-        config,
-        out,
-        plan=read_plan(plan_file) if plan_file else None,
-        overwrite=overwrite,
-        keep_statistics=keep_statistics,
-        progress=Progress(visible=is_first() and not (quiet or as_json)),
-    )
+    config = layered(None, config_file, given({**options, "model": pruned}), {"recovery": "ig-lora"})
+    progress = Progress(visible=is_first() and not (quiet or as_json))
+    result = pipeline.recover(config, out, adapter=adapter, overwrite=overwrite, progress=progress)
     if not is_first():
         return
     if as_json:

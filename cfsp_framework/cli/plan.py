@@ -11,7 +11,7 @@ import click
 from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.errors import InputError
 
-from cfsp_framework.commands.options import (
+from cfsp_framework.cli.options import (
     AMOUNT,
     CALIBRATION,
     COMPONENTS,
@@ -58,7 +58,8 @@ def plan(
     **options: Any,
 ) -> None:
     """Decide what to prune in MODEL and write it to PLAN_FILE; `cfsp prune --plan` cuts by it without data."""
-    from cfsp_framework import console, pipeline
+    from cfsp_framework import pipeline
+    from cfsp_framework.cli.main import tables as console
     from cfsp_framework.files import check_parent, write_text
     from cfsp_framework.progress import Progress
     from cfsp_framework.ranks import is_first
@@ -83,7 +84,7 @@ def plan(
 
 
 def _estimate(config: RunConfig, *, quiet: bool, as_json: bool) -> None:
-    from cfsp_framework import console
+    from cfsp_framework.cli.main import tables as console
     from cfsp_framework.estimate import estimate_run
 
     found = estimate_run(config)

@@ -9,7 +9,7 @@ import click
 
 from cfsp_framework.config import RunConfig
 
-from cfsp_framework.commands.options import json_option, plugin_option, quiet_option, traceback_option
+from cfsp_framework.cli.options import json_option, plugin_option, quiet_option, traceback_option
 
 FORMATS = ("padded", "gguf", "onnx")
 TYPES = ("auto", "f32", "f16", "bf16", "q8_0")

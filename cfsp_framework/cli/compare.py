@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cfsp_framework.commands.options import json_option, quiet_option, read_plan, traceback_option
+from cfsp_framework.cli.options import json_option, quiet_option, read_plan, traceback_option
 
 
 @click.command()
