@@ -12,7 +12,7 @@ from cfsp_framework import report, surgery
 from cfsp_framework.api.components import Site
 from cfsp_framework.architectures import Decoder, open_decoder
 from cfsp_framework.blocks import PADDING, Passage
-from cfsp_framework.calibration import calibration_windows
+from cfsp_framework.data.windows import calibration_windows
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation import EvaluationSet, evaluation_set

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
-from cfsp_framework.data import WELL_KNOWN, mixture
+from cfsp_framework.data.sources import WELL_KNOWN, mixture
 from cfsp_framework.errors import CfspError
 from cfsp_framework.files import licence_files
 from cfsp_framework.report import Evaluation, Report

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.blocks import Passage, embed, finish, pass_block
-from cfsp_framework.calibration import tokenize
-from cfsp_framework.data import mixture, read_text
+from cfsp_framework.data.windows import tokenize
+from cfsp_framework.data.sources import mixture, read_text
 from cfsp_framework.errors import DataError, ModelError
 from cfsp_framework.progress import Progress
 

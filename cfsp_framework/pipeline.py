@@ -18,7 +18,7 @@ from cfsp_framework.architectures import Decoder
 from cfsp_framework.attention import choose_attentions, count_to_drop
 from cfsp_framework.bench import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
 from cfsp_framework.blocks import Batch, Passage, embed, finish, logits, pass_block
-from cfsp_framework.calibration import identify
+from cfsp_framework.data.windows import identify
 from cfsp_framework.collect import FeedForwardMeasurement, collect, summarise
 from cfsp_framework.compensation import FinishedBlocks, FirstPass, SecondPass
 from cfsp_framework.config import RunConfig

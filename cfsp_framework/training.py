@@ -27,7 +27,7 @@ from cfsp_framework.errors import CfspError, ConfigError
 from cfsp_framework.plugins import did_you_mean
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import SOLO, Ranks
-from cfsp_framework.recovery_data import NOT_LEARNT, Example, TrainingData, collate
+from cfsp_framework.data.training import NOT_LEARNT, Example, TrainingData, collate
 from cfsp_framework.report import LossPoint
 
 _TOKENS_AT_ONCE = 2048

@@ -34,7 +34,7 @@ from cfsp_framework.errors import CfspError, ConfigError, DataError, PluginError
 from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
 from cfsp_framework.progress import Progress
 from cfsp_framework.recovery import plan_recovery, read_pruned
-from cfsp_framework.recovery_data import NOT_LEARNT, instructions, packed_windows, training_data
+from cfsp_framework.data.training import NOT_LEARNT, instructions, packed_windows, training_data
 from cfsp_framework.trainable import adapted, trainable_blocks, trained_precision
 from cfsp_framework.training import Course, divergence, train
 from cfsp_plugins.recovery import Full, IgLora, UniformLora, spread_ranks, unit_of_rank
