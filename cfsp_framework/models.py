@@ -187,7 +187,7 @@ def resolve(source: str, files: Sequence[str] = _CHECKPOINT_FILES) -> Path:
         ModelError: there is no such folder, and the Hub does not have it or cannot be reached.
     """
     if source == "demo":
-        from cfsp_framework.demo import MODEL_FOLDER
+        from cfsp_framework.data.demo import MODEL_FOLDER
 
         return MODEL_FOLDER
     path = Path(source).expanduser()

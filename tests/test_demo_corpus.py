@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cfsp_framework.demo import corpus
+from cfsp_framework.data.demo import corpus
 
 SPLITS: tuple[corpus.Split, ...] = ("train", "calibration", "test")
 

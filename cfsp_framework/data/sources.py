@@ -152,7 +152,7 @@ def read_rows(spec: str) -> Sequence[Mapping[str, Any]]:
 
 def _read(spec: str, role: Role, characters: int | None = None) -> Documents:
     if spec == "demo":
-        from cfsp_framework.demo import corpus
+        from cfsp_framework.data.demo import corpus
 
         return Documents(tuple(corpus.documents(_DEMO_SPLITS[role])), "\n\n")
     if spec in WELL_KNOWN:

@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m cfsp_framework.demo.train --minutes 50` on one CPU core.
+"""Trains the demo model: `python -m cfsp_framework.data.demo.train --minutes 50` on one CPU core.
 
 A small Llama and its own byte-level BPE tokenizer, from random weights, on the `train` split of `corpus` only. The
 budget is wall-clock time: the learning rate falls to zero as the minutes run out, so that a slower machine ends with
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cfsp_framework.demo import MODEL_FOLDER, corpus
+from cfsp_framework.data.demo import MODEL_FOLDER, corpus
 
 END_OF_TEXT: Final = "<|endoftext|>"
 PROMPTS: Final = (
@@ -259,10 +259,10 @@ with a byte-level BPE tokenizer of {vocabulary:,} tokens. It exists so that prun
 without a network, on a model that has really learned something. It is good for nothing else.
 
 - Text: the docstrings of the Python {python} standard library and the language topics of `pydoc_data`, as
-  `cfsp_framework.demo.corpus` reads them. The `train` split only ({train_bytes:,} bytes); `calibration` and `test` are
+  `cfsp_framework.data.demo.corpus` reads them. The `train` split only ({train_bytes:,} bytes); `calibration` and `test` are
   other modules and other topics, and were never trained on.
 - Training: from random weights, {tokens:,} tokens in {minutes:g} minutes on {threads} CPU thread(s), by
-  `python -m cfsp_framework.demo.train --minutes {minutes:g} --seed {seed}`. Wall-clock time is the budget, so another
+  `python -m cfsp_framework.data.demo.train --minutes {minutes:g} --seed {seed}`. Wall-clock time is the budget, so another
   run ends near these numbers, not on them.
 - Result on the `test` split, in windows of {window} tokens: perplexity {perplexity:.2f} per token,
   {bits:.3f} bits per byte.
