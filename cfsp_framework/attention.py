@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cfsp_framework.architectures import Decoder
-from cfsp_framework.blocks import PADDING
+from cfsp_framework.engine.replay import PADDING
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.progress import Progress
 from cfsp_framework.surgery import dropped_attention, without_attention

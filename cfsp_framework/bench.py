@@ -11,7 +11,7 @@ from torch import Tensor
 from cfsp_framework import report, surgery
 from cfsp_framework.api.components import Site
 from cfsp_framework.architectures import Decoder, open_decoder
-from cfsp_framework.blocks import PADDING, Passage
+from cfsp_framework.engine.replay import PADDING, Passage
 from cfsp_framework.data.windows import calibration_windows
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError

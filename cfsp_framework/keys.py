@@ -15,7 +15,7 @@ from torch import Tensor
 from cfsp_framework import surgery
 from cfsp_framework.bench import Bench
 from cfsp_framework.planning import PruningPlan
-from cfsp_framework.resume import identity_of
+from cfsp_framework.engine.cache import identity_of
 from cfsp_framework.selection import Selection, curve_of
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from cfsp_framework import surgery
 from cfsp_framework.api.components import Update
-from cfsp_framework.blocks import PADDING
+from cfsp_framework.engine.replay import PADDING
 from cfsp_framework.planning import PruningPlan
 from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_INPUT_SQUARES, MAE_DISTANCE, MSE_DISTANCE
 
 if TYPE_CHECKING:
     from cfsp_framework.bench import Bench
-    from cfsp_framework.collect import FeedForwardMeasurement
+    from cfsp_framework.engine.collect import FeedForwardMeasurement
 
 _ENOUGH_TOKENS = 10
 """Calibration tokens per channel below which second moments are not to be trusted."""

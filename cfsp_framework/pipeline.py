@@ -17,9 +17,9 @@ from cfsp_framework.api.components import Budget, Update
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.attention import choose_attentions, count_to_drop
 from cfsp_framework.bench import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
-from cfsp_framework.blocks import Batch, Passage, embed, finish, logits, pass_block
+from cfsp_framework.engine.replay import Batch, Passage, embed, finish, logits, pass_block
 from cfsp_framework.data.windows import identify
-from cfsp_framework.collect import FeedForwardMeasurement, collect, summarise
+from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summarise
 from cfsp_framework.compensation import FinishedBlocks, FirstPass, SecondPass
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError, PlanError
@@ -46,7 +46,7 @@ from cfsp_framework.recovery import (
     train_model,
 )
 from cfsp_framework.report import Report
-from cfsp_framework.resume import KeptCollection
+from cfsp_framework.engine.cache import KeptCollection
 from cfsp_framework.selection import curve_of
 from cfsp_framework.streaming import ShardWriter, Streamed
 from cfsp_framework.telling import tell, tell_recovered, write_report

@@ -22,7 +22,7 @@ from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import BlockRecovery, BlockSummary, RecoveryPlan, TrainableBlock
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.bench import Bench, sample_ids, sequence_length
-from cfsp_framework.blocks import logits
+from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginError
 from cfsp_framework.evaluation import Perplexity
 from cfsp_framework.keys import second_pass_key

@@ -22,7 +22,7 @@ from cfsp_framework.planning import BlockPlan, PruningPlan, bank_path
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp_framework.collect import FeedForwardMeasurement
+    from cfsp_framework.engine.collect import FeedForwardMeasurement
 
 
 class _Frozen(BaseModel):

@@ -24,7 +24,7 @@ from cfsp_framework.linalg import (
     plain_curve,
     positive_inverse,
 )
-from cfsp_framework.collect import CURVE_DAMPING, CurveKind, error_curves
+from cfsp_framework.engine.collect import CURVE_DAMPING, CurveKind, error_curves
 from cfsp_framework.planning import keep_highest
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 

@@ -30,7 +30,7 @@ from cfsp_framework import (
 )
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import Projection, SingleBank
-from cfsp_framework.blocks import Batch, Passage, run_block
+from cfsp_framework.engine.replay import Batch, Passage, run_block
 from cfsp_framework.compensation import SecondPass, compensate
 from cfsp_framework.config import layered
 from cfsp_framework.errors import PluginError
@@ -586,8 +586,8 @@ def test_the_dense_model_takes_no_teacher_where_none_is_needed(
         runs.append(index)
         return run_block(decoder, index, batch)
 
-    monkeypatch.setattr("cfsp_framework.measure.run_block", count)
-    monkeypatch.setattr("cfsp_framework.blocks.run_block", count)
+    monkeypatch.setattr("cfsp_framework.engine.measure.run_block", count)
+    monkeypatch.setattr("cfsp_framework.engine.replay.run_block", count)
     kept = torch.arange(32)
     for name, compensator, expected in (
         ("llama", Listening(pruned=False, mix=0.5), 3),

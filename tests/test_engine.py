@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from cfsp_framework import Accumulator, BlockStatistics, Collector, Criterion, RunConfig, Site, Statistic
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import SingleBank
-from cfsp_framework.blocks import Passage, embed, run_block
-from cfsp_framework.collect import FeedForwardMeasurement, collect
+from cfsp_framework.engine.replay import Passage, embed, run_block
+from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.errors import PluginError
-from cfsp_framework.gradients import measure_gradients
-from cfsp_framework.measure import measure_block
+from cfsp_framework.engine.gradients import measure_gradients
+from cfsp_framework.engine.measure import measure_block
 from cfsp_framework.models import LoadedModel
 from cfsp_framework.pipeline import plan_only
 from cfsp_framework.plugins import Chosen, Origin, Plugins, load_plugins

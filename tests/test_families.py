@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from cfsp_framework import BlockStatistics, FeedForwardLayout
 from cfsp_framework.architectures import Decoder, open_decoder
 from cfsp_framework.banks import Bank, ExpertBank, SingleBank
-from cfsp_framework.blocks import PADDING, Passage, embed, finish, logits, pass_block
-from cfsp_framework.collect import FeedForwardMeasurement, collect
+from cfsp_framework.engine.replay import PADDING, Passage, embed, finish, logits, pass_block
+from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.finder import find_architecture
 from cfsp_framework.pipeline import prune
 from cfsp_framework.plugins import load_plugins

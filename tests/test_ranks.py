@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cfsp_framework.blocks import Passage
+from cfsp_framework.engine.replay import Passage
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation import EvaluationSet, perplexity
@@ -60,7 +60,7 @@ for name, words in commands.items():
 # Stops a run when two blocks are measured, with hidden states kept by the first process alone.
 STOP = """
 from cfsp_framework import CfspError, hookimpl
-from cfsp_framework.resume import KeptCollection
+from cfsp_framework.engine.cache import KeptCollection
 
 own = KeptCollection.store
 

@@ -28,8 +28,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cfsp_framework import Criterion, RunConfig, Update, compensation
 from cfsp_framework.architectures import Decoder
-from cfsp_framework.blocks import Batch, Passage
-from cfsp_framework.collect import FeedForwardMeasurement, collect
+from cfsp_framework.engine.replay import Batch, Passage
+from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.compensation import FinishedBlocks
 from cfsp_framework.errors import OutputError
 from cfsp_framework.files import save_aside, staged_folder
@@ -37,7 +37,7 @@ from cfsp_framework.models import LoadedModel
 from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.plugins import Chosen, load_plugins
 from cfsp_framework.progress import Progress
-from cfsp_framework.resume import KeptCollection
+from cfsp_framework.engine.cache import KeptCollection
 
 MakeModel = Callable[..., Path]
 Open = Callable[..., tuple[LoadedModel, Decoder]]
@@ -57,7 +57,9 @@ import safetensors.torch
 import transformers.modeling_utils
 import transformers.models.llama.modeling_llama
 from pathlib import Path
-from cfsp_framework import collect, compensation, files, pipeline, resume, streaming, surgery
+from cfsp_framework import compensation, files, pipeline, streaming, surgery
+from cfsp_framework.engine import cache as resume
+from cfsp_framework.engine import collect
 from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.cli.main import cli
 
@@ -834,8 +836,8 @@ def test_keeping_hidden_states_takes_less_than_a_twentieth_of_the_time(
             clock.now += size / speed
             written.append(clock.now)
 
-    monkeypatch.setattr("cfsp_framework.resume.time", clock)
-    monkeypatch.setattr("cfsp_framework.resume.save_aside", write)
+    monkeypatch.setattr("cfsp_framework.engine.cache.time", clock)
+    monkeypatch.setattr("cfsp_framework.engine.cache.save_aside", write)
     kept = KeptCollection(tmp_path, "key")
     count = 20_000 if block < 1 else 200
     kept.load(count)
@@ -855,7 +857,7 @@ def test_a_first_writing_is_judged_by_a_guess_and_the_next_by_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = _Clock()
-    monkeypatch.setattr("cfsp_framework.resume.time", clock)
+    monkeypatch.setattr("cfsp_framework.engine.cache.time", clock)
     batches = [Batch(torch.zeros(10**7), ())]  # 0.2 seconds at the speed that is guessed
     kept = KeptCollection(tmp_path, "key")
 

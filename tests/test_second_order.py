@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from cfsp_framework import HELD_OUT_EVERY, Accumulator, BlockStatistics, Collector, Criterion, Site, Statistic
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import SingleBank
-from cfsp_framework.blocks import Passage, embed
-from cfsp_framework.collect import FeedForwardMeasurement, collect, summarise
-from cfsp_framework.gradients import measure_gradients
-from cfsp_framework.measure import Tally, Tokens, Window, measure_block
+from cfsp_framework.engine.replay import Passage, embed
+from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summarise
+from cfsp_framework.engine.gradients import measure_gradients
+from cfsp_framework.engine.measure import Tally, Tokens, Window, measure_block
 from cfsp_framework.models import LoadedModel
 from cfsp_framework.plugins import Chosen, Origin, Plugins, load_plugins
 from cfsp_framework.progress import Progress

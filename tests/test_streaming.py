@@ -24,17 +24,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cfsp_framework import Criterion, PruningPlan, Statistic, prune
 from cfsp_framework.architectures import Decoder
-from cfsp_framework.blocks import PADDING, Passage
+from cfsp_framework.engine.replay import PADDING, Passage
 from cfsp_framework.checkpoint.save import CODE_FILE, PLAN_FILE, REPORT_FILE, STATISTICS_FILE
 from cfsp_framework.cli.main import cli
-from cfsp_framework.collect import FeedForwardMeasurement, collect
+from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import layered
 from cfsp_framework.errors import ModelError, OutputError, ResourceError
 from cfsp_framework.models import LoadedModel
 from cfsp_framework.pipeline import RunResult
 from cfsp_framework.plugins import Chosen, Plugins, load_plugins
 from cfsp_framework.progress import Progress
-from cfsp_framework.spill import allocate
+from cfsp_framework.engine.hidden_states import allocate
 from cfsp_framework.statistics import (
     ANGULAR_DISTANCE,
     DOWN_INPUT_GRAM,

@@ -9,7 +9,7 @@ from itertools import combinations, groupby
 import torch
 from torch import Tensor
 
-from cfsp_framework.collect import FeedForwardMeasurement
+from cfsp_framework.engine.collect import FeedForwardMeasurement
 from cfsp_framework.planning import bank_path
 
 from cfsp_framework.ablation.results import Agreement

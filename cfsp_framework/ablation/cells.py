@@ -20,7 +20,7 @@ from torch import Tensor
 from cfsp_framework import report
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.bench import Bench, open_bench, open_evaluation_sets, open_windows, sequence_length
-from cfsp_framework.blocks import tokens_per_batch
+from cfsp_framework.engine.replay import tokens_per_batch
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation import EvaluationSet, Perplexity
@@ -31,7 +31,7 @@ from cfsp_framework.plugins import Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import SOLO
 from cfsp_framework.recovery import train_model
-from cfsp_framework.resume import identity_of
+from cfsp_framework.engine.cache import identity_of
 from cfsp_framework.selection import Selection, select
 
 from cfsp_framework.ablation.measurements import Collection, one_line, want

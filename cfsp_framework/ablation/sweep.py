@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from cfsp_framework.bench import check_rounding, check_selection, sequence_length
-from cfsp_framework.collect import FeedForwardMeasurement
+from cfsp_framework.engine.collect import FeedForwardMeasurement
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.files import write_text
 from cfsp_framework.keys import library_versions

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cfsp_framework import surgery
 from cfsp_framework.api.components import Budget, Update
 from cfsp_framework.architectures import Decoder, open_decoder
-from cfsp_framework.collect import collect, summarise
+from cfsp_framework.engine.collect import collect, summarise
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.models import (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from cfsp_framework.architectures import Decoder
-from cfsp_framework.blocks import logits
+from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import CfspError, ModelError, OutputError
 from cfsp_framework.files import licence_files
 from cfsp_framework.heterogeneous import StandIn, finish_block

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cfsp_framework.blocks import PADDING
+from cfsp_framework.engine.replay import PADDING
 from cfsp_framework.data.sources import mixture, read_documents, read_text, shares
 from cfsp_framework.errors import DataError
 from cfsp_framework.planning import CalibrationIdentity

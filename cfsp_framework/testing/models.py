@@ -94,8 +94,8 @@ def scores(criterion: Criterion, name: str, collectors: Sequence[type[Collector]
     Raises:
         ContractError: the host refuses something.
     """
-    from cfsp_framework.blocks import Passage
-    from cfsp_framework.collect import collect
+    from cfsp_framework.engine.replay import Passage
+    from cfsp_framework.engine.collect import collect
     from cfsp_framework.progress import Progress
 
     needed = [_chosen(made(provider(one, collectors))) for one in sorted(criterion.required())]
@@ -120,9 +120,9 @@ def statistics(collector: Collector, name: str, batch_size: int) -> list[Tensor]
     Raises:
         ContractError: the host refuses something.
     """
-    from cfsp_framework.blocks import Passage, embed
-    from cfsp_framework.gradients import measure_gradients
-    from cfsp_framework.measure import measure_block
+    from cfsp_framework.engine.replay import Passage, embed
+    from cfsp_framework.engine.gradients import measure_gradients
+    from cfsp_framework.engine.measure import measure_block
     from cfsp_framework.progress import Progress
 
     model, windows, passage = decoder(name), calibration_windows(), Passage(batch_size)
@@ -146,10 +146,10 @@ def update(compensator: Compensator, name: str, collectors: Sequence[type[Collec
         ContractError: the host refuses something.
         NotApplicable: the compensator refuses the family, in words.
     """
-    from cfsp_framework.blocks import embed
+    from cfsp_framework.engine.replay import embed
     from cfsp_framework.compensation import compensate
     from cfsp_framework.errors import PluginError
-    from cfsp_framework.measure import measure_block
+    from cfsp_framework.engine.measure import measure_block
 
     needed = [_chosen(made(provider(one, collectors))) for one in sorted(compensator.required())]
     model = decoder(name)

@@ -106,8 +106,8 @@ class Sample:
         Raises:
             ContractError: no collector provides what is required, or it fails.
         """
-        from cfsp_framework.blocks import Batch
-        from cfsp_framework.measure import BlockTallies
+        from cfsp_framework.engine.replay import Batch
+        from cfsp_framework.engine.measure import BlockTallies
 
         required = frozenset(required)
         if not required:

@@ -30,7 +30,7 @@ from cfsp_framework import pipeline
 from cfsp_framework.api.components import Criterion
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.bench import Bench, set_up
-from cfsp_framework.collect import FeedForwardMeasurement, collect
+from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import RunConfig
 from cfsp_framework.evaluation import perplexity
 from cfsp_framework.pipeline import CRITERION

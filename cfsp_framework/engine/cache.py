@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cfsp_framework.api.components import BlockStatistics, Component, Statistic
-from cfsp_framework.blocks import Batch
-from cfsp_framework.collect import FeedForwardMeasurement
+from cfsp_framework.engine.replay import Batch
+from cfsp_framework.engine.collect import FeedForwardMeasurement
 from cfsp_framework.files import save_aside
 from cfsp_framework.plugins import Chosen
 from cfsp_framework.ranks import SOLO, Ranks

@@ -12,7 +12,7 @@ from torch import Tensor
 from cfsp_framework.api.components import Accumulator, BlockStatistics, Collector, FeedForward, Site, Statistic, Windows
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import Heard, SingleBank
-from cfsp_framework.blocks import Batch, run_block
+from cfsp_framework.engine.replay import Batch, run_block
 from cfsp_framework.containment import tensor_problem
 from cfsp_framework.errors import ModelError, PluginError
 from cfsp_framework.plugins import Chosen

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.errors import ModelError
 from cfsp_framework.ranks import SOLO, Ranks
-from cfsp_framework.spill import allocate
+from cfsp_framework.engine.hidden_states import allocate
 
 PADDING = -100
 """The id of a position that holds no token; windows shorter than others end with it."""

@@ -13,8 +13,8 @@ from torch.nn import functional
 from cfsp_framework.api.components import BlockStatistics, Collector, Site
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import Heard
-from cfsp_framework.blocks import PADDING, Batch, Passage
-from cfsp_framework.measure import BlockTallies, listening
+from cfsp_framework.engine.replay import PADDING, Batch, Passage
+from cfsp_framework.engine.measure import BlockTallies, listening
 from cfsp_framework.plugins import Chosen
 from cfsp_framework.progress import Progress
 
