@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cfsp_framework.cli.main import cli
 from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.cli.main.tables import human_seconds, rough_bytes
-from cfsp_framework.estimate import Way, Workload, estimate, plan_workload, pruned_bytes
+from cfsp_framework.estimate.estimate import Way, Workload, estimate, plan_workload, pruned_bytes
 from cfsp_framework.benchmark.hardware import NOMINAL, Hardware, disk_rates, product_rate
 from cfsp_framework.models import load_model, sketch_model
 from cfsp_framework.plugins import load_plugins
 from cfsp_framework.selection import select
-from cfsp_framework.shapes import BlockShape, FeedForwards, ModelShape, measure_shape
+from cfsp_framework.estimate.model_shape import BlockShape, FeedForwards, ModelShape, measure_shape
 
 MakeModel = Callable[..., Path]
 
@@ -284,7 +284,7 @@ def test_bytes_for_people(value: int, text: str) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine without measuring it."""
-    monkeypatch.setattr("cfsp_framework.estimate.this_machine", lambda *_: replace(HARDWARE, name="this CPU, 1 thread"))
+    monkeypatch.setattr("cfsp_framework.estimate.estimate.this_machine", lambda *_: replace(HARDWARE, name="this CPU, 1 thread"))
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def plan(
 
 def _estimate(config: RunConfig, *, quiet: bool, as_json: bool) -> None:
     from cfsp_framework.cli.main import tables as console
-    from cfsp_framework.estimate import estimate_run
+    from cfsp_framework.estimate.estimate import estimate_run
 
     found = estimate_run(config)
     if as_json:

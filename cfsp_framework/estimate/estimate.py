@@ -14,7 +14,7 @@ from cfsp_framework.api.components import HELD_OUT_EVERY, Collector, Site, Strea
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.benchmark.hardware import BATCH_TOKENS, NOMINAL, Hardware, this_machine
 from cfsp_framework.selection import curve_of, stream_of, target_mix_of
-from cfsp_framework.shapes import BlockShape, ModelShape, measure_shape
+from cfsp_framework.estimate.model_shape import BlockShape, ModelShape, measure_shape
 
 if TYPE_CHECKING:
     from cfsp_framework.config import RunConfig
