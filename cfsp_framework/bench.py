@@ -15,7 +15,7 @@ from cfsp_framework.engine.replay import PADDING, Passage
 from cfsp_framework.data.windows import calibration_windows
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.evaluation import EvaluationSet, evaluation_set
+from cfsp_framework.evaluation.perplexity import EvaluationSet, evaluation_set
 from cfsp_framework.api.events import RunStarted
 from cfsp_framework.models import LoadedModel, context_length, load_model
 from cfsp_framework.observing import start_observing

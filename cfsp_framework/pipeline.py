@@ -23,7 +23,7 @@ from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summa
 from cfsp_framework.compensation import FinishedBlocks, FirstPass, SecondPass
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError, PlanError
-from cfsp_framework.evaluation import EvaluationSet, Perplexity, perplexity
+from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity, perplexity
 from cfsp_framework.api.events import BlockFinished, RunFinished
 from cfsp_framework.files import staged_folder
 from cfsp_framework.keys import collection_key, second_pass_key, versions

@@ -24,7 +24,7 @@ from cfsp_framework.architectures import Decoder
 from cfsp_framework.bench import Bench, sample_ids, sequence_length
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginError
-from cfsp_framework.evaluation import Perplexity
+from cfsp_framework.evaluation.perplexity import Perplexity
 from cfsp_framework.keys import second_pass_key
 from cfsp_framework.models import fingerprint, open_model, resolve
 from cfsp_framework.planning import PruningPlan

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cfsp_framework.api.components import Update
-from cfsp_framework.evaluation import Perplexity
+from cfsp_framework.evaluation.perplexity import Perplexity
 from cfsp_framework.planning import BlockPlan, PruningPlan, bank_path
 
 if TYPE_CHECKING:

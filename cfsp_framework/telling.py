@@ -10,7 +10,7 @@ from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import Update
 from cfsp_framework.bench import Bench, sequence_length
 from cfsp_framework.cards import read_base
-from cfsp_framework.evaluation import EvaluationSet, Perplexity
+from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
 from cfsp_framework.keys import versions
 from cfsp_framework.pages import html_report, model_card
 from cfsp_framework.planning import PruningPlan

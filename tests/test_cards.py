@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cfsp_framework.cards import BaseModel, front_matter, hub_data_sets, plain, read_base
 from cfsp_framework.cli.main import cli
-from cfsp_framework.evaluation import Perplexity
+from cfsp_framework.evaluation.perplexity import Perplexity
 from cfsp_framework.pages import model_card
 from cfsp_framework.report import Evaluation, LossPoint, RecoveryReport, Report
 

@@ -25,8 +25,8 @@ from cfsp_framework.errors import ConfigError, DataError
 from cfsp_framework.models import LoadedModel
 
 pytest.importorskip("lm_eval")
-from cfsp_framework.deployment import tasks
-from cfsp_framework.deployment.tasks import Metric, TaskResult, TaskResults, local_tasks, run_tasks
+from cfsp_framework.evaluation import tasks
+from cfsp_framework.evaluation.tasks import Metric, TaskResult, TaskResults, local_tasks, run_tasks
 
 MakeModel = Callable[..., Path]
 OpenTiny = Callable[..., Any]

@@ -23,7 +23,7 @@ from cfsp_framework.bench import Bench, open_bench, open_evaluation_sets, open_w
 from cfsp_framework.engine.replay import tokens_per_batch
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.evaluation import EvaluationSet, Perplexity
+from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
 from cfsp_framework.keys import fingerprint_of, library_versions, numerics, versions
 from cfsp_framework.pipeline import cutting_phase, evaluate, make_plan, narrow, schedule
 from cfsp_framework.planning import PruningPlan
@@ -220,7 +220,7 @@ def score_tasks(bench: Bench, extras: Extras) -> dict[str, dict[str, float]]:
     """The metrics of every task for the model as it is now."""
     if not extras.tasks:
         return {}
-    from cfsp_framework.deployment.tasks import run_tasks
+    from cfsp_framework.evaluation.tasks import run_tasks
 
     with bench.progress.phase("tasks"):
         found = run_tasks(

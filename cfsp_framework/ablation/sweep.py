@@ -88,7 +88,7 @@ def check_sweep(sweep: Sweep, executor: Executor, plugins: Plugins) -> None:
         raise ConfigError("torchrun: a sweep's cells are shared out with --executor, in one process.")
     executor.check(sweep.extras)
     if sweep.extras.tasks:
-        from cfsp_framework.deployment.tasks import check_names
+        from cfsp_framework.evaluation.tasks import check_names
 
         check_names(sweep.extras.tasks, local=sweep.extras.task_data is not None)
     for cell in sweep.cells:

@@ -68,7 +68,7 @@ def evaluate(
     progress = Progress(visible=is_first() and not (quiet or as_json))
     loaded = found = None
     if names:
-        from cfsp_framework.deployment import tasks as harness
+        from cfsp_framework.evaluation import tasks as harness
 
         loaded, found = harness.score(
             config, names, task_data=task_data, limit=limit, fewshot=fewshot, progress=progress

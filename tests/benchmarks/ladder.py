@@ -32,7 +32,7 @@ from cfsp_framework.architectures import Decoder
 from cfsp_framework.bench import Bench, set_up
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import RunConfig
-from cfsp_framework.evaluation import perplexity
+from cfsp_framework.evaluation.perplexity import perplexity
 from cfsp_framework.pipeline import CRITERION
 from cfsp_framework.plugins import Chosen
 from cfsp_framework.progress import Progress

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cfsp_framework import RunConfig, prune
 from cfsp_framework.config import layered
-from cfsp_framework.deployment.tasks import SEVEN, TaskResults, local_tasks, score
+from cfsp_framework.evaluation.tasks import SEVEN, TaskResults, local_tasks, score
 
 
 def prune_half(model: str, ratio: float, calibration: str, out: Path) -> None:
