@@ -19,8 +19,8 @@ from cfsp_framework import RunConfig
 from cfsp_framework.architectures import Decoder, open_decoder
 from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, PLAN_FILE, save_model
 from cfsp_framework.cli.main import cli
-from cfsp_framework.deployment.export import NOTE_FILE, export_onnx, export_padded
-from cfsp_framework.deployment.padded import _longer
+from cfsp_framework.export.export import NOTE_FILE, export_onnx, export_padded
+from cfsp_framework.export.padded import _longer
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, OutputError
 from cfsp_framework.files import staged_folder
 from cfsp_framework.models import load_model, open_model
@@ -195,7 +195,7 @@ def test_nothing_is_left_where_the_export_computes_something_else(
         shape[axis] = count
         return torch.cat([tensor, tensor.new_ones(shape)], axis)
 
-    monkeypatch.setattr("cfsp_framework.deployment.padded._longer", ones)
+    monkeypatch.setattr("cfsp_framework.export.padded._longer", ones)
     with pytest.raises(CfspError, match="does not compute what the model in memory does"):
         export_padded(config_for(pruned), tmp_path / "padded")
     assert [path.name for path in tmp_path.iterdir() if "padded" in path.name] == []

@@ -26,9 +26,9 @@ from cfsp_framework import RunConfig
 from cfsp_framework.architectures import open_decoder
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
-from cfsp_framework.deployment.export import Exported, export_gguf
-from cfsp_framework.deployment.gguf_file import interleave
-from cfsp_framework.deployment.gguf_tokenizer import (
+from cfsp_framework.export.export import Exported, export_gguf
+from cfsp_framework.export.gguf import interleave
+from cfsp_framework.export.gguf_tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -330,7 +330,7 @@ def test_a_file_is_not_replaced_unasked_and_nothing_is_left_of_a_failure(
     def fail(*_: Any) -> None:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr("cfsp_framework.deployment.gguf_file._read", fail)
+    monkeypatch.setattr("cfsp_framework.export.gguf._read", fail)
     with pytest.raises(RuntimeError, match="power cut"):
         export_gguf(config, out, overwrite=True)
     assert out.read_bytes() == before

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp_framework.cli.main import cli
-from cfsp_framework.deployment import publishing
-from cfsp_framework.deployment.publishing import Upload, check_repository, private_paths, push
+from cfsp_framework.export import hub as publishing
+from cfsp_framework.export.hub import Upload, check_repository, private_paths, push
 from cfsp_framework.errors import CfspError, ConfigError, ModelError
 
 MakeModel = Callable[..., Path]

@@ -62,7 +62,7 @@ def export(
 ) -> None:
     """Write PRUNED to OUT for programs that do not open its checkpoint: a folder, or a .gguf file."""
     _check_options(form, {"--width": width, "--type": kind, "--pre-tokenizer": pre_tokenizer})
-    from cfsp_framework.deployment import export as exports
+    from cfsp_framework.export import export as exports
     from cfsp_framework.deployment.telling import show_export
 
     config = RunConfig.build(model=pruned, device="cpu", plugins=plugins)

@@ -166,7 +166,7 @@ def publish(folder: Path, repository: str | None, *, visible: bool) -> None:
     """What --push-to-hub asks for, once all is done; a result that cannot be uploaded stays where it is."""
     if repository is None:
         return
-    from cfsp_framework.deployment.publishing import push
+    from cfsp_framework.export.hub import push
 
     upload = push(folder, repository)
     if visible:
@@ -177,6 +177,6 @@ def check_repository(repository: str | None) -> None:
     """Refuse at once what the Hub would refuse hours later."""
     if repository is None:
         return
-    from cfsp_framework.deployment import publishing
+    from cfsp_framework.export import hub as publishing
 
     publishing.check_repository(repository)

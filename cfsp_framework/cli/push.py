@@ -30,7 +30,7 @@ def push(
     as_json: bool,
 ) -> None:
     """Publish PRUNED, a checkpoint `cfsp prune` or `cfsp recover` wrote, as REPOSITORY (USER/NAME) on the Hub."""
-    from cfsp_framework.deployment import publishing
+    from cfsp_framework.export import hub as publishing
     from cfsp_framework.deployment.tables import show_upload
     from cfsp_framework.errors import ModelError
 

@@ -14,7 +14,7 @@ from cfsp_framework.files import human_bytes
 
 if TYPE_CHECKING:
     from cfsp_framework.benchmark.timing import Benchmark, ModelSize, Speed
-    from cfsp_framework.deployment.publishing import Upload
+    from cfsp_framework.export.hub import Upload
     from cfsp_framework.evaluation.tasks import Metric, TaskResult, TaskResults
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from cfsp_framework.files import human_bytes
 
-from cfsp_framework.deployment.export import Exported, spread
+from cfsp_framework.export.export import Exported, spread
 
 
 def show_export(made: Exported) -> None:

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cfsp_framework import RunConfig, prune
 from cfsp_framework.architectures import open_decoder
 from cfsp_framework.checkpoint.save import save_model
-from cfsp_framework.deployment.export import Exported, export_gguf
+from cfsp_framework.export.export import Exported, export_gguf
 from cfsp_framework.files import staged_folder
 from cfsp_framework.models import load_model, open_model, quiet
 from cfsp_framework.plugins import load_plugins

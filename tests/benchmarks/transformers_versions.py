@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from cfsp_framework import RunConfig, prune
-from cfsp_framework.deployment.export import export_padded
+from cfsp_framework.export.export import export_padded
 from cfsp_framework.models import open_model, quiet
 
 WAYS = ("plain", "import", "remote")

@@ -23,7 +23,7 @@ from cfsp_framework.models import stored_dtype
 from cfsp_framework.streaming import Shards
 from cfsp_framework.surgery import added_biases, dropped_attention
 
-from cfsp_framework.deployment.gguf_tokenizer import Vocabulary, read_vocabulary
+from cfsp_framework.export.gguf_tokenizer import Vocabulary, read_vocabulary
 
 _FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """The architecture of models of one width."""

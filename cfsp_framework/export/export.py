@@ -29,7 +29,7 @@ from cfsp_framework.models import (
 )
 from cfsp_framework.plugins import load_plugins
 
-from cfsp_framework.deployment.padded import choose_widths, pad_model
+from cfsp_framework.export.padded import choose_widths, pad_model
 
 NOTE_FILE = "export.json"
 
@@ -104,7 +104,7 @@ def export_gguf(
     """
     from transformers import AutoTokenizer
 
-    from cfsp_framework.deployment.gguf_file import write_gguf
+    from cfsp_framework.export.gguf import write_gguf
 
     check_file(out, overwrite=overwrite)
     quiet()
@@ -137,7 +137,7 @@ def export_onnx(config: RunConfig, out: Path, *, overwrite: bool = False) -> Exp
         ModelError: PyTorch cannot turn the model into a graph.
         OutputError: the folder cannot be made.
     """
-    from cfsp_framework.deployment.onnx_file import check_packages, compare_onnx, write_onnx
+    from cfsp_framework.export.onnx import check_packages, compare_onnx, write_onnx
 
     checkpoint.check_output(out, overwrite=overwrite)
     check_packages()

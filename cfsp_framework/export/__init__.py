@@ -1,0 +1,1 @@
+"""Write a pruned checkpoint in another program's format."""
