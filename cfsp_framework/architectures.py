@@ -13,7 +13,7 @@ from cfsp_framework.api.components import Architecture, FeedForward
 from cfsp_framework.banks import Bank, ExpertBank, SingleBank
 from cfsp_framework.errors import ModelError
 from cfsp_framework.finder import find_architecture
-from cfsp_framework.plugins import Plugins
+from cfsp_framework.host.manager import Plugins
 from cfsp_framework.residency import InMemory, Residency
 
 

@@ -18,12 +18,12 @@ from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, evaluation_set
 from cfsp_framework.api.events import RunStarted
 from cfsp_framework.models import LoadedModel, context_length, load_model
-from cfsp_framework.observing import start_observing
+from cfsp_framework.host.observers import start_observing
 from cfsp_framework.planning import check_shared
-from cfsp_framework.plugins import Plugins, load_plugins
+from cfsp_framework.host.manager import Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import Ranks, join_ranks
-from cfsp_framework.selection import Selection, select
+from cfsp_framework.host.selection import Selection, select
 from cfsp_framework.streaming import Streamed
 
 

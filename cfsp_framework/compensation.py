@@ -15,12 +15,12 @@ from torch import Tensor
 from cfsp_framework.api.components import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.engine.replay import Passage, embed, pass_block
-from cfsp_framework.containment import tensor_problem
+from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.errors import PluginError
 from cfsp_framework.files import save_aside
 from cfsp_framework.engine.measure import Teacher, lent, measure_block
-from cfsp_framework.plugins import Chosen
-from cfsp_framework.selection import stream_of, target_mix_of
+from cfsp_framework.host.manager import Chosen
+from cfsp_framework.host.selection import stream_of, target_mix_of
 
 
 def compensate(

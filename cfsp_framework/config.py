@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.plugins import did_you_mean
+from cfsp_framework.host.manager import did_you_mean
 
 
 class Choice(BaseModel):

@@ -16,7 +16,7 @@ from cfsp_framework import surgery
 from cfsp_framework.bench import Bench
 from cfsp_framework.planning import PruningPlan
 from cfsp_framework.engine.cache import identity_of
-from cfsp_framework.selection import Selection, curve_of
+from cfsp_framework.host.selection import Selection, curve_of
 
 
 def collection_key(bench: Bench) -> str:

@@ -30,7 +30,7 @@ from cfsp_framework.keys import collection_key, second_pass_key, versions
 from cfsp_framework.models import LoadedModel, load_model, open_model, open_skeleton, resolve
 from cfsp_framework.notes import gather_notes
 from cfsp_framework.planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import join_ranks
 from cfsp_framework.recovery import (
@@ -47,7 +47,7 @@ from cfsp_framework.recovery import (
 )
 from cfsp_framework.report import Report
 from cfsp_framework.engine.cache import KeptCollection
-from cfsp_framework.selection import curve_of
+from cfsp_framework.host.selection import curve_of
 from cfsp_framework.streaming import ShardWriter, Streamed
 from cfsp_framework.telling import tell, tell_recovered, write_report
 

@@ -19,7 +19,7 @@ from cfsp_framework.errors import ConfigError, PlanError, PluginError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp_framework.plugins import Chosen
+    from cfsp_framework.host.manager import Chosen
 
 
 _ENDLESS = 100_000

@@ -28,7 +28,7 @@ from cfsp_framework.evaluation.perplexity import Perplexity
 from cfsp_framework.keys import second_pass_key
 from cfsp_framework.models import fingerprint, open_model, resolve
 from cfsp_framework.planning import PruningPlan
-from cfsp_framework.plugins import Chosen
+from cfsp_framework.host.manager import Chosen
 from cfsp_framework.data.training import TrainingData, training_data
 from cfsp_framework.report import RecoveryReport, Report
 from cfsp_framework.trainable import adapted, feed_forward_parameters, trainable_blocks, trained_precision

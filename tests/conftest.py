@@ -108,7 +108,7 @@ def open_tiny() -> Callable[..., tuple[LoadedModel, Decoder]]:
     from cfsp_framework.architectures import open_decoder
     from cfsp_framework.config import RunConfig
     from cfsp_framework.models import load_model
-    from cfsp_framework.plugins import load_plugins
+    from cfsp_framework.host.manager import load_plugins
 
     plugins = load_plugins()
 

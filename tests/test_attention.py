@@ -20,7 +20,7 @@ from cfsp_framework.heterogeneous import StandIn
 from cfsp_framework.models import open_model
 from cfsp_framework.pipeline import prune
 from cfsp_framework.planning import PruningPlan
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.surgery import without_attention
 

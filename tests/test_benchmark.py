@@ -25,7 +25,7 @@ from cfsp_framework.benchmark.candidates import Contestant, Cuts, cut_in_memory,
 from cfsp_framework.benchmark.roofline import Costs, Machine, Work, count_costs
 from cfsp_framework.benchmark.benchmark import race, short_names
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 
 MakeModel = Callable[..., Path]
 PLUGINS = load_plugins()

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cfsp_framework.cli.main import cli
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 
 PLUGIN = """
 from typing import Literal

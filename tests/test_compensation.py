@@ -36,8 +36,8 @@ from cfsp_framework.config import layered
 from cfsp_framework.errors import PluginError
 from cfsp_framework.models import LoadedModel
 from cfsp_framework.pipeline import plan_only
-from cfsp_framework.plugins import Chosen, Origin, Plugins, load_plugins
-from cfsp_framework.selection import select
+from cfsp_framework.host.manager import Chosen, Origin, Plugins, load_plugins
+from cfsp_framework.host.selection import select
 from cfsp_framework.statistics import (
     DOWN_CROSS,
     DOWN_CROSS_HELD_OUT,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from cfsp_framework.config import CHOICES, PRESETS, Choice, RunConfig, layered, parse_choice, read_yaml
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 

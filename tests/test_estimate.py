@@ -22,8 +22,8 @@ from cfsp_framework.cli.main.tables import human_seconds, rough_bytes
 from cfsp_framework.estimate.estimate import Way, Workload, estimate, plan_workload, pruned_bytes
 from cfsp_framework.benchmark.hardware import NOMINAL, Hardware, disk_rates, product_rate
 from cfsp_framework.models import load_model, sketch_model
-from cfsp_framework.plugins import load_plugins
-from cfsp_framework.selection import select
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.selection import select
 from cfsp_framework.estimate.model_shape import BlockShape, FeedForwards, ModelShape, measure_shape
 
 MakeModel = Callable[..., Path]

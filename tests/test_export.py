@@ -24,7 +24,7 @@ from cfsp_framework.export.padded import _longer
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, OutputError
 from cfsp_framework.files import staged_folder
 from cfsp_framework.models import load_model, open_model
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.surgery import apply_plan, drop_attention
 
 sys.path.insert(0, str(Path(__file__).parent))

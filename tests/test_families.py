@@ -21,7 +21,7 @@ from cfsp_framework.engine.replay import PADDING, Passage, embed, finish, logits
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.finder import find_architecture
 from cfsp_framework.pipeline import prune
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_SQUARES
 

@@ -16,7 +16,7 @@ from cfsp_allocators.error_curve import cheapest
 from cfsp_allocators.softmax_bi import capped
 from cfsp_framework import Allocator, BlockSummary, Budget
 from cfsp_framework.planning import allocate, round_widths, total_to_keep
-from cfsp_framework.plugins import Chosen, Origin
+from cfsp_framework.host.manager import Chosen, Origin
 from cfsp_framework.statistics import BLOCK_OUTPUT_SQUARES, COSINE_DISTANCE
 
 untimed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

@@ -29,9 +29,9 @@ from cfsp_framework import (
 )
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, PluginError, PluginWarning
-from cfsp_framework.observing import start_observing
+from cfsp_framework.host.observers import start_observing
 from cfsp_framework.pipeline import plan_only
-from cfsp_framework.plugins import Chosen, Origin, load_plugins
+from cfsp_framework.host.manager import Chosen, Origin, load_plugins
 from cfsp_framework.progress import Progress
 
 LISTENER = """
@@ -359,7 +359,7 @@ def test_the_command_line_takes_several(
 
 
 def test_events_need_neither_torch_nor_transformers() -> None:
-    script = "import sys, cfsp_framework.api.events, cfsp_framework.observing\nassert 'torch' not in sys.modules"
+    script = "import sys, cfsp_framework.api.events, cfsp_framework.host.observers\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -26,7 +26,7 @@ from cfsp_framework.planning import (
     round_widths,
     total_to_keep,
 )
-from cfsp_framework.plugins import Chosen, Origin
+from cfsp_framework.host.manager import Chosen, Origin
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 

@@ -19,7 +19,7 @@ import torch
 import cfsp_framework
 from cfsp_framework import BlockStatistics, Collector, Criterion, FeedForward, Statistic
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginError, PluginWarning
-from cfsp_framework.plugins import Chosen, Origin, Plugins, did_you_mean, load_plugins
+from cfsp_framework.host.manager import Chosen, Origin, Plugins, did_you_mean, load_plugins
 from cfsp_framework.statistics import ANGULAR_DISTANCE, DOWN_INPUT_SQUARES
 
 if TYPE_CHECKING:
@@ -576,7 +576,7 @@ def test_the_host_imports_no_shelf() -> None:
 def test_setting_up_the_host_imports_no_shelf_and_no_torch() -> None:
     script = (
         "import json, sys\n"
-        "import cfsp_framework.config, cfsp_framework.planning, cfsp_framework.plugins as plugins\n"
+        "import cfsp_framework.config, cfsp_framework.planning, cfsp_framework.host.manager as plugins\n"
         f"plugins.load_plugins({NO_BUILT_IN!r})\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))\n"
     )

@@ -21,7 +21,7 @@ from cfsp_framework import RunConfig, prune
 from cfsp_framework.api import hookspecs
 from cfsp_framework.api.components import API_VERSION
 from cfsp_framework.cli.main import cli
-from cfsp_framework.containment import Conduct, contained, survived, tensor_problem
+from cfsp_framework.host.sandbox import Conduct, contained, survived, tensor_problem
 from cfsp_framework.deprecation import deprecation
 from cfsp_framework.errors import (
     CfspError,
@@ -30,7 +30,7 @@ from cfsp_framework.errors import (
     PluginError,
     PluginWarning,
 )
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 
 ORIGIN = "plugin 'acme' of acme-pruning 1.0"
 
@@ -501,7 +501,7 @@ def test_loading_plugins_without_torch_needs_none(tmp_path: Path) -> None:
         "from cfsp_framework import hookimpl\n@hookimpl\ndef cfsp_architecture(config):\n    return None\n"
     )
     script = (
-        "import sys\nfrom cfsp_framework.plugins import load_plugins\n"
+        "import sys\nfrom cfsp_framework.host.manager import load_plugins\n"
         f"load_plugins(['no:cfsp-criteria', 'no:cfsp-allocators', 'no:cfsp-defaults', {str(plugin)!r}])\n"
         "assert 'torch' not in sys.modules\n"
     )

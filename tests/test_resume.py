@@ -35,7 +35,7 @@ from cfsp_framework.errors import OutputError
 from cfsp_framework.files import save_aside, staged_folder
 from cfsp_framework.models import LoadedModel
 from cfsp_framework.pipeline import plan_only, prune
-from cfsp_framework.plugins import Chosen, load_plugins
+from cfsp_framework.host.manager import Chosen, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.engine.cache import KeptCollection
 

@@ -22,8 +22,8 @@ from packaging.utils import canonicalize_name, is_normalized_name
 
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, OutputError
-from cfsp_framework.plugins import load_plugins
-from cfsp_framework.scaffold import Kind, PluginNames, check_free, plugin_names, render, write_plugin
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.scaffold import Kind, PluginNames, check_free, plugin_names, render, write_plugin
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 by_kind = pytest.mark.parametrize("kind", KINDS)

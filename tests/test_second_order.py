@@ -21,7 +21,7 @@ from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summa
 from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import Tally, Tokens, Window, measure_block
 from cfsp_framework.models import LoadedModel
-from cfsp_framework.plugins import Chosen, Origin, Plugins, load_plugins
+from cfsp_framework.host.manager import Chosen, Origin, Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import SOLO
 from cfsp_framework.statistics import (

@@ -30,7 +30,7 @@ from cfsp_framework.files import staged_folder
 from cfsp_framework.models import load_model
 from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.planning import PruningPlan, check_shared, round_widths, width_step
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.surgery import apply_plan
 
 sys.path.insert(0, str(Path(__file__).parent))

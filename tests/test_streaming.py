@@ -32,7 +32,7 @@ from cfsp_framework.config import layered
 from cfsp_framework.errors import ModelError, OutputError, ResourceError
 from cfsp_framework.models import LoadedModel
 from cfsp_framework.pipeline import RunResult
-from cfsp_framework.plugins import Chosen, Plugins, load_plugins
+from cfsp_framework.host.manager import Chosen, Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.engine.hidden_states import allocate
 from cfsp_framework.statistics import (

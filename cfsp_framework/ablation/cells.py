@@ -27,12 +27,12 @@ from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
 from cfsp_framework.keys import fingerprint_of, library_versions, numerics, versions
 from cfsp_framework.pipeline import cutting_phase, evaluate, make_plan, narrow, schedule
 from cfsp_framework.planning import PruningPlan
-from cfsp_framework.plugins import Plugins, load_plugins
+from cfsp_framework.host.manager import Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import SOLO
 from cfsp_framework.recovery import train_model
 from cfsp_framework.engine.cache import identity_of
-from cfsp_framework.selection import Selection, select
+from cfsp_framework.host.selection import Selection, select
 
 from cfsp_framework.ablation.measurements import Collection, one_line, want
 from cfsp_framework.ablation.grid import TRAINING

@@ -19,9 +19,9 @@ from cfsp_framework.errors import CfspError, OutputError
 from cfsp_framework.files import write_text
 from cfsp_framework.keys import fingerprint_of, library_versions, numerics
 from cfsp_framework.pipeline import CRITERION
-from cfsp_framework.plugins import Chosen, Plugins
+from cfsp_framework.host.manager import Chosen, Plugins
 from cfsp_framework.engine.cache import KeptCollection, identity_of
-from cfsp_framework.selection import Selection, curve_of
+from cfsp_framework.host.selection import Selection, curve_of
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 _MANIFEST = "manifest.json"

@@ -14,10 +14,10 @@ from cfsp_framework.errors import ConfigError
 from cfsp_framework.files import write_text
 from cfsp_framework.keys import library_versions
 from cfsp_framework.pipeline import evaluate
-from cfsp_framework.plugins import Plugins, load_plugins
+from cfsp_framework.host.manager import Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import SOLO, join_ranks
-from cfsp_framework.selection import select
+from cfsp_framework.host.selection import select
 
 from cfsp_framework.ablation.agreement import agreements, scored
 from cfsp_framework.ablation.cells import Extras, Job, Made, Workshop, cell_key, dense_key, prune_command, qualities, score_tasks

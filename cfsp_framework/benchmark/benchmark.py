@@ -9,7 +9,7 @@ from pathlib import PurePath
 import torch
 
 from cfsp_framework.config import RunConfig
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.progress import Progress
 
 from cfsp_framework.benchmark.timing import Benchmark, Workload, benchmark

@@ -26,9 +26,9 @@ from cfsp_framework.models import (
     sketch_model,
 )
 from cfsp_framework.planning import ModelIdentity, PruningPlan, plan_blocks
-from cfsp_framework.plugins import Plugins
+from cfsp_framework.host.manager import Plugins
 from cfsp_framework.progress import Progress
-from cfsp_framework.selection import curve_of, select
+from cfsp_framework.host.selection import curve_of, select
 from cfsp_framework.skeletons import without_weights
 
 _WINDOWS, _TOKENS = 4, 64

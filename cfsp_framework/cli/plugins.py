@@ -12,7 +12,7 @@ import click
 from cfsp_framework.cli.options import json_option, plugin_option, quiet_option, traceback_option
 
 if TYPE_CHECKING:
-    from cfsp_framework.scaffold import Kind
+    from cfsp_framework.host.scaffold import Kind
 
 
 @click.group()
@@ -30,8 +30,8 @@ def plugins_list(kind: str | None, plugins: tuple[str, ...], as_json: bool) -> N
 
     Above each table stands what leaves its plugin out, in any command: `-p no:PLUGIN`.
     """
-    from cfsp_framework import catalogue
-    from cfsp_framework.plugins import load_plugins
+    from cfsp_framework.host import catalog as catalogue
+    from cfsp_framework.host.manager import load_plugins
 
     loaded = load_plugins(plugins)
     rows = catalogue.component_rows(loaded, kind)
@@ -48,8 +48,8 @@ def plugins_list(kind: str | None, plugins: tuple[str, ...], as_json: bool) -> N
 @traceback_option
 def plugins_show(name: str, plugins: tuple[str, ...], as_json: bool) -> None:
     """The component called NAME: what it does, its options, its statistics and what they cost, where it is defined."""
-    from cfsp_framework import catalogue
-    from cfsp_framework.plugins import load_plugins
+    from cfsp_framework.host import catalog as catalogue
+    from cfsp_framework.host.manager import load_plugins
 
     found = catalogue.component_details(load_plugins(plugins), name)
     if as_json:
@@ -106,8 +106,8 @@ def plugins_new(name: str, kind: Kind, out: Path | None, plugins: tuple[str, ...
 
     The component in it is called as the package without `cfsp-`.
     """
-    from cfsp_framework import scaffold
-    from cfsp_framework.plugins import load_plugins
+    from cfsp_framework.host import scaffold
+    from cfsp_framework.host.manager import load_plugins
 
     names = scaffold.plugin_names(name, kind)
     scaffold.check_free(names, load_plugins(plugins))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cfsp_framework.errors import DataError
-from cfsp_framework.plugins import did_you_mean
+from cfsp_framework.host.manager import did_you_mean
 
 Role = Literal["calibration", "evaluation", "training"]
 

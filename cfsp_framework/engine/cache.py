@@ -16,7 +16,7 @@ from cfsp_framework.api.components import BlockStatistics, Component, Statistic
 from cfsp_framework.engine.replay import Batch
 from cfsp_framework.engine.collect import FeedForwardMeasurement
 from cfsp_framework.files import save_aside
-from cfsp_framework.plugins import Chosen
+from cfsp_framework.host.manager import Chosen
 from cfsp_framework.ranks import SOLO, Ranks
 
 HIDDEN_SHARE = 0.05

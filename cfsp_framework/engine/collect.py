@@ -22,12 +22,12 @@ from cfsp_framework.api.components import (
 )
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.engine.replay import Batch, Passage, embed, pass_block
-from cfsp_framework.containment import tensor_problem
+from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.errors import CfspError, PluginError
 from cfsp_framework.api.events import BlockFinished
 from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import lent, measure_block
-from cfsp_framework.plugins import Chosen
+from cfsp_framework.host.manager import Chosen
 from cfsp_framework.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 

@@ -15,7 +15,7 @@ from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import Heard
 from cfsp_framework.engine.replay import PADDING, Batch, Passage
 from cfsp_framework.engine.measure import BlockTallies, listening
-from cfsp_framework.plugins import Chosen
+from cfsp_framework.host.manager import Chosen
 from cfsp_framework.progress import Progress
 
 

@@ -13,9 +13,9 @@ from cfsp_framework.api.components import Accumulator, BlockStatistics, Collecto
 from cfsp_framework.architectures import Decoder
 from cfsp_framework.banks import Heard, SingleBank
 from cfsp_framework.engine.replay import Batch, run_block
-from cfsp_framework.containment import tensor_problem
+from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.errors import ModelError, PluginError
-from cfsp_framework.plugins import Chosen
+from cfsp_framework.host.manager import Chosen
 from cfsp_framework.ranks import SOLO, Ranks
 
 _WEIGHTS = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")

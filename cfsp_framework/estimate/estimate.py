@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from cfsp_framework.api.components import HELD_OUT_EVERY, Collector, Site, Stream
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.benchmark.hardware import BATCH_TOKENS, NOMINAL, Hardware, this_machine
-from cfsp_framework.selection import curve_of, stream_of, target_mix_of
+from cfsp_framework.host.selection import curve_of, stream_of, target_mix_of
 from cfsp_framework.estimate.model_shape import BlockShape, ModelShape, measure_shape
 
 if TYPE_CHECKING:
     from cfsp_framework.config import RunConfig
-    from cfsp_framework.plugins import Chosen
-    from cfsp_framework.selection import Selection
+    from cfsp_framework.host.manager import Chosen
+    from cfsp_framework.host.selection import Selection
 
 LISTENING = 1.08
 """A block that is measured beside one that just runs (docs/benchmarks.md)."""
@@ -461,8 +461,8 @@ def estimate_run(config: RunConfig) -> Estimate:
         InputError: the model's configuration or the options cannot be used.
     """
     from cfsp_framework.models import pick_device, sketch_model
-    from cfsp_framework.plugins import load_plugins
-    from cfsp_framework.selection import select
+    from cfsp_framework.host.manager import load_plugins
+    from cfsp_framework.host.selection import select
 
     selection = select(config, load_plugins(config.plugins))
     device = pick_device(config.device)

@@ -27,7 +27,7 @@ from cfsp_framework.models import (
     quiet,
     resolve,
 )
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 
 from cfsp_framework.export.padded import choose_widths, pad_model
 

@@ -17,7 +17,7 @@ from cfsp_framework.api.components import Component
 from cfsp_framework.config import parse_choice
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.api.hookspecs import NAMESPACE
-from cfsp_framework.plugins import Origin, Plugins, Registry, did_you_mean, load_plugins
+from cfsp_framework.host.manager import Origin, Plugins, Registry, did_you_mean, load_plugins
 
 from cfsp_framework.testing import CONTRACTS
 from cfsp_framework.testing.contract import describe, variants

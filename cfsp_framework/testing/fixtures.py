@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfsp_framework.architectures import Decoder
-    from cfsp_framework.plugins import Plugins
+    from cfsp_framework.host.manager import Plugins
 
     from cfsp_framework.testing.samples import Case, Sample
 

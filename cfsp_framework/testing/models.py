@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfsp_framework.api.components import Collector, Compensator, Criterion, Site, Update
 from cfsp_framework.errors import CfspError, ConfigError
-from cfsp_framework.plugins import Chosen, Origin, did_you_mean
+from cfsp_framework.host.manager import Chosen, Origin, did_you_mean
 
 from cfsp_framework.testing.errors import ContractError, NotApplicable
 from cfsp_framework.testing.samples import built_ins, made, provider

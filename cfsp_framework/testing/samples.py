@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from cfsp_framework.api.components import BlockStatistics, Collector, Component, FeedForward, Site, Statistic, Windows
 from cfsp_framework.errors import CfspError
-from cfsp_framework.plugins import Chosen, Origin, Plugins, load_plugins
+from cfsp_framework.host.manager import Chosen, Origin, Plugins, load_plugins
 
 from cfsp_framework.testing.errors import ContractError
 

@@ -30,7 +30,7 @@ from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.export.export import Exported, export_gguf
 from cfsp_framework.files import staged_folder
 from cfsp_framework.models import load_model, open_model, quiet
-from cfsp_framework.plugins import load_plugins
+from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.surgery import apply_plan, drop_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -34,10 +34,10 @@ from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import RunConfig
 from cfsp_framework.evaluation.perplexity import perplexity
 from cfsp_framework.pipeline import CRITERION
-from cfsp_framework.plugins import Chosen
+from cfsp_framework.host.manager import Chosen
 from cfsp_framework.progress import Progress
 from cfsp_framework.report import measure_size
-from cfsp_framework.selection import Selection, select
+from cfsp_framework.host.selection import Selection, select
 
 Row = Mapping[str, str]
 Cell = dict[str, Any]

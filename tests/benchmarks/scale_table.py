@@ -17,8 +17,8 @@ from cfsp_framework.cli.main.tables import human_seconds, rough_bytes
 from cfsp_framework.estimate.estimate import Way, estimate, plan_workload
 from cfsp_framework.benchmark.hardware import NOMINAL
 from cfsp_framework.models import sketch_model
-from cfsp_framework.plugins import load_plugins
-from cfsp_framework.selection import select
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.selection import select
 from cfsp_framework.estimate.model_shape import ModelShape, measure_shape
 
 SHAPES: dict[str, dict[str, Any]] = {

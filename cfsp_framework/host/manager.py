@@ -37,7 +37,7 @@ from cfsp_framework.api.components import (
     Site,
     Statistic,
 )
-from cfsp_framework.containment import Conduct, contained, survived
+from cfsp_framework.host.sandbox import Conduct, contained, survived
 from cfsp_framework.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:

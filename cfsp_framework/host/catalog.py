@@ -20,7 +20,7 @@ from rich.table import Table
 
 from cfsp_framework.api.components import Allocator, Collector, Component, Site, Statistic, Windows
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.plugins import Origin, Plugins, Registry, did_you_mean
+from cfsp_framework.host.manager import Origin, Plugins, Registry, did_you_mean
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -16,7 +16,7 @@ from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.files import check_parent, staged_folder
 
 if TYPE_CHECKING:
-    from cfsp_framework.plugins import Plugins
+    from cfsp_framework.host.manager import Plugins
 
 Kind = Literal["criterion", "allocator", "collector", "compensator", "recovery"]
 

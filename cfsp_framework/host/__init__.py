@@ -1,0 +1,1 @@
+"""Find plugins and turn what they offer into typed registries."""
