@@ -12,6 +12,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 @wrapt.when_imported("transformers.modeling_utils")
 def _open_pruned_checkpoints(module: object) -> None:
-    from cfsp_framework.heterogeneous import install
+    from cfsp_framework.modeling.variable_width import install
 
     install()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cfsp_framework.api.components import BlockRecovery
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.errors import CfspError, ModelError
 
 _ADAPTER = "default"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import PADDING
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.progress import Progress

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from cfsp_framework import report, surgery
 from cfsp_framework.api.components import Site
-from cfsp_framework.architectures import Decoder, open_decoder
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.engine.replay import PADDING, Passage
 from cfsp_framework.data.windows import calibration_windows
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, evaluation_set
 from cfsp_framework.api.events import RunStarted
-from cfsp_framework.models import LoadedModel, context_length, load_model
+from cfsp_framework.modeling.loading import LoadedModel, context_length, load_model
 from cfsp_framework.host.observers import start_observing
 from cfsp_framework.planning import check_shared
 from cfsp_framework.host.manager import Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import Ranks, join_ranks
 from cfsp_framework.host.selection import Selection, select
-from cfsp_framework.streaming import Streamed
+from cfsp_framework.modeling.streaming import Streamed
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cfsp_framework.api.components import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import Passage, embed, pass_block
 from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.errors import PluginError

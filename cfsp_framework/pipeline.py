@@ -14,7 +14,7 @@ from torch import Tensor
 from cfsp_framework import report, surgery
 from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import Budget, Update
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.attention import choose_attentions, count_to_drop
 from cfsp_framework.bench import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
 from cfsp_framework.engine.replay import Batch, Passage, embed, finish, logits, pass_block
@@ -27,7 +27,7 @@ from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity, perp
 from cfsp_framework.api.events import BlockFinished, RunFinished
 from cfsp_framework.files import staged_folder
 from cfsp_framework.keys import collection_key, second_pass_key, versions
-from cfsp_framework.models import LoadedModel, load_model, open_model, open_skeleton, resolve
+from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model, open_skeleton, resolve
 from cfsp_framework.notes import gather_notes
 from cfsp_framework.planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step
 from cfsp_framework.host.manager import load_plugins
@@ -48,7 +48,7 @@ from cfsp_framework.recovery import (
 from cfsp_framework.report import Report
 from cfsp_framework.engine.cache import KeptCollection
 from cfsp_framework.host.selection import curve_of
-from cfsp_framework.streaming import ShardWriter, Streamed
+from cfsp_framework.modeling.streaming import ShardWriter, Streamed
 from cfsp_framework.telling import tell, tell_recovered, write_report
 
 CRITERION = "criterion"

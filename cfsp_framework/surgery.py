@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from cfsp_framework.api.components import Update
-from cfsp_framework.architectures import Decoder
-from cfsp_framework.banks import Bank, ExpertBank, SingleBank, matrix
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank, matrix
 from cfsp_framework.errors import ConfigError, ModelError, PlanError
-from cfsp_framework.heterogeneous import StandIn
+from cfsp_framework.modeling.variable_width import StandIn
 from cfsp_framework.planning import BlockPlan, PruningPlan
 
 Compensate = Callable[[int, Sequence[Tensor]], Sequence[Update]]

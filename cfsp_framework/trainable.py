@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cfsp_framework.api.components import BlockRecovery, RecoveryPlan, TrainableBlock
-from cfsp_framework.architectures import Decoder
-from cfsp_framework.banks import Bank, Projection, SingleBank, matrix
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.feed_forwards import Bank, Projection, SingleBank, matrix
 from cfsp_framework.planning import PruningPlan
 
 

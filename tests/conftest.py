@@ -21,8 +21,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from cfsp_framework.architectures import Decoder
-    from cfsp_framework.models import LoadedModel
+    from cfsp_framework.modeling.decoder import Decoder
+    from cfsp_framework.modeling.loading import LoadedModel
     from cfsp_framework.planning import PruningPlan
 
 torch.set_num_threads(1)
@@ -105,9 +105,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def open_tiny() -> Callable[..., tuple[LoadedModel, Decoder]]:
     """``open_tiny(folder, **options)``: a fresh model and its decoder, as a run with these options opens them."""
-    from cfsp_framework.architectures import open_decoder
+    from cfsp_framework.modeling.decoder import open_decoder
     from cfsp_framework.config import RunConfig
-    from cfsp_framework.models import load_model
+    from cfsp_framework.modeling.loading import load_model
     from cfsp_framework.host.manager import load_plugins
 
     plugins = load_plugins()

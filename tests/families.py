@@ -36,10 +36,10 @@ from transformers.pytorch_utils import Conv1D
 
 from cfsp_framework import BlockRecovery, PruningPlan, RecoveryPlan, RunConfig, Update
 from cfsp_framework.adapters import add_adapters, merge, open_adapted, save_adapter
-from cfsp_framework.architectures import Decoder, open_decoder
-from cfsp_framework.banks import Bank, ExpertBank, SingleBank
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
+from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
 from cfsp_framework.errors import ModelError
-from cfsp_framework.models import load_model, open_model, quiet
+from cfsp_framework.modeling.loading import load_model, open_model, quiet
 from cfsp_framework.pipeline import RunResult, prune
 from cfsp_framework.planning import BlockPlan, ModelIdentity
 from cfsp_framework.host.manager import Plugins, load_plugins

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from cfsp_framework.architectures import Decoder, open_decoder
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.attention import choose_attentions, count_to_drop
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError, PlanError
-from cfsp_framework.heterogeneous import StandIn
-from cfsp_framework.models import open_model
+from cfsp_framework.modeling.variable_width import StandIn
+from cfsp_framework.modeling.loading import open_model
 from cfsp_framework.pipeline import prune
 from cfsp_framework.planning import PruningPlan
 from cfsp_framework.host.manager import load_plugins

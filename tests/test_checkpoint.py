@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cfsp_framework import PruningPlan, RunConfig, Update, prune
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.checkpoint.save import PLAN_FILE, REPORT_FILE, save_model
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.files import staged_folder
-from cfsp_framework.models import LoadedModel
+from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.surgery import added_biases, apply_plan, drop_attention, dropped_attention
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]

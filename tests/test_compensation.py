@@ -28,13 +28,13 @@ from cfsp_framework import (
     Update,
     prune,
 )
-from cfsp_framework.architectures import Decoder
-from cfsp_framework.banks import Projection, SingleBank
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.feed_forwards import Projection, SingleBank
 from cfsp_framework.engine.replay import Batch, Passage, run_block
 from cfsp_framework.compensation import SecondPass, compensate
 from cfsp_framework.config import layered
 from cfsp_framework.errors import PluginError
-from cfsp_framework.models import LoadedModel
+from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only
 from cfsp_framework.host.manager import Chosen, Origin, Plugins, load_plugins
 from cfsp_framework.host.selection import select

@@ -21,7 +21,7 @@ from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.cli.main.tables import human_seconds, rough_bytes
 from cfsp_framework.estimate.estimate import Way, Workload, estimate, plan_workload, pruned_bytes
 from cfsp_framework.benchmark.hardware import NOMINAL, Hardware, disk_rates, product_rate
-from cfsp_framework.models import load_model, sketch_model
+from cfsp_framework.modeling.loading import load_model, sketch_model
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.selection import select
 from cfsp_framework.estimate.model_shape import BlockShape, FeedForwards, ModelShape, measure_shape
@@ -338,7 +338,7 @@ def test_it_measures_this_machine_and_loads_no_weights(monkeypatch: pytest.Monke
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("cfsp_framework.models.load_model", refuse)
+    monkeypatch.setattr("cfsp_framework.modeling.loading.load_model", refuse)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     ways: list[dict[str, Any]] = json.loads(run("plan", "demo", "--estimate", "--json").stdout)["ways"]
     assert ways[0]["measured"]

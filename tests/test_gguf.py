@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 gguf = pytest.importorskip("gguf")
 
 from cfsp_framework import RunConfig
-from cfsp_framework.architectures import open_decoder
+from cfsp_framework.modeling.decoder import open_decoder
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
 from cfsp_framework.export.export import Exported, export_gguf
@@ -39,7 +39,7 @@ from cfsp_framework.export.gguf_tokenizer import (
 )
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.files import staged_folder
-from cfsp_framework.models import load_model
+from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.surgery import apply_plan, drop_attention
 

@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cfsp_framework import Criterion, RunConfig, Update, compensation
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import Batch, Passage
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.compensation import FinishedBlocks
 from cfsp_framework.errors import OutputError
 from cfsp_framework.files import save_aside, staged_folder
-from cfsp_framework.models import LoadedModel
+from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.host.manager import Chosen, load_plugins
 from cfsp_framework.progress import Progress
@@ -57,7 +57,8 @@ import safetensors.torch
 import transformers.modeling_utils
 import transformers.models.llama.modeling_llama
 from pathlib import Path
-from cfsp_framework import compensation, files, pipeline, streaming, surgery
+from cfsp_framework import compensation, files, pipeline, surgery
+from cfsp_framework.modeling import streaming
 from cfsp_framework.engine import cache as resume
 from cfsp_framework.engine import collect
 from cfsp_framework.checkpoint.save import save as checkpoint

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 
 from cfsp_framework import RunConfig
 from cfsp_framework.api.components import Budget
-from cfsp_framework.architectures import open_decoder
+from cfsp_framework.modeling.decoder import open_decoder
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.files import staged_folder
-from cfsp_framework.models import load_model
+from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.planning import PruningPlan, check_shared, round_widths, width_step
 from cfsp_framework.host.manager import load_plugins

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cfsp_framework import Criterion, PruningPlan, Statistic, prune
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import PADDING, Passage
 from cfsp_framework.checkpoint.save import CODE_FILE, PLAN_FILE, REPORT_FILE, STATISTICS_FILE
 from cfsp_framework.cli.main import cli
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import layered
 from cfsp_framework.errors import ModelError, OutputError, ResourceError
-from cfsp_framework.models import LoadedModel
+from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import RunResult
 from cfsp_framework.host.manager import Chosen, Plugins, load_plugins
 from cfsp_framework.progress import Progress
@@ -42,7 +42,7 @@ from cfsp_framework.statistics import (
     DOWN_INPUT_SQUARES,
     DOWN_INPUT_TAYLOR,
 )
-from cfsp_framework.streaming import Shards, Streamed
+from cfsp_framework.modeling.streaming import Shards, Streamed
 
 MakeModel = Callable[..., Path]
 MakePlan = Callable[..., PruningPlan]
@@ -505,7 +505,7 @@ def test_a_device_map_that_leaves_parameters_out_is_refused(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_model("llama"))
     model.model.layers[2].to("meta")
-    monkeypatch.setattr("cfsp_framework.models._from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr("cfsp_framework.modeling.loading._from_pretrained", lambda *_, **__: model)
     told = refused(make_model("llama"), "--device-map", "auto")
     assert "--device-map auto: 9 parameters do not fit on the devices; give --stream" in told
 

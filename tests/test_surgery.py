@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from cfsp_framework import Budget, Compensator, Criterion, PruningPlan, RunConfig, Update, prune
 from cfsp_framework.api.components import Allocator
-from cfsp_framework.architectures import Decoder
-from cfsp_framework.banks import SingleBank
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.feed_forwards import SingleBank
 from cfsp_framework.engine.replay import embed
 from cfsp_framework.engine.collect import collect, summarise
 from cfsp_framework.compensation import FirstPass
 from cfsp_framework.errors import PlanError
 from cfsp_framework.engine.measure import measure_block
-from cfsp_framework.models import LoadedModel
+from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.planning import plan_blocks
 from cfsp_framework.host.manager import Chosen, Plugins, load_plugins
 from cfsp_framework.progress import Progress

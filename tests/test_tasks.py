@@ -22,7 +22,7 @@ from cfsp_framework.api.components import Update
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, DataError
-from cfsp_framework.models import LoadedModel
+from cfsp_framework.modeling.loading import LoadedModel
 
 pytest.importorskip("lm_eval")
 from cfsp_framework.evaluation import tasks

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 
 
 @dataclass(frozen=True)

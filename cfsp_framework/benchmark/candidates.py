@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from cfsp_framework import surgery
 from cfsp_framework.api.components import Budget, Update
-from cfsp_framework.architectures import Decoder, open_decoder
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.engine.collect import collect, summarise
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.models import (
+from cfsp_framework.modeling.loading import (
     check_checkpoint,
     open_model,
     pick_device,
@@ -29,7 +29,7 @@ from cfsp_framework.planning import ModelIdentity, PruningPlan, plan_blocks
 from cfsp_framework.host.manager import Plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.host.selection import curve_of, select
-from cfsp_framework.skeletons import without_weights
+from cfsp_framework.modeling.meta_init import without_weights
 
 _WINDOWS, _TOKENS = 4, 64
 

@@ -28,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.benchmark.hardware import synchronise
-from cfsp_framework.models import context_length
+from cfsp_framework.modeling.loading import context_length
 from cfsp_framework.progress import Progress
 from cfsp_framework.report import measure_size
 

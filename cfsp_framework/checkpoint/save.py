@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import CfspError, ModelError, OutputError
 from cfsp_framework.files import licence_files
-from cfsp_framework.heterogeneous import StandIn, finish_block
-from cfsp_framework.models import LoadedModel
-from cfsp_framework.streaming import ShardWriter
+from cfsp_framework.modeling.variable_width import StandIn, finish_block
+from cfsp_framework.modeling.loading import LoadedModel
+from cfsp_framework.modeling.streaming import ShardWriter
 
 PLAN_FILE = "pruning_plan.json"
 REPORT_FILE = "report.json"

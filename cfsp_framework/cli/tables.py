@@ -162,7 +162,7 @@ def continuations(folder: Path, prompts: Sequence[str] = ("Return the ", "The cl
     """What a checkpoint writes after some prompts."""
     from transformers import AutoTokenizer
 
-    from cfsp_framework.models import open_model
+    from cfsp_framework.modeling.loading import open_model
 
     model: Any = open_model(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)

@@ -20,7 +20,7 @@ from cfsp_framework.api.components import (
     FeedForward,
     Site,
 )
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import Batch, Passage, embed, pass_block
 from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.errors import CfspError, PluginError

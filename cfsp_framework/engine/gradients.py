@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cfsp_framework.api.components import BlockStatistics, Collector, Site
-from cfsp_framework.architectures import Decoder
-from cfsp_framework.banks import Heard
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.feed_forwards import Heard
 from cfsp_framework.engine.replay import PADDING, Batch, Passage
 from cfsp_framework.engine.measure import BlockTallies, listening
 from cfsp_framework.host.manager import Chosen

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cfsp_framework.api.components import Accumulator, BlockStatistics, Collector, FeedForward, Site, Statistic, Windows
-from cfsp_framework.architectures import Decoder
-from cfsp_framework.banks import Heard, SingleBank
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.feed_forwards import Heard, SingleBank
 from cfsp_framework.engine.replay import Batch, run_block
 from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.errors import ModelError, PluginError

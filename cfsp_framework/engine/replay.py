@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.errors import ModelError
 from cfsp_framework.ranks import SOLO, Ranks
 from cfsp_framework.engine.hidden_states import allocate

@@ -460,7 +460,7 @@ def estimate_run(config: RunConfig) -> Estimate:
     Raises:
         InputError: the model's configuration or the options cannot be used.
     """
-    from cfsp_framework.models import pick_device, sketch_model
+    from cfsp_framework.modeling.loading import pick_device, sketch_model
     from cfsp_framework.host.manager import load_plugins
     from cfsp_framework.host.selection import select
 

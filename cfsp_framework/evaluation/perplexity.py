@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import Passage, embed, finish, pass_block
 from cfsp_framework.data.windows import tokenize
 from cfsp_framework.data.sources import mixture, read_text

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import CfspError, ConfigError, DataError
-from cfsp_framework.models import LoadedModel, load_model
+from cfsp_framework.modeling.loading import LoadedModel, load_model
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import join_ranks
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from cfsp_framework.checkpoint.save import save as checkpoint
-from cfsp_framework.architectures import Decoder, open_decoder
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.files import check_parent, staged_file, staged_folder
-from cfsp_framework.models import (
+from cfsp_framework.modeling.loading import (
     check_checkpoint,
     context_length,
     load_model,

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.errors import ConfigError, ModelError
-from cfsp_framework.models import stored_dtype
-from cfsp_framework.streaming import Shards
+from cfsp_framework.modeling.loading import stored_dtype
+from cfsp_framework.modeling.streaming import Shards
 from cfsp_framework.surgery import added_biases, dropped_attention
 
 from cfsp_framework.export.gguf_tokenizer import Vocabulary, read_vocabulary

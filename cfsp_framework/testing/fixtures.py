@@ -13,7 +13,7 @@ from cfsp_framework.testing import models, samples
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp_framework.architectures import Decoder
+    from cfsp_framework.modeling.decoder import Decoder
     from cfsp_framework.host.manager import Plugins
 
     from cfsp_framework.testing.samples import Case, Sample

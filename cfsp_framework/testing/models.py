@@ -20,7 +20,7 @@ from cfsp_framework.testing.samples import built_ins, made, provider
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp_framework.architectures import Decoder
+    from cfsp_framework.modeling.decoder import Decoder
 
 VOCABULARY = 259
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -62,7 +62,7 @@ def tiny_model(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTr
 
 def tiny_decoder(name: str = "llama", dtype: torch.dtype = torch.float32) -> Decoder:
     """The same, opened as a run opens it."""
-    from cfsp_framework.architectures import open_decoder
+    from cfsp_framework.modeling.decoder import open_decoder
 
     return open_decoder(tiny_model(name, dtype), built_ins())
 

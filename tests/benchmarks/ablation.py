@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from cfsp_framework.ablation.cells import Extras, Job, Workshop
 from cfsp_framework.ablation.measurements import Collection, CollectionFolder, want
 from cfsp_framework.ablation.grid import expand
-from cfsp_framework.architectures import Decoder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.pipeline import evaluate, make_plan
 from cfsp_framework.planning import PruningPlan
 

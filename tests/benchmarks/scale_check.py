@@ -34,7 +34,7 @@ def make_model(size: str, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from cfsp_framework.models import resolve
+    from cfsp_framework.modeling.loading import resolve
 
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=2048, max_position_embeddings=1024, tie_word_embeddings=True, **SIZES[size])  # type: ignore[arg-type]

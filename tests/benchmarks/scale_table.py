@@ -16,7 +16,7 @@ from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.cli.main.tables import human_seconds, rough_bytes
 from cfsp_framework.estimate.estimate import Way, estimate, plan_workload
 from cfsp_framework.benchmark.hardware import NOMINAL
-from cfsp_framework.models import sketch_model
+from cfsp_framework.modeling.loading import sketch_model
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.selection import select
 from cfsp_framework.estimate.model_shape import ModelShape, measure_shape

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cfsp_framework import pipeline
 from cfsp_framework.config import RunConfig
 from cfsp_framework.data.demo import MODEL_FOLDER
-from cfsp_framework.streaming import Shards
+from cfsp_framework.modeling.streaming import Shards
 
 BLOCKS = 16
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from cfsp_framework import RunConfig, prune
 from cfsp_framework.export.export import export_padded
-from cfsp_framework.models import open_model, quiet
+from cfsp_framework.modeling.loading import open_model, quiet
 
 WAYS = ("plain", "import", "remote")
 SCRIPT = """

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cfsp_framework.api.components import Architecture, FeedForwardLayout
-from cfsp_framework.banks import ExpertBank, Projection, matrix
+from cfsp_framework.modeling.feed_forwards import ExpertBank, Projection, matrix
 from cfsp_framework.errors import ModelError
-from cfsp_framework.skeletons import without_weights
+from cfsp_framework.modeling.meta_init import without_weights
 
 _NAMES = (
     ("gate_proj", "up_proj", "down_proj"),

@@ -34,7 +34,7 @@ from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import CfspError, ConfigError, ModelError
 from cfsp_framework.files import LICENCE_FILES
 from cfsp_framework.ranks import SOLO, Ranks
-from cfsp_framework.skeletons import without_weights
+from cfsp_framework.modeling.meta_init import without_weights
 
 _CHUNK = 1 << 22
 _HASHES_AT_ONCE = 4

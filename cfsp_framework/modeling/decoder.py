@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cfsp_framework.api.components import Architecture, FeedForward
-from cfsp_framework.banks import Bank, ExpertBank, SingleBank
+from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
 from cfsp_framework.errors import ModelError
-from cfsp_framework.finder import find_architecture
+from cfsp_framework.modeling.detection import find_architecture
 from cfsp_framework.host.manager import Plugins
 from cfsp_framework.residency import InMemory, Residency
 

@@ -1,0 +1,1 @@
+"""Open a model and find its blocks and feed-forwards."""
