@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfsp_framework import report, surgery
+from cfsp_framework import report
+from cfsp_framework.pruning import surgery
 from cfsp_framework.api.components import Site
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.engine.replay import PADDING, Passage
@@ -19,7 +20,7 @@ from cfsp_framework.evaluation.perplexity import EvaluationSet, evaluation_set
 from cfsp_framework.api.events import RunStarted
 from cfsp_framework.modeling.loading import LoadedModel, context_length, load_model
 from cfsp_framework.host.observers import start_observing
-from cfsp_framework.planning import check_shared
+from cfsp_framework.pruning.planning import check_shared
 from cfsp_framework.host.manager import Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import Ranks, join_ranks

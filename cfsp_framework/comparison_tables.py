@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from cfsp_framework.comparison import BlockComparison, Comparison, Difference, Overlap
+from cfsp_framework.pruning.plan_diff import BlockComparison, Comparison, Difference, Overlap
 
 _LONG = 16
 """Letters from which on a hash is cut; what is left tells two apart."""

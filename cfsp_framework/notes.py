@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cfsp_framework import surgery
+from cfsp_framework.pruning import surgery
 from cfsp_framework.api.components import Update
 from cfsp_framework.engine.replay import PADDING
-from cfsp_framework.planning import PruningPlan
+from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_INPUT_SQUARES, MAE_DISTANCE, MSE_DISTANCE
 
 if TYPE_CHECKING:

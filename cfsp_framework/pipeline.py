@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfsp_framework import report, surgery
+from cfsp_framework import report
+from cfsp_framework.pruning import surgery
 from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import Budget, Update
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.attention import choose_attentions, count_to_drop
+from cfsp_framework.pruning.attention import choose_attentions, count_to_drop
 from cfsp_framework.bench import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
 from cfsp_framework.engine.replay import Batch, Passage, embed, finish, logits, pass_block
 from cfsp_framework.data.windows import identify
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summarise
-from cfsp_framework.compensation import FinishedBlocks, FirstPass, SecondPass
+from cfsp_framework.pruning.compensation import FinishedBlocks, FirstPass, SecondPass
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity, perplexity
@@ -29,7 +30,7 @@ from cfsp_framework.files import staged_folder
 from cfsp_framework.keys import collection_key, second_pass_key, versions
 from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model, open_skeleton, resolve
 from cfsp_framework.notes import gather_notes
-from cfsp_framework.planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step
+from cfsp_framework.pruning.planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import join_ranks

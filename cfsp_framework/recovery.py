@@ -27,7 +27,7 @@ from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginErro
 from cfsp_framework.evaluation.perplexity import Perplexity
 from cfsp_framework.keys import second_pass_key
 from cfsp_framework.modeling.loading import fingerprint, open_model, resolve
-from cfsp_framework.planning import PruningPlan
+from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import Chosen
 from cfsp_framework.data.training import TrainingData, training_data
 from cfsp_framework.report import RecoveryReport, Report

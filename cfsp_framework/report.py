@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cfsp_framework.api.components import Update
 from cfsp_framework.evaluation.perplexity import Perplexity
-from cfsp_framework.planning import BlockPlan, PruningPlan, bank_path
+from cfsp_framework.pruning.planning import BlockPlan, PruningPlan, bank_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from cfsp_framework.modeling.decoder import Decoder
     from cfsp_framework.modeling.loading import LoadedModel
-    from cfsp_framework.planning import PruningPlan
+    from cfsp_framework.pruning.planning import PruningPlan
 
 torch.set_num_threads(1)
 
@@ -122,7 +122,7 @@ def open_tiny() -> Callable[..., tuple[LoadedModel, Decoder]]:
 @pytest.fixture(scope="session")
 def make_plan() -> Callable[..., PruningPlan]:
     """``make_plan(decoder, widths, fingerprint="")``: a plan that keeps so many random channels of each feed-forward."""
-    from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
+    from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
 
     def make(decoder: Decoder, widths: Sequence[int], fingerprint: str = "") -> PruningPlan:
         draw = torch.Generator().manual_seed(sum(widths))

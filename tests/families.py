@@ -41,9 +41,9 @@ from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
 from cfsp_framework.errors import ModelError
 from cfsp_framework.modeling.loading import load_model, open_model, quiet
 from cfsp_framework.pipeline import RunResult, prune
-from cfsp_framework.planning import BlockPlan, ModelIdentity
+from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity
 from cfsp_framework.host.manager import Plugins, load_plugins
-from cfsp_framework.surgery import apply_plan
+from cfsp_framework.pruning.surgery import apply_plan
 from cfsp_framework.trainable import adapted, trainable_blocks
 from cfsp_plugins.recovery import unit_of_rank
 

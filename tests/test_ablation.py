@@ -37,7 +37,7 @@ from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.prune import prune as prune_command_line
 from cfsp_framework.config import Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
-from cfsp_framework.planning import PruningPlan
+from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.progress import Progress
 from cfsp_framework.report import Report
 
@@ -540,7 +540,7 @@ def test_rank_correlations_are_spearmans(scores: list[list[int]]) -> None:
 @settings(deadline=None)
 @given(matrices, st.sampled_from([0.0, 0.2, 0.5, 0.9]))
 def test_overlaps_are_shares_of_what_both_keep(scores: list[list[int]], ratio: float) -> None:
-    from cfsp_framework.planning import keep_highest
+    from cfsp_framework.pruning.planning import keep_highest
 
     tensor = torch.tensor(scores, dtype=torch.float64)
     count = max(1, round((1 - ratio) * 7))

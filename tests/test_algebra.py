@@ -25,7 +25,7 @@ from cfsp_framework.linalg import (
     positive_inverse,
 )
 from cfsp_framework.engine.collect import CURVE_DAMPING, CurveKind, error_curves
-from cfsp_framework.planning import keep_highest
+from cfsp_framework.pruning.planning import keep_highest
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 untimed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])

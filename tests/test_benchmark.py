@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from cfsp_framework import RunConfig, surgery
+from cfsp_framework import RunConfig
+from cfsp_framework.pruning import surgery
 from cfsp_framework.api.components import Update
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli

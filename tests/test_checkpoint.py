@@ -26,7 +26,7 @@ from cfsp_framework.checkpoint.save import PLAN_FILE, REPORT_FILE, save_model
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.files import staged_folder
 from cfsp_framework.modeling.loading import LoadedModel
-from cfsp_framework.surgery import added_biases, apply_plan, drop_attention, dropped_attention
+from cfsp_framework.pruning.surgery import added_biases, apply_plan, drop_attention, dropped_attention
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]
 MakePlan = Callable[..., PruningPlan]

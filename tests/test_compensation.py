@@ -31,7 +31,7 @@ from cfsp_framework import (
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import Projection, SingleBank
 from cfsp_framework.engine.replay import Batch, Passage, run_block
-from cfsp_framework.compensation import SecondPass, compensate
+from cfsp_framework.pruning.compensation import SecondPass, compensate
 from cfsp_framework.config import layered
 from cfsp_framework.errors import PluginError
 from cfsp_framework.modeling.loading import LoadedModel
@@ -52,7 +52,7 @@ from cfsp_framework.statistics import (
     FEED_FORWARD_TARGETS,
     FEED_FORWARD_TARGETS_HELD_OUT,
 )
-from cfsp_framework.surgery import apply_plan, apply_updates, cut_block
+from cfsp_framework.pruning.surgery import apply_plan, apply_updates, cut_block
 from cfsp_plugins.least_squares import LeastSquares, LeastSquaresBias, Procrustes, Sequential, guarded
 from cfsp_plugins.local_reconstruction import LocalReconstruction, Weights
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from cfsp_criteria import Cfsp, Flap, Magnitude, Random, WandaL2, WandaSp
 from cfsp_criteria.cfsp import Variant
 from cfsp_framework import BlockStatistics, Collector, Criterion, FeedForward, Site, Statistic
-from cfsp_framework.planning import keep_highest
+from cfsp_framework.pruning.planning import keep_highest
 from cfsp_framework.statistics import (
     DOWN_INPUT_FLUCTUATION,
     DOWN_INPUT_MEAN,

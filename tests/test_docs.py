@@ -30,7 +30,7 @@ from cfsp_framework.api import hookspecs
 from cfsp_framework.ablation.grid import expand
 from cfsp_framework.cli.main import cli
 from cfsp_framework.config import PRESETS, Choice, RunConfig, layered
-from cfsp_framework.planning import PruningPlan
+from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.report import Report
 from cfsp_framework.statistics import DOWN_INPUT_GRAM

@@ -41,7 +41,7 @@ from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.files import staged_folder
 from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.surgery import apply_plan, drop_attention
+from cfsp_framework.pruning.surgery import apply_plan, drop_attention
 
 sys.path.insert(0, str(Path(__file__).parent))
 import families

@@ -15,7 +15,7 @@ from cfsp_allocators import ErrorCurve, LogIncrease, Owl, SoftmaxBi
 from cfsp_allocators.error_curve import cheapest
 from cfsp_allocators.softmax_bi import capped
 from cfsp_framework import Allocator, BlockSummary, Budget
-from cfsp_framework.planning import allocate, round_widths, total_to_keep
+from cfsp_framework.pruning.planning import allocate, round_widths, total_to_keep
 from cfsp_framework.host.manager import Chosen, Origin
 from cfsp_framework.statistics import BLOCK_OUTPUT_SQUARES, COSINE_DISTANCE
 

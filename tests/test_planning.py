@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from cfsp_framework import Allocator, BlockSummary, Budget, PruningPlan
 from cfsp_framework.errors import ConfigError, PlanError, PluginError
-from cfsp_framework.planning import (
+from cfsp_framework.pruning.planning import (
     BlockPlan,
     CalibrationIdentity,
     ModelIdentity,

@@ -576,7 +576,7 @@ def test_the_host_imports_no_shelf() -> None:
 def test_setting_up_the_host_imports_no_shelf_and_no_torch() -> None:
     script = (
         "import json, sys\n"
-        "import cfsp_framework.config, cfsp_framework.planning, cfsp_framework.host.manager as plugins\n"
+        "import cfsp_framework.config, cfsp_framework.pruning.planning, cfsp_framework.host.manager as plugins\n"
         f"plugins.load_plugins({NO_BUILT_IN!r})\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))\n"
     )

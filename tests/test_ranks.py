@@ -21,7 +21,7 @@ from cfsp_framework.engine.replay import Passage
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
-from cfsp_framework.planning import PruningPlan
+from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import SOLO, Ranks, is_first, join_ranks
 

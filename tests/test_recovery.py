@@ -31,7 +31,7 @@ from cfsp_framework.adapters import adapter_config, add_adapters, merge, remove_
 from cfsp_framework.bench import Bench, set_up
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import CfspError, ConfigError, DataError, PluginError
-from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
+from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
 from cfsp_framework.progress import Progress
 from cfsp_framework.recovery import plan_recovery, read_pruned
 from cfsp_framework.data.training import NOT_LEARNT, instructions, packed_windows, training_data

@@ -26,11 +26,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from cfsp_framework import Criterion, RunConfig, Update, compensation
+from cfsp_framework import Criterion, RunConfig, Update
+from cfsp_framework.pruning import compensation
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import Batch, Passage
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
-from cfsp_framework.compensation import FinishedBlocks
+from cfsp_framework.pruning.compensation import FinishedBlocks
 from cfsp_framework.errors import OutputError
 from cfsp_framework.files import save_aside, staged_folder
 from cfsp_framework.modeling.loading import LoadedModel
@@ -57,7 +58,9 @@ import safetensors.torch
 import transformers.modeling_utils
 import transformers.models.llama.modeling_llama
 from pathlib import Path
-from cfsp_framework import compensation, files, pipeline, surgery
+from cfsp_framework import files, pipeline
+from cfsp_framework.pruning import compensation
+from cfsp_framework.pruning import surgery
 from cfsp_framework.modeling import streaming
 from cfsp_framework.engine import cache as resume
 from cfsp_framework.engine import collect

@@ -29,9 +29,9 @@ from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.files import staged_folder
 from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.pipeline import plan_only, prune
-from cfsp_framework.planning import PruningPlan, check_shared, round_widths, width_step
+from cfsp_framework.pruning.planning import PruningPlan, check_shared, round_widths, width_step
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.surgery import apply_plan
+from cfsp_framework.pruning.surgery import apply_plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 import families

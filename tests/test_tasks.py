@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework import surgery
+from cfsp_framework.pruning import surgery
 from cfsp_framework.api.components import Update
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli

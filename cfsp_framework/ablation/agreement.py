@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cfsp_framework.engine.collect import FeedForwardMeasurement
-from cfsp_framework.planning import bank_path
+from cfsp_framework.pruning.planning import bank_path
 
 from cfsp_framework.ablation.results import Agreement
 

@@ -26,7 +26,7 @@ from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
 from cfsp_framework.keys import fingerprint_of, library_versions, numerics, versions
 from cfsp_framework.pipeline import cutting_phase, evaluate, make_plan, narrow, schedule
-from cfsp_framework.planning import PruningPlan
+from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import SOLO

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch is imported by the commands that need it, not by `cfs
     from torch import Tensor
 
     from cfsp_framework.api.events import Event
-    from cfsp_framework.planning import PruningPlan
+    from cfsp_framework.pruning.planning import PruningPlan
 
 
 API_VERSION = 1

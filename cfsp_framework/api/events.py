@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cfsp_framework.config import RunConfig
-    from cfsp_framework.planning import PruningPlan
+    from cfsp_framework.pruning.planning import PruningPlan
     from cfsp_framework.report import Report
 
 

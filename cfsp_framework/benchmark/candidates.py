@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cfsp_framework import surgery
+from cfsp_framework.pruning import surgery
 from cfsp_framework.api.components import Budget, Update
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.engine.collect import collect, summarise
@@ -25,7 +25,7 @@ from cfsp_framework.modeling.loading import (
     resolve,
     sketch_model,
 )
-from cfsp_framework.planning import ModelIdentity, PruningPlan, plan_blocks
+from cfsp_framework.pruning.planning import ModelIdentity, PruningPlan, plan_blocks
 from cfsp_framework.host.manager import Plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.host.selection import curve_of, select

@@ -33,7 +33,7 @@ def compare(
 
     A plan is a file `cfsp plan` wrote, or the folder of a pruned checkpoint.
     """
-    from cfsp_framework.comparison import compare as compare_plans
+    from cfsp_framework.pruning.plan_diff import compare as compare_plans
     from cfsp_framework.comparison_tables import show_comparison
 
     plans = read_plan(plan_a), read_plan(plan_b)

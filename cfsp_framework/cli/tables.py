@@ -14,7 +14,7 @@ from cfsp_framework.files import human_bytes
 if TYPE_CHECKING:
     from cfsp_framework.estimate.estimate import Estimate
     from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
-    from cfsp_framework.planning import PruningPlan
+    from cfsp_framework.pruning.planning import PruningPlan
     from cfsp_framework.report import BlockReport, Evaluation, RecoveryReport, Report
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from cfsp_framework.engine.replay import PADDING
 from cfsp_framework.data.sources import mixture, read_documents, read_text, shares
 from cfsp_framework.errors import DataError
-from cfsp_framework.planning import CalibrationIdentity
+from cfsp_framework.pruning.planning import CalibrationIdentity
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:

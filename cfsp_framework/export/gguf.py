@@ -21,7 +21,7 @@ from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.errors import ConfigError, ModelError
 from cfsp_framework.modeling.loading import stored_dtype
 from cfsp_framework.modeling.streaming import Shards
-from cfsp_framework.surgery import added_biases, dropped_attention
+from cfsp_framework.pruning.surgery import added_biases, dropped_attention
 
 from cfsp_framework.export.gguf_tokenizer import Vocabulary, read_vocabulary
 

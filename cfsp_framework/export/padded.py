@@ -19,7 +19,7 @@ from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank, matrix
 from cfsp_framework.errors import ConfigError, ModelError
 from cfsp_framework.modeling.meta_init import without_weights
-from cfsp_framework.surgery import added_biases, describe_widths, dropped_attention, expert_step, tell_width
+from cfsp_framework.pruning.surgery import added_biases, describe_widths, dropped_attention, expert_step, tell_width
 
 _BIAS_SETTING = "mlp_bias"
 """What the configurations that have a setting for biases of the feed-forward call it."""

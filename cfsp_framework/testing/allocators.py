@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from cfsp_framework.api.components import Allocator, BlockSummary, Budget, Statistic
-from cfsp_framework.planning import round_widths, total_to_keep
+from cfsp_framework.pruning.planning import round_widths, total_to_keep
 
 from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed, explore, unwritten, usage
 from cfsp_framework.testing.watching import WatchedScalars, unchanged_process

@@ -147,7 +147,7 @@ def update(compensator: Compensator, name: str, collectors: Sequence[type[Collec
         NotApplicable: the compensator refuses the family, in words.
     """
     from cfsp_framework.engine.replay import embed
-    from cfsp_framework.compensation import compensate
+    from cfsp_framework.pruning.compensation import compensate
     from cfsp_framework.errors import PluginError
     from cfsp_framework.engine.measure import measure_block
 

@@ -20,7 +20,7 @@ from cfsp_framework.api.events import (
     RunFinished,
     RunStarted,
 )
-from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
+from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
 
 from cfsp_framework.testing.contract import ComponentContract
 from cfsp_framework.testing.errors import ContractError

@@ -11,7 +11,7 @@ import torch
 
 from cfsp_framework.api.components import BlockSummary, RecoveryPlan, RecoveryScheduler, TrainableBlock
 from cfsp_framework.errors import CfspError
-from cfsp_framework.planning import BlockPlan, ModelIdentity, PruningPlan
+from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
 
 from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed
 from cfsp_framework.testing.watching import unchanged_process

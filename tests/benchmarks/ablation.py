@@ -33,7 +33,7 @@ from cfsp_framework.ablation.measurements import Collection, CollectionFolder, w
 from cfsp_framework.ablation.grid import expand
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.pipeline import evaluate, make_plan
-from cfsp_framework.planning import PruningPlan
+from cfsp_framework.pruning.planning import PruningPlan
 
 CRITERIA = "cfsp,cfsp:variant=act,wanda-sp,wanda-l2,flap,variance-weighted,magnitude,random"
 ALLOCATORS = "cfsp,uniform,owl,global-zscore"

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from cfsp_framework.errors import PlanError
-from cfsp_framework.planning import BlockPlan, PruningPlan, bank_path
+from cfsp_framework.pruning.planning import BlockPlan, PruningPlan, bank_path
 
 _DIGITS = 12
 """Of a hash, as much as tells two apart."""

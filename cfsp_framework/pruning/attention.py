@@ -12,7 +12,7 @@ from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import PADDING
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.progress import Progress
-from cfsp_framework.surgery import dropped_attention, without_attention
+from cfsp_framework.pruning.surgery import dropped_attention, without_attention
 
 _WINDOWS = 4
 """Calibration windows each candidate is judged on."""

@@ -1,0 +1,1 @@
+"""Plan which channels stay, cut the model, and compensate."""
