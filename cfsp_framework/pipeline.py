@@ -34,7 +34,7 @@ from cfsp_framework.pruning.planning import ModelIdentity, PruningPlan, channel_
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import join_ranks
-from cfsp_framework.recovery import (
+from cfsp_framework.recovery.recover import (
     RecoveryTask,
     Training,
     kept_plan,

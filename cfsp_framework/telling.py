@@ -14,7 +14,7 @@ from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
 from cfsp_framework.keys import versions
 from cfsp_framework.pages import html_report, model_card
 from cfsp_framework.pruning.planning import PruningPlan
-from cfsp_framework.recovery import Training
+from cfsp_framework.recovery.recover import Training
 from cfsp_framework.report import Evaluation, Report, Size
 
 

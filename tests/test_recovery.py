@@ -26,17 +26,17 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from cfsp_framework import BlockRecovery, RecoveryPlan, RunConfig, TrainableBlock, pipeline
-from cfsp_framework import recovery as recovery_module
-from cfsp_framework.adapters import adapter_config, add_adapters, merge, remove_adapters
+from cfsp_framework.recovery.recover import recover as recovery_module
+from cfsp_framework.recovery.lora import adapter_config, add_adapters, merge, remove_adapters
 from cfsp_framework.bench import Bench, set_up
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import CfspError, ConfigError, DataError, PluginError
 from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
 from cfsp_framework.progress import Progress
-from cfsp_framework.recovery import plan_recovery, read_pruned
+from cfsp_framework.recovery.recover import plan_recovery, read_pruned
 from cfsp_framework.data.training import NOT_LEARNT, instructions, packed_windows, training_data
-from cfsp_framework.trainable import adapted, trainable_blocks, trained_precision
-from cfsp_framework.training import Course, divergence, train
+from cfsp_framework.recovery.targets import adapted, trainable_blocks, trained_precision
+from cfsp_framework.recovery.trainer import Course, divergence, train
 from cfsp_plugins.recovery import Full, IgLora, UniformLora, spread_ranks, unit_of_rank
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -283,7 +283,7 @@ def test_a_pattern_that_matches_nothing_is_noticed(
         found.rank_pattern = {"layers.0": 4}
         return found
 
-    monkeypatch.setattr("cfsp_framework.adapters.adapter_config", wrong)
+    monkeypatch.setattr("cfsp_framework.recovery.lora.adapter_config", wrong)
     with pytest.raises(CfspError, match=r"rank and alpha \(1, .*where \("):
         add_adapters(bench.decoder, task.matrices)
     again, _ = opened(pruned("llama"))
@@ -642,7 +642,7 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from cfsp_framework import training
+from cfsp_framework.recovery import trainer as training
 from cfsp_framework.cli.main import main
 own = training._Steps.on_step_end
 
@@ -688,7 +688,7 @@ def test_an_interrupted_training_of_all_weights_goes_on_too(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("cfsp_framework.training._Steps.on_step_end", interrupt)
+        patched.setattr("cfsp_framework.recovery.trainer._Steps.on_step_end", interrupt)
         assert run(*words).exit_code == 2
     assert run(*words).exit_code == 0
     assert run("recover", pruned("gpt2"), tmp_path / "whole", *SMALL, *data).exit_code == 0

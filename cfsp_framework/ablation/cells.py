@@ -30,7 +30,7 @@ from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import Plugins, load_plugins
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import SOLO
-from cfsp_framework.recovery import train_model
+from cfsp_framework.recovery.recover import train_model
 from cfsp_framework.engine.cache import identity_of
 from cfsp_framework.host.selection import Selection, select
 

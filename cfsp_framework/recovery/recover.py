@@ -31,10 +31,10 @@ from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import Chosen
 from cfsp_framework.data.training import TrainingData, training_data
 from cfsp_framework.report import RecoveryReport, Report
-from cfsp_framework.trainable import adapted, feed_forward_parameters, trainable_blocks, trained_precision
+from cfsp_framework.recovery.targets import adapted, feed_forward_parameters, trainable_blocks, trained_precision
 
 if TYPE_CHECKING:
-    from cfsp_framework.training import History, Teacher
+    from cfsp_framework.recovery.trainer import History, Teacher
 
 PLAN_FILE = "recovery_plan.json"
 ADAPTER_FOLDER = "adapter"
@@ -118,7 +118,7 @@ def check_options(bench: Bench, wanted: RecoveryPlan) -> None:
     """
     config, device = bench.config, bench.loaded.device
     if config.report_to:
-        from cfsp_framework.training import check_trackers
+        from cfsp_framework.recovery.trainer import check_trackers
 
         check_trackers(config.report_to)
     if config.recovery_patience and not config.recovery_check_every:
@@ -157,7 +157,7 @@ def check_adaptable(decoder: Decoder, matrices: Mapping[str, BlockRecovery]) -> 
     """
     if not matrices:
         return
-    from cfsp_framework.adapters import add_adapters, remove_adapters
+    from cfsp_framework.recovery.lora import add_adapters, remove_adapters
 
     try:
         remove_adapters(add_adapters(decoder, matrices))
@@ -211,7 +211,7 @@ def train_weights(bench: Bench, plan: PruningPlan, task: RecoveryTask, folder: P
 
 def train_adapters(bench: Bench, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Outcome:
     """Train adapters and merge them, or write them into ``folder``."""
-    from cfsp_framework import adapters
+    from cfsp_framework.recovery import lora as adapters
 
     kept = bench.config.keep_adapter
     with trained_precision(bench.decoder, task.plan) as autocast:
@@ -263,7 +263,7 @@ def kept_plan(bench: Bench, folder: Path) -> RecoveryPlan:
 
 def merge_adapter(bench: Bench, folder: Path) -> Outcome:
     """Merge an adapter that was kept."""
-    from cfsp_framework import adapters
+    from cfsp_framework.recovery import lora as adapters
 
     with bench.progress.phase("recover"), trained_precision(bench.decoder, kept_plan(bench, folder)):
         adapters.merge(adapters.open_adapted(bench.decoder.model, folder))
@@ -290,7 +290,7 @@ def save_recovery_plan(plan: RecoveryPlan, folder: Path, *, kept: bool) -> None:
 
 def open_with_adapter(bench: Bench, folder: Path) -> Decoder:
     """The pruned checkpoint in ``folder`` with the adapter beside it, as the user opens them."""
-    from cfsp_framework.adapters import open_adapted
+    from cfsp_framework.recovery.lora import open_adapted
 
     model = open_model(folder, device=bench.decoder.device)
     open_adapted(model, folder / ADAPTER_FOLDER)
@@ -326,7 +326,7 @@ def calibrated_on(plan: PruningPlan) -> str:
 
 def run_training(bench: Bench, plan: PruningPlan, task: RecoveryTask, learner: nn.Module, autocast: bool) -> History:
     """Train what takes gradients in ``learner``; with ``--resume`` from the last checkpoint on."""
-    from cfsp_framework.training import Course, train
+    from cfsp_framework.recovery.trainer import Course, train
 
     config = bench.config
     with tempfile.TemporaryDirectory(prefix="cfsp-recovery-") as scratch:
@@ -352,7 +352,7 @@ def run_training(bench: Bench, plan: PruningPlan, task: RecoveryTask, learner: n
 
 
 def _teacher(bench: Bench, task: RecoveryTask, autocast: bool) -> Teacher | None:
-    from cfsp_framework.training import Teacher
+    from cfsp_framework.recovery.trainer import Teacher
 
     if task.teacher is None or task.plan.distillation is None:
         return None
