@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfsp_framework import report
+from cfsp_framework.reporting import metrics as report
 from cfsp_framework.pruning import surgery
 from cfsp_framework.api.components import Site
 from cfsp_framework.modeling.decoder import Decoder, open_decoder

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfsp_framework import report
+from cfsp_framework.reporting import metrics as report
 from cfsp_framework.pruning import surgery
 from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import Budget, Update
@@ -29,7 +29,7 @@ from cfsp_framework.api.events import BlockFinished, RunFinished
 from cfsp_framework.files import staged_folder
 from cfsp_framework.keys import collection_key, second_pass_key, versions
 from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model, open_skeleton, resolve
-from cfsp_framework.notes import gather_notes
+from cfsp_framework.reporting.findings import gather_notes
 from cfsp_framework.pruning.planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.progress import Progress
@@ -46,11 +46,11 @@ from cfsp_framework.recovery.recover import (
     save_recovery_plan,
     train_model,
 )
-from cfsp_framework.report import Report
+from cfsp_framework.reporting.metrics import Report
 from cfsp_framework.engine.cache import KeptCollection
 from cfsp_framework.host.selection import curve_of
 from cfsp_framework.modeling.streaming import ShardWriter, Streamed
-from cfsp_framework.telling import tell, tell_recovered, write_report
+from cfsp_framework.reporting.build import tell, tell_recovered, write_report
 
 CRITERION = "criterion"
 """The label of a run's only criterion among the scores."""

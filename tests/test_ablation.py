@@ -39,7 +39,7 @@ from cfsp_framework.config import Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.progress import Progress
-from cfsp_framework.report import Report
+from cfsp_framework.reporting.metrics import Report
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changed torch's global random numbers")
 """``loose`` does so, and is told to draw from a generator of its own."""

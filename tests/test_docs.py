@@ -32,7 +32,7 @@ from cfsp_framework.cli.main import cli
 from cfsp_framework.config import PRESETS, Choice, RunConfig, layered
 from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.report import Report
+from cfsp_framework.reporting.metrics import Report
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 from cfsp_framework.testing import CONTRACTS
 

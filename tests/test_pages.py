@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.pages import human_count, page_environment
+from cfsp_framework.reporting.html import human_count, page_environment
 
 
 @pytest.mark.parametrize(

@@ -420,7 +420,7 @@ def test_the_exit_code_says_that_a_plugin_failed(
 
 
 def test_time_is_told_by_component(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cfsp_framework.notes._LONG", (0.5, 0.0))
+    monkeypatch.setattr("cfsp_framework.reporting.findings._LONG", (0.5, 0.0))
     out = run(score=f"time.sleep(0.2); {METHODS['score']}")
     report = json.loads((out / "report.json").read_text())
     seconds = report["component_seconds"]

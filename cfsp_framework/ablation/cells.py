@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from cfsp_framework import report
+from cfsp_framework.reporting import metrics as report
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.bench import Bench, open_bench, open_evaluation_sets, open_windows, sequence_length
 from cfsp_framework.engine.replay import tokens_per_batch

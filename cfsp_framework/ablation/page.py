@@ -11,7 +11,7 @@ from itertools import groupby
 from markupsafe import Markup, escape
 
 from cfsp_framework.cli.main.tables import short
-from cfsp_framework.pages import page_environment
+from cfsp_framework.reporting.html import page_environment
 
 from cfsp_framework.ablation import pictures
 from cfsp_framework.ablation.drawing import HIGHLIGHTS, MUTED, percent

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cfsp_framework.estimate.estimate import Estimate
     from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
     from cfsp_framework.pruning.planning import PruningPlan
-    from cfsp_framework.report import BlockReport, Evaluation, RecoveryReport, Report
+    from cfsp_framework.reporting.metrics import BlockReport, Evaluation, RecoveryReport, Report
 
 
 def show_report(report: Report, out: Path | None) -> None:
@@ -41,7 +41,7 @@ def _calibrated(report: Report) -> str:
 
 
 def _trained(found: RecoveryReport) -> str:
-    from cfsp_framework.report import describe_training
+    from cfsp_framework.reporting.metrics import describe_training
 
     return f"{describe_training(found.model_copy(update={'data': short(found.data)}))}."
 
@@ -65,7 +65,7 @@ def _name(model: str) -> str:
 
 def show_plan(plan: PruningPlan, path: Path) -> None:
     """The widths of a plan."""
-    from cfsp_framework.report import block_reports
+    from cfsp_framework.reporting.metrics import block_reports
 
     console = Console(highlight=False, markup=False)
     console.print(_block_table(block_reports(plan), console))
@@ -183,7 +183,7 @@ def show_continuations(written: Sequence[tuple[str, str]]) -> None:
 
 def _block_table(blocks: Sequence[BlockReport], console: Console) -> Table:
     table = Table(title="Blocks", title_justify="left")
-    from cfsp_framework.report import is_mixed, place
+    from cfsp_framework.reporting.metrics import is_mixed, place
 
     mixed = is_mixed(blocks)
     for heading in ("block", *(("feed-forward",) if mixed else ()), "importance", "width", "kept", "share"):

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE, STATISTICS_FILE
 from cfsp_framework.errors import CfspError, ConfigError, ModelError
-from cfsp_framework.pages import PLACE
+from cfsp_framework.reporting.html import PLACE
 from cfsp_framework.recovery.recover import read_pruned
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

@@ -30,7 +30,7 @@ from cfsp_framework.modeling.loading import fingerprint, open_model, resolve
 from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import Chosen
 from cfsp_framework.data.training import TrainingData, training_data
-from cfsp_framework.report import RecoveryReport, Report
+from cfsp_framework.reporting.metrics import RecoveryReport, Report
 from cfsp_framework.recovery.targets import adapted, feed_forward_parameters, trainable_blocks, trained_precision
 
 if TYPE_CHECKING:

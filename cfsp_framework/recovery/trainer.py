@@ -28,7 +28,7 @@ from cfsp_framework.host.manager import did_you_mean
 from cfsp_framework.progress import Progress
 from cfsp_framework.ranks import SOLO, Ranks
 from cfsp_framework.data.training import NOT_LEARNT, Example, TrainingData, collate
-from cfsp_framework.report import LossPoint
+from cfsp_framework.reporting.metrics import LossPoint
 
 _TOKENS_AT_ONCE = 2048
 _TOKENS_AT_ONCE_GPU = 8192

@@ -36,7 +36,7 @@ from cfsp_framework.evaluation.perplexity import perplexity
 from cfsp_framework.pipeline import CRITERION
 from cfsp_framework.host.manager import Chosen
 from cfsp_framework.progress import Progress
-from cfsp_framework.report import measure_size
+from cfsp_framework.reporting.metrics import measure_size
 from cfsp_framework.host.selection import Selection, select
 
 Row = Mapping[str, str]

@@ -7,9 +7,9 @@ from pathlib import PurePath
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from cfsp_framework.cards import BaseModel, front_matter
+from cfsp_framework.reporting.model_card import BaseModel, front_matter
 from cfsp_framework.files import human_bytes
-from cfsp_framework.report import BlockReport, LossPoint, Report, describe_training, is_mixed, place
+from cfsp_framework.reporting.metrics import BlockReport, LossPoint, Report, describe_training, is_mixed, place
 
 _CHART_WIDTH, _CHART_HEIGHT = 960.0, 260.0
 _CURVE_HEIGHT = 160.0

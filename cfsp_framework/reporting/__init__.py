@@ -1,0 +1,1 @@
+"""Turn a run's results into a report for programs and for people."""
