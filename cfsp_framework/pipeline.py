@@ -17,7 +17,7 @@ from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import Budget, Update
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.pruning.attention import choose_attentions, count_to_drop
-from cfsp_framework.bench import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
+from cfsp_framework.run.context import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
 from cfsp_framework.engine.replay import Batch, Passage, embed, finish, logits, pass_block
 from cfsp_framework.data.windows import identify
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summarise
@@ -27,7 +27,7 @@ from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity, perplexity
 from cfsp_framework.api.events import BlockFinished, RunFinished
 from cfsp_framework.files import staged_folder
-from cfsp_framework.keys import collection_key, second_pass_key, versions
+from cfsp_framework.run.cache_keys import collection_key, second_pass_key, versions
 from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model, open_skeleton, resolve
 from cfsp_framework.reporting.findings import gather_notes
 from cfsp_framework.pruning.planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step

@@ -233,7 +233,7 @@ def test_an_observer_that_cannot_start_ends_the_run_before_it_began(observer: Ob
 
 
 def test_only_the_first_process_is_observed(listener: Any, options: dict[str, Any]) -> None:
-    from cfsp_framework.bench import set_up
+    from cfsp_framework.run.context import set_up
     from cfsp_framework.ranks import Ranks
 
     config = RunConfig.build(**options)

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from cfsp_framework import BlockRecovery, RecoveryPlan, RunConfig, TrainableBlock, pipeline
 from cfsp_framework.recovery.recover import recover as recovery_module
 from cfsp_framework.recovery.lora import adapter_config, add_adapters, merge, remove_adapters
-from cfsp_framework.bench import Bench, set_up
+from cfsp_framework.run.context import Bench, set_up
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import CfspError, ConfigError, DataError, PluginError
 from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan

@@ -740,7 +740,7 @@ def test_what_decides_a_measurement_finds_nothing_when_it_changes(
     plan_only(RunConfig.build(**config))
     (before,) = (tmp_path / "state").iterdir()
     if name == "versions":
-        monkeypatch.setattr("cfsp_framework.keys.library_versions", lambda: {"python": "3.0.0"})
+        monkeypatch.setattr("cfsp_framework.run.cache_keys.library_versions", lambda: {"python": "3.0.0"})
     CHANGES.get(name, _edited_plugin if name == "the source of a plugin" else _option())(config, tmp_path)
     with counting(monkeypatch) as ran:
         plan = plan_only(RunConfig.build(**config))
@@ -795,7 +795,7 @@ def test_what_decides_compensation_finds_no_answers_when_it_changes(
     assert asked == [], "all of them are read"
     COMPENSATION.get(name, _option())(config, tmp_path)
     if name == "versions":
-        monkeypatch.setattr("cfsp_framework.keys.library_versions", lambda: {"python": "3.0.0"})
+        monkeypatch.setattr("cfsp_framework.run.cache_keys.library_versions", lambda: {"python": "3.0.0"})
     third = prune(RunConfig.build(**config), tmp_path / "third")
     assert asked == [block.block for block in third.plan.blocks if len(block.kept) < block.width] != []
 

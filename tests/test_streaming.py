@@ -281,7 +281,7 @@ def watching(monkeypatch: pytest.MonkeyPatch, *, ahead: bool) -> Generator[Watch
             super()._load_block(index)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp_framework.bench.Streamed", Watching)
+        patch.setattr("cfsp_framework.run.context.Streamed", Watching)
         yield seen
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from cfsp_framework.reporting import metrics as report
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.bench import Bench, open_bench, open_evaluation_sets, open_windows, sequence_length
+from cfsp_framework.run.context import Bench, open_bench, open_evaluation_sets, open_windows, sequence_length
 from cfsp_framework.engine.replay import tokens_per_batch
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
-from cfsp_framework.keys import fingerprint_of, library_versions, numerics, versions
+from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics, versions
 from cfsp_framework.pipeline import cutting_phase, evaluate, make_plan, narrow, schedule
 from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import Plugins, load_plugins

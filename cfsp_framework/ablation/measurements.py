@@ -13,11 +13,11 @@ from pathlib import Path
 from torch import Tensor
 
 from cfsp_framework.api.components import BlockStatistics, Collector, Criterion, Statistic
-from cfsp_framework.bench import Bench
+from cfsp_framework.run.context import Bench
 from cfsp_framework.engine.collect import CurveKind, FeedForwardMeasurement, collect
 from cfsp_framework.errors import CfspError, OutputError
 from cfsp_framework.files import write_text
-from cfsp_framework.keys import fingerprint_of, library_versions, numerics
+from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics
 from cfsp_framework.pipeline import CRITERION
 from cfsp_framework.host.manager import Chosen, Plugins
 from cfsp_framework.engine.cache import KeptCollection, identity_of

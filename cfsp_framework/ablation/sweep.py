@@ -8,11 +8,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from cfsp_framework.bench import check_rounding, check_selection, sequence_length
+from cfsp_framework.run.context import check_rounding, check_selection, sequence_length
 from cfsp_framework.engine.collect import FeedForwardMeasurement
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.files import write_text
-from cfsp_framework.keys import library_versions
+from cfsp_framework.run.cache_keys import library_versions
 from cfsp_framework.pipeline import evaluate
 from cfsp_framework.host.manager import Plugins, load_plugins
 from cfsp_framework.progress import Progress

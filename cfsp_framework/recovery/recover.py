@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import BlockRecovery, BlockSummary, RecoveryPlan, TrainableBlock
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.bench import Bench, sample_ids, sequence_length
+from cfsp_framework.run.context import Bench, sample_ids, sequence_length
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginError
 from cfsp_framework.evaluation.perplexity import Perplexity
-from cfsp_framework.keys import second_pass_key
+from cfsp_framework.run.cache_keys import second_pass_key
 from cfsp_framework.modeling.loading import fingerprint, open_model, resolve
 from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import Chosen

@@ -8,10 +8,10 @@ from pathlib import Path
 from cfsp_framework.reporting import metrics as report
 from cfsp_framework.checkpoint.save import save as checkpoint
 from cfsp_framework.api.components import Update
-from cfsp_framework.bench import Bench, sequence_length
+from cfsp_framework.run.context import Bench, sequence_length
 from cfsp_framework.reporting.model_card import read_base
 from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
-from cfsp_framework.keys import versions
+from cfsp_framework.run.cache_keys import versions
 from cfsp_framework.reporting.html import html_report, model_card
 from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.recovery.recover import Training

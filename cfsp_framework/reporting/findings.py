@@ -12,7 +12,7 @@ from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_INPUT_SQUARES, MAE_DISTANCE, MSE_DISTANCE
 
 if TYPE_CHECKING:
-    from cfsp_framework.bench import Bench
+    from cfsp_framework.run.context import Bench
     from cfsp_framework.engine.collect import FeedForwardMeasurement
 
 _ENOUGH_TOKENS = 10

@@ -29,7 +29,7 @@ import yaml
 from cfsp_framework import pipeline
 from cfsp_framework.api.components import Criterion
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.bench import Bench, set_up
+from cfsp_framework.run.context import Bench, set_up
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import RunConfig
 from cfsp_framework.evaluation.perplexity import perplexity

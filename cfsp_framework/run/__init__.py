@@ -1,0 +1,1 @@
+"""What one run works on: components, model, data, and the keys of its caches."""
