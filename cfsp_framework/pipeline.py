@@ -26,14 +26,14 @@ from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity, perplexity
 from cfsp_framework.api.events import BlockFinished, RunFinished
-from cfsp_framework.files import staged_folder
+from cfsp_framework.runtime.atomic_files import staged_folder
 from cfsp_framework.run.cache_keys import collection_key, second_pass_key, versions
 from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model, open_skeleton, resolve
 from cfsp_framework.reporting.findings import gather_notes
 from cfsp_framework.pruning.planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.progress import Progress
-from cfsp_framework.ranks import join_ranks
+from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.runtime.distributed import join_ranks
 from cfsp_framework.recovery.recover import (
     RecoveryTask,
     Training,

@@ -38,7 +38,7 @@ from cfsp_framework.cli.prune import prune as prune_command_line
 from cfsp_framework.config import Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.pruning.planning import PruningPlan
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.reporting.metrics import Report
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changed torch's global random numbers")

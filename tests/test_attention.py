@@ -21,7 +21,7 @@ from cfsp_framework.modeling.loading import open_model
 from cfsp_framework.pipeline import prune
 from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.pruning.surgery import without_attention
 
 MakeModel = Callable[..., Path]

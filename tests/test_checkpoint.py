@@ -24,7 +24,7 @@ from cfsp_framework import PruningPlan, RunConfig, Update, prune
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.checkpoint.save import PLAN_FILE, REPORT_FILE, save_model
 from cfsp_framework.errors import ModelError, OutputError
-from cfsp_framework.files import staged_folder
+from cfsp_framework.runtime.atomic_files import staged_folder
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pruning.surgery import added_biases, apply_plan, drop_attention, dropped_attention
 
@@ -457,7 +457,7 @@ FAILURES: dict[str, tuple[BaseException, type[BaseException]]] = {
 MOMENTS = {
     "in the middle of saving": "cfsp_framework.checkpoint.save.save_model",
     "while verifying": "cfsp_framework.checkpoint.save.verify",
-    "once all is written": "cfsp_framework.files._make_readable",
+    "once all is written": "cfsp_framework.runtime.atomic_files._make_readable",
 }
 
 

@@ -26,7 +26,7 @@ from cfsp_framework.engine.measure import measure_block
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only
 from cfsp_framework.host.manager import Chosen, Origin, Plugins, load_plugins
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import (
     ANGULAR_DISTANCE,
     DOWN_INPUT_GRAM,

@@ -14,7 +14,7 @@ from torch.nn import functional
 from cfsp_framework.evaluation.perplexity import perplexity as evaluation
 from cfsp_framework.errors import DataError, ModelError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, evaluation_set, perplexity
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 
 TEXT = "The quick brown fox jumps over the lazy dog. Größe: 3 m.\n" * 40
 Open = Callable[..., tuple[Any, Any]]

@@ -22,7 +22,7 @@ from cfsp_framework.cli.main import cli
 from cfsp_framework.export.export import NOTE_FILE, export_onnx, export_padded
 from cfsp_framework.export.padded import _longer
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, OutputError
-from cfsp_framework.files import staged_folder
+from cfsp_framework.runtime.atomic_files import staged_folder
 from cfsp_framework.modeling.loading import load_model, open_model
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.pruning.surgery import apply_plan, drop_attention

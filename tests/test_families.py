@@ -22,7 +22,7 @@ from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.modeling.detection import find_architecture
 from cfsp_framework.pipeline import prune
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_SQUARES
 
 sys.path.insert(0, str(Path(__file__).parent))

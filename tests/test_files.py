@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from cfsp_framework.errors import OutputError
-from cfsp_framework.files import check_parent, staged_folder, write_text
+from cfsp_framework.runtime.atomic_files import check_parent, staged_folder, write_text
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from cfsp_framework.export.gguf_tokenizer import (
     read_vocabulary,
 )
 from cfsp_framework.errors import ModelError, OutputError
-from cfsp_framework.files import staged_folder
+from cfsp_framework.runtime.atomic_files import staged_folder
 from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.pruning.surgery import apply_plan, drop_attention

@@ -32,7 +32,7 @@ from cfsp_framework.errors import ConfigError, PluginError, PluginWarning
 from cfsp_framework.host.observers import start_observing
 from cfsp_framework.pipeline import plan_only
 from cfsp_framework.host.manager import Chosen, Origin, load_plugins
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 
 LISTENER = """
 from cfsp_framework import Observer, hookimpl
@@ -234,7 +234,7 @@ def test_an_observer_that_cannot_start_ends_the_run_before_it_began(observer: Ob
 
 def test_only_the_first_process_is_observed(listener: Any, options: dict[str, Any]) -> None:
     from cfsp_framework.run.context import set_up
-    from cfsp_framework.ranks import Ranks
+    from cfsp_framework.runtime.distributed import Ranks
 
     config = RunConfig.build(**options)
     listener.heard.clear()

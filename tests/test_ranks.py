@@ -22,8 +22,8 @@ from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
 from cfsp_framework.pruning.planning import PruningPlan
-from cfsp_framework.progress import Progress
-from cfsp_framework.ranks import SOLO, Ranks, is_first, join_ranks
+from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.runtime.distributed import SOLO, Ranks, is_first, join_ranks
 
 MakeModel = Callable[..., Path]
 WORLD = 2
@@ -355,8 +355,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from cfsp_framework.errors import ConfigError
-from cfsp_framework import ranks
-from cfsp_framework.ranks import is_first, join_ranks
+from cfsp_framework.runtime import distributed as ranks
+from cfsp_framework.runtime.distributed import is_first, join_ranks
 
 def work(rank, folder, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -32,7 +32,7 @@ from cfsp_framework.run.context import Bench, set_up
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import CfspError, ConfigError, DataError, PluginError
 from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.recovery.recover import plan_recovery, read_pruned
 from cfsp_framework.data.training import NOT_LEARNT, instructions, packed_windows, training_data
 from cfsp_framework.recovery.targets import adapted, trainable_blocks, trained_precision

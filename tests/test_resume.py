@@ -33,11 +33,11 @@ from cfsp_framework.engine.replay import Batch, Passage
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.pruning.compensation import FinishedBlocks
 from cfsp_framework.errors import OutputError
-from cfsp_framework.files import save_aside, staged_folder
+from cfsp_framework.runtime.atomic_files import save_aside, staged_folder
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.host.manager import Chosen, load_plugins
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.engine.cache import KeptCollection
 
 MakeModel = Callable[..., Path]
@@ -58,7 +58,8 @@ import safetensors.torch
 import transformers.modeling_utils
 import transformers.models.llama.modeling_llama
 from pathlib import Path
-from cfsp_framework import files, pipeline
+from cfsp_framework import pipeline
+from cfsp_framework.runtime import atomic_files as files
 from cfsp_framework.pruning import compensation
 from cfsp_framework.pruning import surgery
 from cfsp_framework.modeling import streaming

@@ -22,8 +22,8 @@ from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import Tally, Tokens, Window, measure_block
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.host.manager import Chosen, Origin, Plugins, load_plugins
-from cfsp_framework.progress import Progress
-from cfsp_framework.ranks import SOLO
+from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.runtime.distributed import SOLO
 from cfsp_framework.statistics import (
     BLOCK_OUTPUT_SQUARES,
     DOWN_CROSS,

@@ -26,7 +26,7 @@ from cfsp_framework.modeling.decoder import open_decoder
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, PlanError
-from cfsp_framework.files import staged_folder
+from cfsp_framework.runtime.atomic_files import staged_folder
 from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.pruning.planning import PruningPlan, check_shared, round_widths, width_step

@@ -33,7 +33,7 @@ from cfsp_framework.errors import ModelError, OutputError, ResourceError
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import RunResult
 from cfsp_framework.host.manager import Chosen, Plugins, load_plugins
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.engine.hidden_states import allocate
 from cfsp_framework.statistics import (
     ANGULAR_DISTANCE,

@@ -23,7 +23,7 @@ from cfsp_framework.engine.measure import measure_block
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pruning.planning import plan_blocks
 from cfsp_framework.host.manager import Chosen, Plugins, load_plugins
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_GRAM, DOWN_INPUT_MEAN
 from cfsp_framework.pruning.surgery import added_biases, apply_plan, apply_updates, check_fits, cut_block
 

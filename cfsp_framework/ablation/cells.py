@@ -28,8 +28,8 @@ from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, nume
 from cfsp_framework.pipeline import cutting_phase, evaluate, make_plan, narrow, schedule
 from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import Plugins, load_plugins
-from cfsp_framework.progress import Progress
-from cfsp_framework.ranks import SOLO
+from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.runtime.distributed import SOLO
 from cfsp_framework.recovery.recover import train_model
 from cfsp_framework.engine.cache import identity_of
 from cfsp_framework.host.selection import Selection, select

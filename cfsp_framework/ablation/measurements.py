@@ -16,7 +16,7 @@ from cfsp_framework.api.components import BlockStatistics, Collector, Criterion,
 from cfsp_framework.run.context import Bench
 from cfsp_framework.engine.collect import CurveKind, FeedForwardMeasurement, collect
 from cfsp_framework.errors import CfspError, OutputError
-from cfsp_framework.files import write_text
+from cfsp_framework.runtime.atomic_files import write_text
 from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics
 from cfsp_framework.pipeline import CRITERION
 from cfsp_framework.host.manager import Chosen, Plugins

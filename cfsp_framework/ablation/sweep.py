@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict
 from cfsp_framework.run.context import check_rounding, check_selection, sequence_length
 from cfsp_framework.engine.collect import FeedForwardMeasurement
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.files import write_text
+from cfsp_framework.runtime.atomic_files import write_text
 from cfsp_framework.run.cache_keys import library_versions
 from cfsp_framework.pipeline import evaluate
 from cfsp_framework.host.manager import Plugins, load_plugins
-from cfsp_framework.progress import Progress
-from cfsp_framework.ranks import SOLO, join_ranks
+from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.runtime.distributed import SOLO, join_ranks
 from cfsp_framework.host.selection import select
 
 from cfsp_framework.ablation.agreement import agreements, scored

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cfsp_framework.cli.main.tables import short
-from cfsp_framework.files import write_text
+from cfsp_framework.runtime.atomic_files import write_text
 
 from cfsp_framework.ablation.results import CellResult, CellSpec, SweepResults
 from cfsp_framework.ablation.summary import (

@@ -27,7 +27,7 @@ from cfsp_framework.modeling.loading import (
 )
 from cfsp_framework.pruning.planning import ModelIdentity, PruningPlan, plan_blocks
 from cfsp_framework.host.manager import Plugins
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.host.selection import curve_of, select
 from cfsp_framework.modeling.meta_init import without_weights
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.files import check_parent
+from cfsp_framework.runtime.atomic_files import check_parent
 
 from cfsp_framework.benchmark.timing import Benchmark, Speed
 

@@ -29,7 +29,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.benchmark.hardware import synchronise
 from cfsp_framework.modeling.loading import context_length
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.reporting.metrics import measure_size
 
 from cfsp_framework.benchmark.candidates import Contestant

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import CfspError, ModelError, OutputError
-from cfsp_framework.files import licence_files
+from cfsp_framework.runtime.atomic_files import licence_files
 from cfsp_framework.modeling.variable_width import StandIn, finish_block
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.modeling.streaming import ShardWriter

@@ -100,7 +100,7 @@ def ablate(
     from cfsp_framework.ablation.sweep import Sweep
     from cfsp_framework.ablation.sweep import ablate as run
     from cfsp_framework.ablation.tables import show_results
-    from cfsp_framework.progress import Progress
+    from cfsp_framework.runtime.progress import Progress
 
     asked = {**(read_yaml(config_file) if config_file else {}), **given(options)}
     extras = Extras.build({name: asked.pop(name) for name in Extras.model_fields if name in asked})

@@ -120,7 +120,7 @@ def benchmark(
     from cfsp_framework.benchmark.candidates import Cuts
     from cfsp_framework.benchmark.benchmark import race
     from cfsp_framework.deployment.tables import show_benchmark
-    from cfsp_framework.progress import Progress
+    from cfsp_framework.runtime.progress import Progress
 
     if ratio is None and (allocators or roundings):
         raise ConfigError("--allocator and --round-to are about cuts in memory; give --ratio too.")

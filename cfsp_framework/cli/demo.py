@@ -25,8 +25,8 @@ def demo(out: Path | None, overwrite: bool, quiet: bool, as_json: bool, **option
 
     from cfsp_framework import pipeline
     from cfsp_framework.cli.main import tables as console
-    from cfsp_framework.progress import Progress
-    from cfsp_framework.ranks import is_first
+    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.runtime.distributed import is_first
 
     few = {"samples": 64, "seqlen": 256, "evaluate_windows": 100}
     config = RunConfig.build(model="demo", evaluate=("demo",), **few, **given(options))

@@ -58,8 +58,8 @@ def evaluate(
     """Report the perplexity of MODEL, dense or pruned, on each data SPEC, and its scores on tasks."""
     from cfsp_framework import pipeline
     from cfsp_framework.cli.main import tables as console
-    from cfsp_framework.progress import Progress
-    from cfsp_framework.ranks import is_first
+    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.runtime.distributed import is_first
 
     names = [name.strip() for given_names in tasks for name in given_names.split(",") if name.strip()]
     if not names and (task_data or limit or fewshot is not None):

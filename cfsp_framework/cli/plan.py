@@ -60,9 +60,9 @@ def plan(
     """Decide what to prune in MODEL and write it to PLAN_FILE; `cfsp prune --plan` cuts by it without data."""
     from cfsp_framework import pipeline
     from cfsp_framework.cli.main import tables as console
-    from cfsp_framework.files import check_parent, write_text
-    from cfsp_framework.progress import Progress
-    from cfsp_framework.ranks import is_first
+    from cfsp_framework.runtime.atomic_files import check_parent, write_text
+    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.runtime.distributed import is_first
 
     if estimate:
         _estimate(layered(preset, config_file, given(options)), quiet=quiet, as_json=as_json)

@@ -71,7 +71,7 @@ def plugins_check(ctx: click.Context, target: str, plugins: tuple[str, ...], qui
     TARGET is a plugin (what -p no: takes), a component (NAME or NAME:option=value,...), a distribution, a module, or a
     file.py. The exit code is 1 if a check fails.
     """
-    from cfsp_framework.progress import Progress
+    from cfsp_framework.runtime.progress import Progress
     from cfsp_framework.testing import checking
 
     found = checking.find_target(target, plugins)

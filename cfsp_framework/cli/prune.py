@@ -72,8 +72,8 @@ def prune(
     """
     from cfsp_framework import pipeline
     from cfsp_framework.cli.main import tables as console
-    from cfsp_framework.progress import Progress
-    from cfsp_framework.ranks import is_first
+    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.runtime.distributed import is_first
 
     check_repository(repository)
     config = layered(preset, config_file, given(options))

@@ -63,8 +63,8 @@ def recover(
     """
     from cfsp_framework import pipeline
     from cfsp_framework.cli.main import tables as console
-    from cfsp_framework.progress import Progress
-    from cfsp_framework.ranks import is_first
+    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.runtime.distributed import is_first
 
     check_repository(repository)
     config = layered(None, config_file, given({**options, "model": pruned}), {"recovery": "ig-lora"})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from cfsp_framework.files import human_bytes
+from cfsp_framework.runtime.atomic_files import human_bytes
 
 if TYPE_CHECKING:
     from cfsp_framework.estimate.estimate import Estimate

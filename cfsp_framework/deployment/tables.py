@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cfsp_framework.files import human_bytes
+from cfsp_framework.runtime.atomic_files import human_bytes
 
 if TYPE_CHECKING:
     from cfsp_framework.benchmark.timing import Benchmark, ModelSize, Speed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from cfsp_framework.files import human_bytes
+from cfsp_framework.runtime.atomic_files import human_bytes
 
 from cfsp_framework.export.export import Exported, spread
 

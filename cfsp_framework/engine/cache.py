@@ -15,9 +15,9 @@ from torch import Tensor
 from cfsp_framework.api.components import BlockStatistics, Component, Statistic
 from cfsp_framework.engine.replay import Batch
 from cfsp_framework.engine.collect import FeedForwardMeasurement
-from cfsp_framework.files import save_aside
+from cfsp_framework.runtime.atomic_files import save_aside
 from cfsp_framework.host.manager import Chosen
-from cfsp_framework.ranks import SOLO, Ranks
+from cfsp_framework.runtime.distributed import SOLO, Ranks
 
 HIDDEN_SHARE = 0.05
 """The share of the time that may go into keeping hidden states."""

@@ -28,7 +28,7 @@ from cfsp_framework.api.events import BlockFinished
 from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import lent, measure_block
 from cfsp_framework.host.manager import Chosen
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 CurveKind = Literal["plain", "compensated"]

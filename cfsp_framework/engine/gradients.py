@@ -16,7 +16,7 @@ from cfsp_framework.modeling.feed_forwards import Heard
 from cfsp_framework.engine.replay import PADDING, Batch, Passage
 from cfsp_framework.engine.measure import BlockTallies, listening
 from cfsp_framework.host.manager import Chosen
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 
 
 def measure_gradients(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cfsp_framework.errors import OutputError, ResourceError
-from cfsp_framework.files import human_bytes
+from cfsp_framework.runtime.atomic_files import human_bytes
 
 
 def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor:

@@ -16,7 +16,7 @@ from cfsp_framework.engine.replay import Batch, run_block
 from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.errors import ModelError, PluginError
 from cfsp_framework.host.manager import Chosen
-from cfsp_framework.ranks import SOLO, Ranks
+from cfsp_framework.runtime.distributed import SOLO, Ranks
 
 _WEIGHTS = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
 _IN_FEED_FORWARDS = frozenset({Site.FEED_FORWARD, Site.DOWN_PROJECTION})

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.errors import ModelError
-from cfsp_framework.ranks import SOLO, Ranks
+from cfsp_framework.runtime.distributed import SOLO, Ranks
 from cfsp_framework.engine.hidden_states import allocate
 
 PADDING = -100

@@ -17,7 +17,7 @@ from cfsp_framework.engine.replay import Passage, embed, finish, pass_block
 from cfsp_framework.data.windows import tokenize
 from cfsp_framework.data.sources import mixture, read_text
 from cfsp_framework.errors import DataError, ModelError
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 
 _LOGITS_PER_BATCH = 1 << 23
 """Bounds the float32 logits of a batch to 32 MiB."""

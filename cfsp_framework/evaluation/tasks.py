@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import CfspError, ConfigError, DataError
 from cfsp_framework.modeling.loading import LoadedModel, load_model
-from cfsp_framework.progress import Progress
-from cfsp_framework.ranks import join_ranks
+from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.runtime.distributed import join_ranks
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """What papers on pruning report zero-shot, CFSP's among them."""

@@ -17,7 +17,7 @@ from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ModelError, OutputError
-from cfsp_framework.files import check_parent, staged_file, staged_folder
+from cfsp_framework.runtime.atomic_files import check_parent, staged_file, staged_folder
 from cfsp_framework.modeling.loading import (
     check_checkpoint,
     context_length,

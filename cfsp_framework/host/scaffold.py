@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cfsp_framework.errors import ConfigError, OutputError
-from cfsp_framework.files import check_parent, staged_folder
+from cfsp_framework.runtime.atomic_files import check_parent, staged_folder
 
 if TYPE_CHECKING:
     from cfsp_framework.host.manager import Plugins

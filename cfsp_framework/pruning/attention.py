@@ -11,7 +11,7 @@ from torch.nn import functional
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.engine.replay import PADDING
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.pruning.surgery import dropped_attention, without_attention
 
 _WINDOWS = 4

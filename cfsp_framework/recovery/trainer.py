@@ -25,8 +25,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from cfsp_framework.api.components import Distillation, RecoveryPlan
 from cfsp_framework.errors import CfspError, ConfigError
 from cfsp_framework.host.manager import did_you_mean
-from cfsp_framework.progress import Progress
-from cfsp_framework.ranks import SOLO, Ranks
+from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.runtime.distributed import SOLO, Ranks
 from cfsp_framework.data.training import NOT_LEARNT, Example, TrainingData, collate
 from cfsp_framework.reporting.metrics import LossPoint
 

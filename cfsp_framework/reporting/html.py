@@ -8,7 +8,7 @@ from pathlib import PurePath
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from cfsp_framework.reporting.model_card import BaseModel, front_matter
-from cfsp_framework.files import human_bytes
+from cfsp_framework.runtime.atomic_files import human_bytes
 from cfsp_framework.reporting.metrics import BlockReport, LossPoint, Report, describe_training, is_mixed, place
 
 _CHART_WIDTH, _CHART_HEIGHT = 960.0, 260.0

@@ -22,8 +22,8 @@ from cfsp_framework.modeling.loading import LoadedModel, context_length, load_mo
 from cfsp_framework.host.observers import start_observing
 from cfsp_framework.pruning.planning import check_shared
 from cfsp_framework.host.manager import Plugins, load_plugins
-from cfsp_framework.progress import Progress
-from cfsp_framework.ranks import Ranks, join_ranks
+from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.runtime.distributed import Ranks, join_ranks
 from cfsp_framework.host.selection import Selection, select
 from cfsp_framework.modeling.streaming import Streamed
 

@@ -96,7 +96,7 @@ def scores(criterion: Criterion, name: str, collectors: Sequence[type[Collector]
     """
     from cfsp_framework.engine.replay import Passage
     from cfsp_framework.engine.collect import collect
-    from cfsp_framework.progress import Progress
+    from cfsp_framework.runtime.progress import Progress
 
     needed = [_chosen(made(provider(one, collectors))) for one in sorted(criterion.required())]
     try:
@@ -123,7 +123,7 @@ def statistics(collector: Collector, name: str, batch_size: int) -> list[Tensor]
     from cfsp_framework.engine.replay import Passage, embed
     from cfsp_framework.engine.gradients import measure_gradients
     from cfsp_framework.engine.measure import measure_block
-    from cfsp_framework.progress import Progress
+    from cfsp_framework.runtime.progress import Progress
 
     model, windows, passage = decoder(name), calibration_windows(), Passage(batch_size)
     chosen = [_chosen(collector)]

@@ -35,7 +35,7 @@ from cfsp_framework.config import RunConfig
 from cfsp_framework.evaluation.perplexity import perplexity
 from cfsp_framework.pipeline import CRITERION
 from cfsp_framework.host.manager import Chosen
-from cfsp_framework.progress import Progress
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.reporting.metrics import measure_size
 from cfsp_framework.host.selection import Selection, select
 

@@ -1,0 +1,1 @@
+"""Write files atomically, share work between processes, and report progress."""
