@@ -48,7 +48,7 @@ from cfsp_framework.statistics import (
     MSE_DISTANCE,
 )
 from cfsp_framework.testing import CONTRACTS, ComponentContract, ContractError, NotApplicable, only
-from cfsp_framework.testing.checking import find_target
+from cfsp_framework.testing.check import find_target
 from cfsp_framework.testing.contract import describe, variants
 
 QUICK: dict[str, dict[str, Any]] = {"local-reconstruction": {"steps": 20}}

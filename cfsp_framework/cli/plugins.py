@@ -72,7 +72,7 @@ def plugins_check(ctx: click.Context, target: str, plugins: tuple[str, ...], qui
     file.py. The exit code is 1 if a check fails.
     """
     from cfsp_framework.runtime.progress import Progress
-    from cfsp_framework.testing import checking
+    from cfsp_framework.testing import check as checking
 
     found = checking.find_target(target, plugins)
     visible = not (quiet or as_json) and sys.stderr.isatty()

@@ -25,7 +25,7 @@ from cfsp_framework.testing.contract import (
     watched,
 )
 from cfsp_framework.testing.samples import FORMS, Case, Sample, make_sample, output, tensors_of
-from cfsp_framework.testing.watching import unchanged_process
+from cfsp_framework.testing.guards import unchanged_process
 
 _ERROR_SLACK = 1e-3
 """By how much of plain pruning's error a measured one may exceed it: rounding."""

@@ -22,7 +22,7 @@ from cfsp_framework.testing.contract import (
     watched,
 )
 from cfsp_framework.testing.samples import CASES, Case, Sample, make_sample
-from cfsp_framework.testing.watching import unchanged_process
+from cfsp_framework.testing.guards import unchanged_process
 
 _TOLERANCE = 1e-3
 """Of the largest score: how far a criterion may be off by rounding."""

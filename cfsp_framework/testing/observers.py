@@ -24,7 +24,7 @@ from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPla
 
 from cfsp_framework.testing.contract import ComponentContract
 from cfsp_framework.testing.errors import ContractError
-from cfsp_framework.testing.watching import blamed
+from cfsp_framework.testing.guards import blamed
 
 _BEGINNING: Sequence[Event] = (
     RunStarted(RunConfig(model="demo")),

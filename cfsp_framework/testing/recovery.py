@@ -14,7 +14,7 @@ from cfsp_framework.errors import CfspError
 from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
 
 from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed
-from cfsp_framework.testing.watching import unchanged_process
+from cfsp_framework.testing.guards import unchanged_process
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -23,7 +23,7 @@ from cfsp_framework.testing import CONTRACTS
 from cfsp_framework.testing.contract import describe, variants
 from cfsp_framework.testing.errors import ContractError, NotApplicable
 from cfsp_framework.testing.samples import one_line
-from cfsp_framework.testing.watching import restored
+from cfsp_framework.testing.guards import restored
 
 Verdict = Literal["pass", "fail", "skip"]
 _ROOM = 14
