@@ -1,23 +1,25 @@
-from .api import (
+from .api.components import (
     API_VERSION,
-    HELD_OUT_EVERY,
     Accumulator,
     Allocator,
+    Collector,
+    Compensator,
+    Component,
+    Criterion,
+    Observer,
+    RecoveryScheduler,
+)
+from .api.data import (
+    HELD_OUT_EVERY,
     Architecture,
     BlockRecovery,
     BlockStatistics,
     BlockSummary,
     Budget,
-    Collector,
-    Compensator,
-    Component,
-    Criterion,
     Distillation,
     FeedForward,
     FeedForwardLayout,
-    Observer,
     RecoveryPlan,
-    RecoveryScheduler,
     Site,
     Statistic,
     Stream,
@@ -25,12 +27,12 @@ from .api import (
     Update,
     Windows,
 )
+from .api.events import BlockFinished, Event, PhaseFinished, PhaseStarted, RunFailed, RunFinished, RunStarted
+from .api.hookspecs import hookimpl
+from .api.records import PruningPlan, RunResult
 from .config import RunConfig
 from .errors import CfspError
-from .events import BlockFinished, Event, PhaseFinished, PhaseStarted, RunFailed, RunFinished, RunStarted
-from .hookspecs import hookimpl
-from .pipeline import RunResult, prune, recover
-from .planning import PruningPlan
+from .pipeline import prune, recover
 
 __all__ = [
     "API_VERSION",

@@ -9,8 +9,13 @@ from typing import Annotated, Any, Literal, Self, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cfsp_framework.errors import ConfigError
-from cfsp_framework.host.manager import did_you_mean
+from cfsp_framework.errors import ConfigError, did_you_mean
+
+
+class FrozenRecord(BaseModel):
+    """Hold data that cannot change after validation; an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Choice(BaseModel):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -59,3 +61,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether this machine's memory ran out, or a GPU's; PyTorch has a class of its own for the one and bare words for the other."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "can't allocate memory" in str(error)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the closest known one, and all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" Available: {', '.join(sorted(known)) or 'none'}."
+
+
+def deprecation(what: str, *, since: str, until: str, instead: str) -> PluginDeprecationWarning:
+    """The warning about ``what``, deprecated ``since`` one version of this package and gone in ``until``.
+
+    Give it to ``warnings.warn`` where the old thing is used. For a hook, give it to ``@hookspec(warn_on_impl=...)``, for
+    an argument of one to ``warn_on_impl_args={"argument": ...}``; pluggy then warns at the implementation's own line.
+    """
+    return PluginDeprecationWarning(
+        f"{what} is deprecated since cfsp-framework {since} and will be gone in {until}: {instead}."
+    )

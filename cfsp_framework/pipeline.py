@@ -11,29 +11,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfsp_framework.reporting import metrics as report
-from cfsp_framework.pruning import surgery
-from cfsp_framework.checkpoint.save import save as checkpoint
-from cfsp_framework.api.components import Budget, Update
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.pruning.attention import choose_attentions, count_to_drop
-from cfsp_framework.run.context import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
-from cfsp_framework.engine.replay import Batch, Passage, embed, finish, logits, pass_block
-from cfsp_framework.data.windows import identify
-from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summarise
-from cfsp_framework.pruning.compensation import FinishedBlocks, FirstPass, SecondPass
-from cfsp_framework.config import RunConfig
-from cfsp_framework.errors import ConfigError, PlanError
-from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity, perplexity
+from cfsp_framework.api.data import Budget, Update
 from cfsp_framework.api.events import BlockFinished, RunFinished
-from cfsp_framework.runtime.atomic_files import staged_folder
-from cfsp_framework.run.cache_keys import collection_key, second_pass_key, versions
-from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model, open_skeleton, resolve
-from cfsp_framework.reporting.findings import gather_notes
-from cfsp_framework.pruning.planning import ModelIdentity, PruningPlan, channel_ratio, check_shared, plan_blocks, width_step
+from cfsp_framework.api.records import ModelIdentity, Perplexity, PruningPlan, RunResult
+from cfsp_framework.checkpoint.save import (
+    PLAN_FILE,
+    STATISTICS_FILE,
+    check_output,
+    read_pruned,
+    save_model,
+    save_streamed,
+    verify,
+)
+from cfsp_framework.config import RunConfig
+from cfsp_framework.data.windows import identify
+from cfsp_framework.engine.cache import KeptCollection
+from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summarise
+from cfsp_framework.engine.replay import Batch, Passage, embed, finish, logits, pass_block
+from cfsp_framework.errors import ConfigError, PlanError
+from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.runtime.distributed import join_ranks
+from cfsp_framework.host.selection import curve_of
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model, open_skeleton, resolve
+from cfsp_framework.modeling.size import measure_size
+from cfsp_framework.modeling.streaming import ShardWriter, Streamed
+from cfsp_framework.pruning import surgery
+from cfsp_framework.pruning.attention import choose_attentions, count_to_drop
+from cfsp_framework.pruning.compensation import FinishedBlocks, FirstPass, SecondPass
+from cfsp_framework.pruning.planning import channel_ratio, check_shared, plan_blocks, width_step
 from cfsp_framework.recovery.recover import (
     RecoveryTask,
     Training,
@@ -42,28 +48,20 @@ from cfsp_framework.recovery.recover import (
     needed,
     open_with_adapter,
     plan_recovery,
-    read_pruned,
     save_recovery_plan,
     train_model,
 )
-from cfsp_framework.reporting.metrics import Report
-from cfsp_framework.engine.cache import KeptCollection
-from cfsp_framework.host.selection import curve_of
-from cfsp_framework.modeling.streaming import ShardWriter, Streamed
 from cfsp_framework.reporting.build import tell, tell_recovered, write_report
+from cfsp_framework.reporting.findings import gather_notes
+from cfsp_framework.reporting.metrics import save_statistics
+from cfsp_framework.run.cache_keys import collection_key, second_pass_key, versions
+from cfsp_framework.run.context import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
+from cfsp_framework.runtime.atomic_files import staged_folder
+from cfsp_framework.runtime.distributed import join_ranks
+from cfsp_framework.runtime.progress import Progress
 
 CRITERION = "criterion"
 """The label of a run's only criterion among the scores."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run: what was asked, what was decided, what came out, and where it lies."""
-
-    config: RunConfig
-    plan: PruningPlan
-    report: Report
-    folder: Path
 
 
 def prune(
@@ -79,7 +77,7 @@ def prune(
 
     With a ``plan`` the channels are taken from it, and data is only needed by a compensator that asks for some.
     """
-    checkpoint.check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite)
     progress = progress or Progress()
     ranks = join_ranks(config.device)
     with progress.failure_told(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
@@ -91,7 +89,7 @@ def prune(
             components = plan.components | {kind: ran[kind] for kind in kinds}
             shared = math.lcm(plan.tensor_parallel, config.tensor_parallel)
             plan = plan.model_copy(update={"components": components, "tensor_parallel": shared})
-        dense, before = evaluate(bench, bench.decoder), report.measure_size(bench.decoder.model)
+        dense, before = evaluate(bench, bench.decoder), measure_size(bench.decoder.model)
         drop_attention(bench, plan)
         measurements = measure(bench, planned=plan is not None)
         plan = plan or make_plan(bench, measurements)
@@ -109,7 +107,7 @@ def prune(
             write_report(told, folder, bench.loaded.folder)
             if keep_statistics:
                 metadata = {"model": bench.loaded.fingerprint, **plan.components}
-                report.save_statistics(folder / checkpoint.STATISTICS_FILE, measurements, metadata)
+                save_statistics(folder / STATISTICS_FILE, measurements, metadata)
         ranks.wait()
     return finished(bench, RunResult(config, plan, told, out))
 
@@ -130,7 +128,7 @@ def recover(
         ModelError: the model is no checkpoint that ``prune`` wrote, or the adapter is not for it.
         ConfigError: there is nothing to train, or nothing to train on.
     """
-    checkpoint.check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite)
     if adapter and config.keep_adapter:
         raise ConfigError("--adapter merges an adapter, --keep-adapter keeps one apart; leave one of both out.")
     progress = progress or Progress()
@@ -232,7 +230,7 @@ def make_plan(bench: Bench, measurements: Sequence[FeedForwardMeasurement]) -> P
     with bench.progress.phase("plan"):
         ratio = config.ratio
         if config.budget == "parameters":
-            gone = bench.parameters - report.measure_size(decoder.model).parameters
+            gone = bench.parameters - measure_size(decoder.model).parameters
             ratio = channel_ratio(ratio, bench.parameters, decoder.channel_parameters, gone)
         summaries = summarise(decoder, measurements, CRITERION)
         blocks = plan_blocks(
@@ -386,10 +384,10 @@ def save(bench: Bench, plan: PruningPlan, made: Cut, folder: Path, training: Tra
     with bench.progress.phase("save"):
         if bench.ranks.first:
             if made.writer is None:
-                checkpoint.save_model(bench.decoder, bench.loaded, folder)
+                save_model(bench.decoder, bench.loaded, folder)
             else:
-                checkpoint.save_streamed(bench.decoder, bench.loaded, made.writer, folder)
-            (folder / checkpoint.PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
+                save_streamed(bench.decoder, bench.loaded, made.writer, folder)
+            (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
             if training is not None:
                 save_recovery_plan(training.plan, folder, kept=bench.config.keep_adapter)
         bench.ranks.wait()
@@ -403,12 +401,12 @@ def reopen(bench: Bench, expected: Tensor, folder: Path, *, adapter: bool = Fals
             decoder.resident.close()  # its embeddings, before others come
             folder = bench.ranks.agree(folder)
             decoder = open_streamed(config, replace(bench.loaded, model=open_skeleton(folder)), bench.plugins, folder)
-            return decoder, checkpoint.verify(decoder, expected, sample_ids(bench), dtype)
+            return decoder, verify(decoder, expected, sample_ids(bench), dtype)
         if adapter:
             decoder = open_with_adapter(bench, bench.ranks.agree(folder))
-            return decoder, checkpoint.verify(decoder, expected, sample_ids(bench), dtype)
+            return decoder, verify(decoder, expected, sample_ids(bench), dtype)
         difference = 0.0
         if bench.ranks.first:
             written = replace(decoder, model=open_model(folder, device=decoder.device))
-            difference = checkpoint.verify(written, expected, sample_ids(bench), dtype)
+            difference = verify(written, expected, sample_ids(bench), dtype)
         return decoder, bench.ranks.agree(difference)

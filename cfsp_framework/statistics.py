@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cfsp_framework.api.components import Statistic
+from cfsp_framework.api.data import Statistic
 
 DOWN_INPUT_SQUARES: Final = Statistic("down_input_squares", summary="sum of h² over tokens", unseen=1.0)
 DOWN_INPUT_MEAN: Final = Statistic("down_input_mean", summary="mean of h over tokens")

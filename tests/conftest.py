@@ -21,9 +21,9 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from cfsp_framework.api.records import PruningPlan
     from cfsp_framework.modeling.decoder import Decoder
     from cfsp_framework.modeling.loading import LoadedModel
-    from cfsp_framework.pruning.planning import PruningPlan
 
 torch.set_num_threads(1)
 
@@ -105,10 +105,10 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def open_tiny() -> Callable[..., tuple[LoadedModel, Decoder]]:
     """``open_tiny(folder, **options)``: a fresh model and its decoder, as a run with these options opens them."""
-    from cfsp_framework.modeling.decoder import open_decoder
     from cfsp_framework.config import RunConfig
-    from cfsp_framework.modeling.loading import load_model
     from cfsp_framework.host.manager import load_plugins
+    from cfsp_framework.modeling.decoder import open_decoder
+    from cfsp_framework.modeling.loading import load_model
 
     plugins = load_plugins()
 
@@ -122,7 +122,7 @@ def open_tiny() -> Callable[..., tuple[LoadedModel, Decoder]]:
 @pytest.fixture(scope="session")
 def make_plan() -> Callable[..., PruningPlan]:
     """``make_plan(decoder, widths, fingerprint="")``: a plan that keeps so many random channels of each feed-forward."""
-    from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
+    from cfsp_framework.api.records import BlockPlan, ModelIdentity, PruningPlan
 
     def make(decoder: Decoder, widths: Sequence[int], fingerprint: str = "") -> PruningPlan:
         draw = torch.Generator().manual_seed(sum(widths))

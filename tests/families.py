@@ -35,15 +35,16 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from cfsp_framework import BlockRecovery, PruningPlan, RecoveryPlan, RunConfig, Update
-from cfsp_framework.recovery.lora import add_adapters, merge, open_adapted, save_adapter
+from cfsp_framework.api.records import BlockPlan, ModelIdentity, RunResult
+from cfsp_framework.errors import ModelError
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Plugins
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
-from cfsp_framework.errors import ModelError
 from cfsp_framework.modeling.loading import load_model, open_model, quiet
-from cfsp_framework.pipeline import RunResult, prune
-from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity
-from cfsp_framework.host.manager import Plugins, load_plugins
+from cfsp_framework.pipeline import prune
 from cfsp_framework.pruning.surgery import apply_plan
+from cfsp_framework.recovery.lora import add_adapters, merge, open_adapted, save_adapter
 from cfsp_framework.recovery.targets import adapted, trainable_blocks
 from cfsp_plugins.recovery import unit_of_rank
 

@@ -27,19 +27,18 @@ from cfsp_framework import RunConfig
 from cfsp_framework.ablation.agreement import average_ranks, overlaps, rank_correlations
 from cfsp_framework.ablation.cells import Extras, prune_command
 from cfsp_framework.ablation.grid import expand, split_choices
-from cfsp_framework.ablation.snapshot import restored
 from cfsp_framework.ablation.results import CellResult, SweepResults
+from cfsp_framework.ablation.snapshot import restored
 from cfsp_framework.ablation.store import open_store
 from cfsp_framework.ablation.summary import interval
 from cfsp_framework.ablation.sweep import Sweep, ablate
 from cfsp_framework.ablation.tables import Entry, latex
-from cfsp_framework.cli.main import cli
+from cfsp_framework.api.records import PruningPlan, Report
 from cfsp_framework.cli.prune import prune as prune_command_line
+from cfsp_framework.cli.main import cli
 from cfsp_framework.config import Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
-from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.reporting.metrics import Report
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changed torch's global random numbers")
 """``loose`` does so, and is told to draw from a generator of its own."""

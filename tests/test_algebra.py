@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cfsp_criteria import Leverage, Obs
 from cfsp_framework import BlockStatistics, FeedForward
+from cfsp_framework.engine.collect import CURVE_DAMPING, CurveKind, error_curves
 from cfsp_framework.linalg import (
     compensated_curve,
     damped,
@@ -24,7 +25,6 @@ from cfsp_framework.linalg import (
     plain_curve,
     positive_inverse,
 )
-from cfsp_framework.engine.collect import CURVE_DAMPING, CurveKind, error_curves
 from cfsp_framework.pruning.planning import keep_highest
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 

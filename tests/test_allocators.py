@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from cfsp_allocators import Cfsp, GlobalZscore, Uniform
 from cfsp_allocators.cfsp import RELEASED_TOKENS, spread
 from cfsp_framework import Allocator, BlockSummary, Budget, Statistic
+from cfsp_framework.host.registry import Chosen, Origin
 from cfsp_framework.pruning.planning import allocate, round_widths
-from cfsp_framework.host.manager import Chosen, Origin
 from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, MAE_DISTANCE, MSE_DISTANCE
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from cfsp_framework.modeling.decoder import Decoder, open_decoder
-from cfsp_framework.pruning.attention import choose_attentions, count_to_drop
+from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError, PlanError
-from cfsp_framework.modeling.variable_width import StandIn
-from cfsp_framework.modeling.loading import open_model
-from cfsp_framework.pipeline import prune
-from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
+from cfsp_framework.modeling.loading import open_model
+from cfsp_framework.modeling.variable_width import StandIn
+from cfsp_framework.pipeline import prune
+from cfsp_framework.pruning.attention import choose_attentions, count_to_drop
 from cfsp_framework.pruning.surgery import without_attention
+from cfsp_framework.runtime.progress import Progress
 
 MakeModel = Callable[..., Path]
 IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))

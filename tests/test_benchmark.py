@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp_framework import RunConfig
-from cfsp_framework.pruning import surgery
-from cfsp_framework.api.components import Update
-from cfsp_framework.checkpoint.save import save_model
-from cfsp_framework.cli.main import cli
+from cfsp_framework.api.data import Update
 from cfsp_framework.benchmark import timing
-from cfsp_framework.benchmark.timing import Benchmark, Spread, Workload, ideal
+from cfsp_framework.benchmark.benchmark import race, short_names
 from cfsp_framework.benchmark.candidates import Contestant, Cuts, cut_in_memory, open_contestant, random_model
 from cfsp_framework.benchmark.roofline import Costs, Machine, Work, count_costs
-from cfsp_framework.benchmark.benchmark import race, short_names
+from cfsp_framework.benchmark.timing import Benchmark, Spread, Workload, ideal
+from cfsp_framework.checkpoint.save import save_model
+from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.pruning import surgery
 
 MakeModel = Callable[..., Path]
 PLUGINS = load_plugins()

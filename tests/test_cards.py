@@ -12,11 +12,10 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.reporting.model_card import BaseModel, front_matter, hub_data_sets, plain, read_base
+from cfsp_framework.api.records import Evaluation, LossPoint, Perplexity, RecoveryReport, Report
 from cfsp_framework.cli.main import cli
-from cfsp_framework.evaluation.perplexity import Perplexity
 from cfsp_framework.reporting.html import model_card
-from cfsp_framework.reporting.metrics import Evaluation, LossPoint, RecoveryReport, Report
+from cfsp_framework.reporting.model_card import BaseModel, front_matter, hub_data_sets, plain, read_base
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cfsp_framework import PruningPlan, RunConfig, Update, prune
-from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.checkpoint.save import PLAN_FILE, REPORT_FILE, save_model
 from cfsp_framework.errors import ModelError, OutputError
-from cfsp_framework.runtime.atomic_files import staged_folder
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pruning.surgery import added_biases, apply_plan, drop_attention, dropped_attention
+from cfsp_framework.runtime.atomic_files import staged_folder
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]
 MakePlan = Callable[..., PruningPlan]

@@ -24,8 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.cli.main import COMMANDS, cli
-from cfsp_framework.pruning.planning import PruningPlan
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "cfsp-peak" / "src" / "cfsp_peak" / "__init__.py"

@@ -13,12 +13,12 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cfsp_framework.api.records import BlockPlan, CalibrationIdentity, ModelIdentity, PruningPlan
 from cfsp_framework.checkpoint.save import PLAN_FILE
 from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.options import read_plan
-from cfsp_framework.pruning.plan_diff import Comparison, compare
 from cfsp_framework.errors import PlanError
-from cfsp_framework.pruning.planning import BlockPlan, CalibrationIdentity, ModelIdentity, PruningPlan
+from cfsp_framework.pruning.plan_diff import Comparison, compare
 
 NAMES = ("A", "B")
 

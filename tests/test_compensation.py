@@ -28,16 +28,18 @@ from cfsp_framework import (
     Update,
     prune,
 )
+from cfsp_framework.config import layered
+from cfsp_framework.engine.replay import Batch, Passage, run_block
+from cfsp_framework.errors import PluginError
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Chosen, Origin, Plugins
+from cfsp_framework.host.selection import select
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import Projection, SingleBank
-from cfsp_framework.engine.replay import Batch, Passage, run_block
-from cfsp_framework.pruning.compensation import SecondPass, compensate
-from cfsp_framework.config import layered
-from cfsp_framework.errors import PluginError
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only
-from cfsp_framework.host.manager import Chosen, Origin, Plugins, load_plugins
-from cfsp_framework.host.selection import select
+from cfsp_framework.pruning.compensation import SecondPass, compensate
+from cfsp_framework.pruning.surgery import apply_plan, apply_updates, cut_block
 from cfsp_framework.statistics import (
     DOWN_CROSS,
     DOWN_CROSS_HELD_OUT,
@@ -52,7 +54,6 @@ from cfsp_framework.statistics import (
     FEED_FORWARD_TARGETS,
     FEED_FORWARD_TARGETS_HELD_OUT,
 )
-from cfsp_framework.pruning.surgery import apply_plan, apply_updates, cut_block
 from cfsp_plugins.least_squares import LeastSquares, LeastSquaresBias, Procrustes, Sequential, guarded
 from cfsp_plugins.local_reconstruction import LocalReconstruction, Weights
 

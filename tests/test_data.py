@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cfsp_framework.data.sources import sources as data
-from cfsp_framework.data.windows import calibration_windows, draw_windows, tokenize
+from cfsp_framework.data import sources as data
 from cfsp_framework.data.sources import Role, mixture, read_text, shares
+from cfsp_framework.data.windows import calibration_windows, draw_windows, tokenize
 from cfsp_framework.errors import DataError
 
 ROLES: tuple[Role, ...] = ("calibration", "evaluation")

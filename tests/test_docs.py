@@ -26,13 +26,12 @@ from click.testing import CliRunner
 
 import cfsp_framework
 from cfsp_framework import Allocator, Component, Event, Site, Statistic, Windows, statistics
-from cfsp_framework.api import hookspecs
 from cfsp_framework.ablation.grid import expand
+from cfsp_framework.api import hookspecs
+from cfsp_framework.api.records import PruningPlan, Report
 from cfsp_framework.cli.main import cli
 from cfsp_framework.config import PRESETS, Choice, RunConfig, layered
-from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.reporting.metrics import Report
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 from cfsp_framework.testing import CONTRACTS
 
@@ -282,7 +281,11 @@ def test_what_is_public_is_on_the_api_page() -> None:
         value = getattr(cfsp_framework, name)
         module = getattr(value, "__module__", "cfsp_framework.api.components")
         found = (
-            "cfsp_framework.api.events" if name == "Event" else "cfsp_framework.api.hookspecs" if name == "hookimpl" else module
+            "cfsp_framework.api.events"
+            if name == "Event"
+            else "cfsp_framework.api.hookspecs"
+            if name == "hookimpl"
+            else module
         )
         found = found if found.startswith("cfsp_framework") else "cfsp_framework.api.components"
         assert found in shown, name

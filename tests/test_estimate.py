@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cfsp_framework.cli.main import cli
-from cfsp_framework.config import RunConfig, layered
-from cfsp_framework.cli.main.tables import human_seconds, rough_bytes
-from cfsp_framework.estimate.estimate import Way, Workload, estimate, plan_workload, pruned_bytes
 from cfsp_framework.benchmark.hardware import NOMINAL, Hardware, disk_rates, product_rate
-from cfsp_framework.modeling.loading import load_model, sketch_model
+from cfsp_framework.cli.main import cli
+from cfsp_framework.cli.tables import human_seconds, rough_bytes
+from cfsp_framework.config import RunConfig, layered
+from cfsp_framework.estimate.estimate import Way, Workload, estimate, plan_workload, pruned_bytes
+from cfsp_framework.estimate.model_shape import BlockShape, FeedForwards, ModelShape, measure_shape
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.selection import select
-from cfsp_framework.estimate.model_shape import BlockShape, FeedForwards, ModelShape, measure_shape
+from cfsp_framework.modeling.loading import load_model, sketch_model
 
 MakeModel = Callable[..., Path]
 
@@ -284,7 +284,9 @@ def test_bytes_for_people(value: int, text: str) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine without measuring it."""
-    monkeypatch.setattr("cfsp_framework.estimate.estimate.this_machine", lambda *_: replace(HARDWARE, name="this CPU, 1 thread"))
+    monkeypatch.setattr(
+        "cfsp_framework.estimate.estimate.this_machine", lambda *_: replace(HARDWARE, name="this CPU, 1 thread")
+    )
 
 
 @pytest.fixture

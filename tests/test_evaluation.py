@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cfsp_framework.evaluation.perplexity import perplexity as evaluation
 from cfsp_framework.errors import DataError, ModelError
+from cfsp_framework.evaluation import perplexity as evaluation
 from cfsp_framework.evaluation.perplexity import EvaluationSet, evaluation_set, perplexity
 from cfsp_framework.runtime.progress import Progress
 

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
 
 from cfsp_framework import RunConfig
-from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, PLAN_FILE, save_model
 from cfsp_framework.cli.main import cli
+from cfsp_framework.errors import CfspError, ConfigError, ModelError, OutputError
 from cfsp_framework.export.export import NOTE_FILE, export_onnx, export_padded
 from cfsp_framework.export.padded import _longer
-from cfsp_framework.errors import CfspError, ConfigError, ModelError, OutputError
-from cfsp_framework.runtime.atomic_files import staged_folder
-from cfsp_framework.modeling.loading import load_model, open_model
 from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
+from cfsp_framework.modeling.loading import load_model, open_model
 from cfsp_framework.pruning.surgery import apply_plan, drop_attention
+from cfsp_framework.runtime.atomic_files import staged_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
 import families

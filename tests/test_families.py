@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from cfsp_framework import BlockStatistics, FeedForwardLayout
-from cfsp_framework.modeling.decoder import Decoder, open_decoder
-from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
-from cfsp_framework.engine.replay import PADDING, Passage, embed, finish, logits, pass_block
+from cfsp_framework.data.windows import PADDING
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
-from cfsp_framework.modeling.detection import find_architecture
-from cfsp_framework.pipeline import prune
+from cfsp_framework.engine.replay import Passage, embed, finish, logits, pass_block
 from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
+from cfsp_framework.modeling.detection import find_architecture
+from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
+from cfsp_framework.pipeline import prune
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_SQUARES
 

@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 gguf = pytest.importorskip("gguf")
 
 from cfsp_framework import RunConfig
-from cfsp_framework.modeling.decoder import open_decoder
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
+from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.export.export import Exported, export_gguf
 from cfsp_framework.export.gguf import interleave
 from cfsp_framework.export.gguf_tokenizer import (
@@ -37,11 +37,11 @@ from cfsp_framework.export.gguf_tokenizer import (
     USER_DEFINED,
     read_vocabulary,
 )
-from cfsp_framework.errors import ModelError, OutputError
-from cfsp_framework.runtime.atomic_files import staged_folder
-from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.modeling.decoder import open_decoder
+from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.pruning.surgery import apply_plan, drop_attention
+from cfsp_framework.runtime.atomic_files import staged_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
 import families

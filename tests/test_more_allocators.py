@@ -15,8 +15,8 @@ from cfsp_allocators import ErrorCurve, LogIncrease, Owl, SoftmaxBi
 from cfsp_allocators.error_curve import cheapest
 from cfsp_allocators.softmax_bi import capped
 from cfsp_framework import Allocator, BlockSummary, Budget
+from cfsp_framework.host.registry import Chosen, Origin
 from cfsp_framework.pruning.planning import allocate, round_widths, total_to_keep
-from cfsp_framework.host.manager import Chosen, Origin
 from cfsp_framework.statistics import BLOCK_OUTPUT_SQUARES, COSINE_DISTANCE
 
 untimed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

@@ -29,9 +29,10 @@ from cfsp_framework import (
 )
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, PluginError, PluginWarning
+from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.observers import start_observing
+from cfsp_framework.host.registry import Chosen, Origin
 from cfsp_framework.pipeline import plan_only
-from cfsp_framework.host.manager import Chosen, Origin, load_plugins
 from cfsp_framework.runtime.progress import Progress
 
 LISTENER = """

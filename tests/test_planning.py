@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cfsp_framework import Allocator, BlockSummary, Budget, PruningPlan
+from cfsp_framework.api.records import BlockPlan, CalibrationIdentity, ModelIdentity
 from cfsp_framework.errors import ConfigError, PlanError, PluginError
+from cfsp_framework.host.registry import Chosen, Origin
 from cfsp_framework.pruning.planning import (
-    BlockPlan,
-    CalibrationIdentity,
-    ModelIdentity,
     allocate,
     channel_ratio,
     keep_highest,
@@ -26,7 +25,6 @@ from cfsp_framework.pruning.planning import (
     round_widths,
     total_to_keep,
 )
-from cfsp_framework.host.manager import Chosen, Origin
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 

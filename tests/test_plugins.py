@@ -18,8 +18,9 @@ import torch
 
 import cfsp_framework
 from cfsp_framework import BlockStatistics, Collector, Criterion, FeedForward, Statistic
-from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginError, PluginWarning
-from cfsp_framework.host.manager import Chosen, Origin, Plugins, did_you_mean, load_plugins
+from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginError, PluginWarning, did_you_mean
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Chosen, Origin, Plugins
 from cfsp_framework.statistics import ANGULAR_DISTANCE, DOWN_INPUT_SQUARES
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp_framework.cli.main import cli
+from cfsp_framework.errors import CfspError, ConfigError, ModelError
 from cfsp_framework.export import hub as publishing
 from cfsp_framework.export.hub import Upload, check_repository, private_paths, push
-from cfsp_framework.errors import CfspError, ConfigError, ModelError
 
 MakeModel = Callable[..., Path]
 Run = Callable[..., Result]

@@ -17,13 +17,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cfsp_framework.engine.replay import Passage
+from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.cli.main import cli
+from cfsp_framework.engine.replay import Passage
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
-from cfsp_framework.pruning.planning import PruningPlan
-from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.runtime.distributed import SOLO, Ranks, is_first, join_ranks
+from cfsp_framework.runtime.progress import Progress
 
 MakeModel = Callable[..., Path]
 WORLD = 2

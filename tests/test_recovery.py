@@ -26,17 +26,18 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from cfsp_framework import BlockRecovery, RecoveryPlan, RunConfig, TrainableBlock, pipeline
-from cfsp_framework.recovery.recover import recover as recovery_module
-from cfsp_framework.recovery.lora import adapter_config, add_adapters, merge, remove_adapters
-from cfsp_framework.run.context import Bench, set_up
+from cfsp_framework.api.records import BlockPlan, ModelIdentity, PruningPlan
+from cfsp_framework.checkpoint.save import read_pruned
 from cfsp_framework.cli.main import cli
-from cfsp_framework.errors import CfspError, ConfigError, DataError, PluginError
-from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
-from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.recovery.recover import plan_recovery, read_pruned
 from cfsp_framework.data.training import NOT_LEARNT, instructions, packed_windows, training_data
+from cfsp_framework.errors import CfspError, ConfigError, DataError, PluginError
+from cfsp_framework.recovery import recover as recovery_module
+from cfsp_framework.recovery.lora import adapter_config, add_adapters, merge, remove_adapters
+from cfsp_framework.recovery.recover import plan_recovery
 from cfsp_framework.recovery.targets import adapted, trainable_blocks, trained_precision
 from cfsp_framework.recovery.trainer import Course, divergence, train
+from cfsp_framework.run.context import Bench, set_up
+from cfsp_framework.runtime.progress import Progress
 from cfsp_plugins.recovery import Full, IgLora, UniformLora, spread_ranks, unit_of_rank
 
 sys.path.insert(0, str(Path(__file__).parent))

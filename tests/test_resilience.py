@@ -21,16 +21,16 @@ from cfsp_framework import RunConfig, prune
 from cfsp_framework.api import hookspecs
 from cfsp_framework.api.components import API_VERSION
 from cfsp_framework.cli.main import cli
-from cfsp_framework.host.sandbox import Conduct, contained, survived, tensor_problem
-from cfsp_framework.deprecation import deprecation
 from cfsp_framework.errors import (
     CfspError,
     ConfigError,
     PluginDeprecationWarning,
     PluginError,
     PluginWarning,
+    deprecation,
 )
 from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.sandbox import Conduct, contained, survived, tensor_problem
 
 ORIGIN = "plugin 'acme' of acme-pruning 1.0"
 

@@ -27,18 +27,19 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cfsp_framework import Criterion, RunConfig, Update
-from cfsp_framework.pruning import compensation
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.engine.replay import Batch, Passage
+from cfsp_framework.engine.cache import KeptCollection
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
-from cfsp_framework.pruning.compensation import FinishedBlocks
+from cfsp_framework.engine.replay import Batch, Passage
 from cfsp_framework.errors import OutputError
-from cfsp_framework.runtime.atomic_files import save_aside, staged_folder
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Chosen
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only, prune
-from cfsp_framework.host.manager import Chosen, load_plugins
+from cfsp_framework.pruning import compensation
+from cfsp_framework.pruning.compensation import FinishedBlocks
+from cfsp_framework.runtime.atomic_files import save_aside, staged_folder
 from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.engine.cache import KeptCollection
 
 MakeModel = Callable[..., Path]
 Open = Callable[..., tuple[LoadedModel, Decoder]]
@@ -65,7 +66,7 @@ from cfsp_framework.pruning import surgery
 from cfsp_framework.modeling import streaming
 from cfsp_framework.engine import cache as resume
 from cfsp_framework.engine import collect
-from cfsp_framework.checkpoint.save import save as checkpoint
+from cfsp_framework.checkpoint import save as checkpoint
 from cfsp_framework.cli.main import cli
 
 passed = collections.Counter()

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cfsp_framework import HELD_OUT_EVERY, Accumulator, BlockStatistics, Collector, Criterion, Site, Statistic
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import SingleBank
-from cfsp_framework.engine.replay import Passage, embed
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summarise
 from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import Tally, Tokens, Window, measure_block
+from cfsp_framework.engine.replay import Passage, embed
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Chosen, Origin, Plugins
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.feed_forwards import SingleBank
 from cfsp_framework.modeling.loading import LoadedModel
-from cfsp_framework.host.manager import Chosen, Origin, Plugins, load_plugins
-from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.runtime.distributed import SOLO
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import (
     BLOCK_OUTPUT_SQUARES,
     DOWN_CROSS,

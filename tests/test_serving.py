@@ -21,17 +21,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp_framework import RunConfig
-from cfsp_framework.api.components import Budget
-from cfsp_framework.modeling.decoder import open_decoder
+from cfsp_framework.api.data import Budget
+from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, PlanError
-from cfsp_framework.runtime.atomic_files import staged_folder
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.modeling.decoder import open_decoder
 from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.pipeline import plan_only, prune
-from cfsp_framework.pruning.planning import PruningPlan, check_shared, round_widths, width_step
-from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.pruning.planning import check_shared, round_widths, width_step
 from cfsp_framework.pruning.surgery import apply_plan
+from cfsp_framework.runtime.atomic_files import staged_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
 import families

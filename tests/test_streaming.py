@@ -23,18 +23,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cfsp_framework import Criterion, PruningPlan, Statistic, prune
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.engine.replay import PADDING, Passage
+from cfsp_framework.api.records import RunResult
 from cfsp_framework.checkpoint.save import CODE_FILE, PLAN_FILE, REPORT_FILE, STATISTICS_FILE
 from cfsp_framework.cli.main import cli
-from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import layered
-from cfsp_framework.errors import ModelError, OutputError, ResourceError
-from cfsp_framework.modeling.loading import LoadedModel
-from cfsp_framework.pipeline import RunResult
-from cfsp_framework.host.manager import Chosen, Plugins, load_plugins
-from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.data.windows import PADDING
+from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.engine.hidden_states import allocate
+from cfsp_framework.engine.replay import Passage
+from cfsp_framework.errors import ModelError, OutputError, ResourceError
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Chosen, Plugins
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.loading import LoadedModel
+from cfsp_framework.modeling.streaming import Shards, Streamed
+from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import (
     ANGULAR_DISTANCE,
     DOWN_INPUT_GRAM,
@@ -42,7 +45,6 @@ from cfsp_framework.statistics import (
     DOWN_INPUT_SQUARES,
     DOWN_INPUT_TAYLOR,
 )
-from cfsp_framework.modeling.streaming import Shards, Streamed
 
 MakeModel = Callable[..., Path]
 MakePlan = Callable[..., PruningPlan]

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 
 from cfsp_framework import Budget, Compensator, Criterion, PruningPlan, RunConfig, Update, prune
 from cfsp_framework.api.components import Allocator
+from cfsp_framework.engine.collect import collect, summarise
+from cfsp_framework.engine.measure import measure_block
+from cfsp_framework.engine.replay import embed
+from cfsp_framework.errors import PlanError
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Chosen, Plugins
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import SingleBank
-from cfsp_framework.engine.replay import embed
-from cfsp_framework.engine.collect import collect, summarise
-from cfsp_framework.pruning.compensation import FirstPass
-from cfsp_framework.errors import PlanError
-from cfsp_framework.engine.measure import measure_block
 from cfsp_framework.modeling.loading import LoadedModel
+from cfsp_framework.pruning.compensation import FirstPass
 from cfsp_framework.pruning.planning import plan_blocks
-from cfsp_framework.host.manager import Chosen, Plugins, load_plugins
+from cfsp_framework.pruning.surgery import added_biases, apply_plan, apply_updates, check_fits, cut_block
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_GRAM, DOWN_INPUT_MEAN
-from cfsp_framework.pruning.surgery import added_biases, apply_plan, apply_updates, check_fits, cut_block
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]
 MakePlan = Callable[..., PruningPlan]

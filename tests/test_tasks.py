@@ -17,12 +17,12 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.pruning import surgery
-from cfsp_framework.api.components import Update
+from cfsp_framework.api.data import Update
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, DataError
 from cfsp_framework.modeling.loading import LoadedModel
+from cfsp_framework.pruning import surgery
 
 pytest.importorskip("lm_eval")
 from cfsp_framework.evaluation import tasks

@@ -9,10 +9,9 @@ from itertools import combinations, groupby
 import torch
 from torch import Tensor
 
-from cfsp_framework.engine.collect import FeedForwardMeasurement
-from cfsp_framework.pruning.planning import bank_path
-
 from cfsp_framework.ablation.results import Agreement
+from cfsp_framework.api.records import bank_path
+from cfsp_framework.engine.collect import FeedForwardMeasurement
 
 
 @dataclass(frozen=True)

@@ -17,27 +17,27 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from cfsp_framework.reporting import metrics as report
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.run.context import Bench, open_bench, open_evaluation_sets, open_windows, sequence_length
-from cfsp_framework.engine.replay import tokens_per_batch
-from cfsp_framework.config import RunConfig
-from cfsp_framework.errors import ConfigError
-from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
-from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics, versions
-from cfsp_framework.pipeline import cutting_phase, evaluate, make_plan, narrow, schedule
-from cfsp_framework.pruning.planning import PruningPlan
-from cfsp_framework.host.manager import Plugins, load_plugins
-from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.runtime.distributed import SOLO
-from cfsp_framework.recovery.recover import train_model
-from cfsp_framework.engine.cache import identity_of
-from cfsp_framework.host.selection import Selection, select
-
-from cfsp_framework.ablation.measurements import Collection, one_line, want
 from cfsp_framework.ablation.grid import TRAINING
-from cfsp_framework.ablation.snapshot import ModelState, restored
+from cfsp_framework.ablation.measurements import Collection, one_line, want
 from cfsp_framework.ablation.results import CellResult, CellSpec, Latency, Quality
+from cfsp_framework.ablation.snapshot import ModelState, restored
+from cfsp_framework.api.records import Perplexity, PruningPlan
+from cfsp_framework.config import RunConfig
+from cfsp_framework.engine.cache import identity_of
+from cfsp_framework.engine.replay import tokens_per_batch
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.evaluation.perplexity import EvaluationSet
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Plugins
+from cfsp_framework.host.selection import Selection, select
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.size import measure_size
+from cfsp_framework.pipeline import cutting_phase, evaluate, make_plan, narrow, schedule
+from cfsp_framework.recovery.recover import train_model
+from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics, versions
+from cfsp_framework.run.context import Bench, open_bench, open_evaluation_sets, open_windows, sequence_length
+from cfsp_framework.runtime.distributed import SOLO
+from cfsp_framework.runtime.progress import Progress
 
 _LONG_TEXT = 1 << 16
 _OF_TRAINING = set(TRAINING) | {"calibration", "seqlen"}
@@ -180,7 +180,7 @@ def run_cell(bench: Bench, job: Job, collection: Collection, extras: Extras) -> 
             narrow(bench, plan, measurements)
         if task:
             train_model(bench, plan, task, Path())  # only an adapter that is kept would be written
-        parameters = report.measure_size(decoder.model).parameters
+        parameters = measure_size(decoder.model).parameters
         result = CellResult(
             key=job.key,
             spec=spec_of(job.row, job.config, selection),

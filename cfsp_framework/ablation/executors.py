@@ -15,11 +15,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from cfsp_framework.config import RunConfig
-from cfsp_framework.errors import CfspError, ConfigError
-
 from cfsp_framework.ablation.cells import Extras, Job, Made, Workshop
 from cfsp_framework.ablation.measurements import Collection, CollectionFolder
+from cfsp_framework.config import RunConfig
+from cfsp_framework.errors import CfspError, ConfigError
 
 Kind = Literal["serial", "process", "ray"]
 Work = Iterable[tuple[Job, Collection]]

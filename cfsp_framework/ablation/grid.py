@@ -8,8 +8,7 @@ from itertools import product
 from typing import cast
 
 from cfsp_framework.config import CHOICES, Choice, RunConfig, layered
-from cfsp_framework.errors import ConfigError
-from cfsp_framework.host.manager import did_you_mean
+from cfsp_framework.errors import ConfigError, did_you_mean
 
 AMOUNTS = ("samples", "seeds", "ratio")
 """Axes of numbers, the outermost first: cells that share a collection lie together."""

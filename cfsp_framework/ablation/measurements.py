@@ -12,16 +12,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cfsp_framework.api.components import BlockStatistics, Collector, Criterion, Statistic
-from cfsp_framework.run.context import Bench
+from cfsp_framework.api.components import Collector, Criterion
+from cfsp_framework.api.data import BlockStatistics, Statistic
+from cfsp_framework.engine.cache import KeptCollection, identity_of
 from cfsp_framework.engine.collect import CurveKind, FeedForwardMeasurement, collect
 from cfsp_framework.errors import CfspError, OutputError
-from cfsp_framework.runtime.atomic_files import write_text
-from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics
-from cfsp_framework.pipeline import CRITERION
-from cfsp_framework.host.manager import Chosen, Plugins
-from cfsp_framework.engine.cache import KeptCollection, identity_of
+from cfsp_framework.host.registry import Chosen, Plugins
 from cfsp_framework.host.selection import Selection, curve_of
+from cfsp_framework.pipeline import CRITERION
+from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics
+from cfsp_framework.run.context import Bench
+from cfsp_framework.runtime.atomic_files import write_text
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 _MANIFEST = "manifest.json"

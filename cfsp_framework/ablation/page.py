@@ -10,9 +10,6 @@ from itertools import groupby
 
 from markupsafe import Markup, escape
 
-from cfsp_framework.cli.main.tables import short
-from cfsp_framework.reporting.html import page_environment
-
 from cfsp_framework.ablation import pictures
 from cfsp_framework.ablation.drawing import HIGHLIGHTS, MUTED, percent
 from cfsp_framework.ablation.results import CellResult, SweepResults
@@ -42,6 +39,8 @@ from cfsp_framework.ablation.summary import (
     short_labels,
     task_metrics,
 )
+from cfsp_framework.data.sources import short
+from cfsp_framework.reporting.html import page_environment
 
 _AXES = {
     "criterion": ("criterion", "criteria"),

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from cfsp_framework.config import FrozenRecord
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Quality(_Frozen):
+class Quality(FrozenRecord):
     """How well one model predicts one text."""
 
     data: str
@@ -27,7 +25,7 @@ class Quality(_Frozen):
     bits_per_byte: float
 
 
-class Latency(_Frozen):
+class Latency(FrozenRecord):
     """A forward over one batch of ``tokens`` tokens, measured in turn with the dense model."""
 
     tokens: int
@@ -36,7 +34,7 @@ class Latency(_Frozen):
     dense_milliseconds: float
 
 
-class CellSpec(_Frozen):
+class CellSpec(FrozenRecord):
     """What one cell of a sweep is: everything that distinguishes it from the others."""
 
     row: str
@@ -53,7 +51,7 @@ class CellSpec(_Frozen):
     seed: int
 
 
-class CellResult(_Frozen):
+class CellResult(FrozenRecord):
     """One cell, finished or failed."""
 
     key: str
@@ -80,7 +78,7 @@ class CellResult(_Frozen):
     """The command that gives this cell alone."""
 
 
-class Agreement(_Frozen):
+class Agreement(FrozenRecord):
     """How alike two criteria rank the channels of one feed-forward."""
 
     seed: int
@@ -95,7 +93,7 @@ class Agreement(_Frozen):
     """By ratio, as text: the share of the kept channels both would keep if each kept that share of this block."""
 
 
-class SweepResults(_Frozen):
+class SweepResults(FrozenRecord):
     """A whole sweep."""
 
     format: Literal["cfsp-ablation"] = "cfsp-ablation"

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cfsp_framework.errors import OutputError
-
 from cfsp_framework.ablation.results import CellResult
+from cfsp_framework.errors import OutputError
 
 FILE = "results.sqlite"
 PLANS = "plans"

@@ -8,25 +8,35 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from cfsp_framework.run.context import check_rounding, check_selection, sequence_length
-from cfsp_framework.engine.collect import FeedForwardMeasurement
-from cfsp_framework.errors import ConfigError
-from cfsp_framework.runtime.atomic_files import write_text
-from cfsp_framework.run.cache_keys import library_versions
-from cfsp_framework.pipeline import evaluate
-from cfsp_framework.host.manager import Plugins, load_plugins
-from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.runtime.distributed import SOLO, join_ranks
-from cfsp_framework.host.selection import select
-
 from cfsp_framework.ablation.agreement import agreements, scored
-from cfsp_framework.ablation.cells import Extras, Job, Made, Workshop, cell_key, dense_key, prune_command, qualities, score_tasks
-from cfsp_framework.ablation.measurements import Collection, CollectionFolder, Part, want
+from cfsp_framework.ablation.cells import (
+    Extras,
+    Job,
+    Made,
+    Workshop,
+    cell_key,
+    dense_key,
+    prune_command,
+    qualities,
+    score_tasks,
+)
 from cfsp_framework.ablation.executors import Executor
 from cfsp_framework.ablation.grid import Cell
+from cfsp_framework.ablation.measurements import Collection, CollectionFolder, Part, want
 from cfsp_framework.ablation.results import Agreement, CellResult, Quality, SweepResults
 from cfsp_framework.ablation.store import COLLECTIONS, PLANS, Store, check_folder, open_store
 from cfsp_framework.ablation.tables import write_tables
+from cfsp_framework.engine.collect import FeedForwardMeasurement
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Plugins
+from cfsp_framework.host.selection import select
+from cfsp_framework.pipeline import evaluate
+from cfsp_framework.run.cache_keys import library_versions
+from cfsp_framework.run.context import check_rounding, check_selection, sequence_length
+from cfsp_framework.runtime.atomic_files import write_text
+from cfsp_framework.runtime.distributed import SOLO, join_ranks
+from cfsp_framework.runtime.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cfsp_framework.cli.main.tables import short
-from cfsp_framework.runtime.atomic_files import write_text
-
 from cfsp_framework.ablation.results import CellResult, CellSpec, SweepResults
 from cfsp_framework.ablation.summary import (
     Interval,
@@ -30,6 +27,8 @@ from cfsp_framework.ablation.summary import (
     relative_latency,
     task_metrics,
 )
+from cfsp_framework.data.sources import short
+from cfsp_framework.runtime.atomic_files import write_text
 
 PAGE = "report.html"
 

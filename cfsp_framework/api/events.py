@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cfsp_framework.api.records import PruningPlan, Report
     from cfsp_framework.config import RunConfig
-    from cfsp_framework.pruning.planning import PruningPlan
-    from cfsp_framework.reporting.metrics import Report
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from cfsp_framework.api.components import Allocator, Architecture, Collector, Compensator, Criterion, Observer, RecoveryScheduler
+from cfsp_framework.api.components import Allocator, Collector, Compensator, Criterion, Observer, RecoveryScheduler
+from cfsp_framework.api.data import Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from cfsp_framework.pipeline import RunResult
+    from cfsp_framework.api.records import RunResult
 
 NAMESPACE = "cfsp_framework"
 hookspec = pluggy.HookspecMarker(NAMESPACE)

@@ -8,12 +8,11 @@ from pathlib import PurePath
 
 import torch
 
+from cfsp_framework.benchmark.candidates import Contestant, Cuts, cut_in_memory, open_contestant
+from cfsp_framework.benchmark.timing import Benchmark, Workload, benchmark
 from cfsp_framework.config import RunConfig
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.runtime.progress import Progress
-
-from cfsp_framework.benchmark.timing import Benchmark, Workload, benchmark
-from cfsp_framework.benchmark.candidates import Contestant, Cuts, cut_in_memory, open_contestant
 
 
 def race(

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cfsp_framework.pruning import surgery
-from cfsp_framework.api.components import Budget, Update
-from cfsp_framework.modeling.decoder import Decoder, open_decoder
-from cfsp_framework.engine.collect import collect, summarise
+from cfsp_framework.api.data import Budget, Update
+from cfsp_framework.api.records import ModelIdentity, PruningPlan
 from cfsp_framework.config import RunConfig
+from cfsp_framework.engine.collect import collect, summarise
 from cfsp_framework.errors import ConfigError
+from cfsp_framework.host.registry import Plugins
+from cfsp_framework.host.selection import curve_of, select
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.loading import (
     check_checkpoint,
     open_model,
@@ -25,11 +27,10 @@ from cfsp_framework.modeling.loading import (
     resolve,
     sketch_model,
 )
-from cfsp_framework.pruning.planning import ModelIdentity, PruningPlan, plan_blocks
-from cfsp_framework.host.manager import Plugins
-from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.host.selection import curve_of, select
 from cfsp_framework.modeling.meta_init import without_weights
+from cfsp_framework.pruning import surgery
+from cfsp_framework.pruning.planning import plan_blocks
+from cfsp_framework.runtime.progress import Progress
 
 _WINDOWS, _TOKENS = 4, 64
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cfsp_framework.benchmark.timing import Benchmark, Speed
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.runtime.atomic_files import check_parent
-
-from cfsp_framework.benchmark.timing import Benchmark, Speed
 
 _FORMATS = (".svg", ".png", ".pdf")
 

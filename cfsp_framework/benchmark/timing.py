@@ -22,18 +22,17 @@ from typing import Any, Literal
 import psutil
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from cfsp_framework.errors import ConfigError
-from cfsp_framework.benchmark.hardware import synchronise
-from cfsp_framework.modeling.loading import context_length
-from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.reporting.metrics import measure_size
-
 from cfsp_framework.benchmark.candidates import Contestant
+from cfsp_framework.benchmark.hardware import synchronise
 from cfsp_framework.benchmark.roofline import Costs, Machine, count_costs
+from cfsp_framework.config import FrozenRecord
+from cfsp_framework.errors import ConfigError
+from cfsp_framework.modeling.loading import context_length
+from cfsp_framework.modeling.size import measure_size
+from cfsp_framework.runtime.progress import Progress
 
 _LEAST_SECONDS = 0.1
 """Episodes are repeated within a round until they take this long, so that the clock and the scheduler matter little."""
@@ -41,11 +40,7 @@ _STATUS = Path("/proc/self/status")
 _FORGET = Path("/proc/self/clear_refs")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Workload(_Frozen):
+class Workload(FrozenRecord):
     """What every model is run on."""
 
     batch_sizes: tuple[int, ...] = (1,)
@@ -67,7 +62,7 @@ class Workload(_Frozen):
         return tuple((batch, length) for batch in self.batch_sizes for length in self.lengths)
 
 
-class Spread(_Frozen):
+class Spread(FrozenRecord):
     """The middle of some measurements and their quartiles."""
 
     median: float
@@ -81,7 +76,7 @@ class Spread(_Frozen):
         return cls(median=middle, low=low, high=high)
 
 
-class ModelSize(_Frozen):
+class ModelSize(FrozenRecord):
     """One of the models, and what it takes."""
 
     name: str
@@ -99,7 +94,7 @@ class ModelSize(_Frozen):
     """Its weights and the most that a run of the largest setting added; None where the system does not tell."""
 
 
-class Ideal(_Frozen):
+class Ideal(FrozenRecord):
     """The speed-up there would be if nothing but the products, or nothing but reading the weights, took time."""
 
     flops: float
@@ -111,7 +106,7 @@ class Ideal(_Frozen):
     differently, else the one that bounds."""
 
 
-class Speed(_Frozen):
+class Speed(FrozenRecord):
     """One model, one phase, one setting."""
 
     model: str
@@ -131,7 +126,7 @@ class Speed(_Frozen):
         return self.speed_up.median / self.ideal.expected if self.speed_up and self.ideal else None
 
 
-class Benchmark(_Frozen):
+class Benchmark(FrozenRecord):
     """Everything a benchmark found out."""
 
     format: Literal["cfsp-benchmark"] = "cfsp-benchmark"

@@ -14,16 +14,18 @@ from string import Template
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.api.records import PruningPlan, Report
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import CfspError, ModelError, OutputError
-from cfsp_framework.runtime.atomic_files import licence_files
-from cfsp_framework.modeling.variable_width import StandIn, finish_block
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.modeling.streaming import ShardWriter
+from cfsp_framework.modeling.variable_width import StandIn, finish_block
+from cfsp_framework.runtime.atomic_files import licence_files
 
 PLAN_FILE = "pruning_plan.json"
 REPORT_FILE = "report.json"
@@ -199,3 +201,19 @@ class $base(_PerLayer, _$base):
 class $head(_PerLayer, _$head):
     _blocks = "$blocks"
 '''
+
+
+def read_pruned(folder: Path) -> tuple[PruningPlan, Report]:
+    """The plan and the report of a checkpoint that was pruned.
+
+    Raises:
+        ModelError: it was not, or not by this package.
+    """
+    files = folder / PLAN_FILE, folder / REPORT_FILE
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise ModelError(f"{str(folder)!r} has no {missing[0]}: it was not written by `cfsp prune`.")
+    plan, told = (path.read_text(encoding="utf-8") for path in files)
+    try:
+        return PruningPlan.from_json(plan), Report.model_validate_json(told)
+    except ValidationError as error:
+        raise ModelError(f"{files[1]} is not the report of a run: {error.errors()[0]['msg']}.") from error

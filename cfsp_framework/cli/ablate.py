@@ -7,9 +7,6 @@ from typing import Any
 
 import click
 
-from cfsp_framework.config import PRESETS, read_yaml
-from cfsp_framework.errors import CfspError, InputError
-
 from cfsp_framework.cli.options import (
     CALIBRATION,
     EVALUATION,
@@ -22,6 +19,8 @@ from cfsp_framework.cli.options import (
     quiet_option,
     traceback_option,
 )
+from cfsp_framework.config import PRESETS, read_yaml
+from cfsp_framework.errors import CfspError, InputError
 
 _AXES = {
     "criterion": ("NAMES", "Fine importance: names, between commas, with their options: a,b:k=v,k=v,c."),

@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
+from cfsp_framework.cli.options import config_options, given, json_option, plugin_option, quiet_option, traceback_option
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
-
-from cfsp_framework.cli.options import config_options, given, json_option, plugin_option, quiet_option, traceback_option
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -116,10 +115,10 @@ def benchmark(
     PRUNED are checkpoints. --ratio compares cuts of MODEL without any: of least magnitude, in memory.
     """
     from cfsp_framework.benchmark import plots
-    from cfsp_framework.benchmark.timing import Workload
-    from cfsp_framework.benchmark.candidates import Cuts
     from cfsp_framework.benchmark.benchmark import race
-    from cfsp_framework.deployment.tables import show_benchmark
+    from cfsp_framework.benchmark.candidates import Cuts
+    from cfsp_framework.benchmark.timing import Workload
+    from cfsp_framework.cli.tables import show_benchmark
     from cfsp_framework.runtime.progress import Progress
 
     if ratio is None and (allocators or roundings):

@@ -33,8 +33,8 @@ def compare(
 
     A plan is a file `cfsp plan` wrote, or the folder of a pruned checkpoint.
     """
+    from cfsp_framework.cli.tables import show_comparison
     from cfsp_framework.pruning.plan_diff import compare as compare_plans
-    from cfsp_framework.comparison_tables import show_comparison
 
     plans = read_plan(plan_a), read_plan(plan_b)
     found = compare_plans(*plans, (str(plan_a), str(plan_b)), experts=experts)

@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from cfsp_framework.config import RunConfig
-
 from cfsp_framework.cli.options import config_options, given, json_option, quiet_option, traceback_option
+from cfsp_framework.config import RunConfig
 
 
 @click.command()
@@ -24,9 +23,9 @@ def demo(out: Path | None, overwrite: bool, quiet: bool, as_json: bool, **option
     import tempfile
 
     from cfsp_framework import pipeline
-    from cfsp_framework.cli.main import tables as console
-    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.cli import tables as console
     from cfsp_framework.runtime.distributed import is_first
+    from cfsp_framework.runtime.progress import Progress
 
     few = {"samples": 64, "seqlen": 256, "evaluate_windows": 100}
     config = RunConfig.build(model="demo", evaluate=("demo",), **few, **given(options))

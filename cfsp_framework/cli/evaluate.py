@@ -8,10 +8,17 @@ from typing import Any
 
 import click
 
+from cfsp_framework.cli.options import (
+    MODEL,
+    SPEC_HELP,
+    config_options,
+    given,
+    json_option,
+    plugin_option,
+    traceback_option,
+)
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
-
-from cfsp_framework.cli.options import MODEL, SPEC_HELP, config_options, given, json_option, plugin_option, traceback_option
 
 
 @click.command(epilog=SPEC_HELP)
@@ -57,9 +64,9 @@ def evaluate(
 ) -> None:
     """Report the perplexity of MODEL, dense or pruned, on each data SPEC, and its scores on tasks."""
     from cfsp_framework import pipeline
-    from cfsp_framework.cli.main import tables as console
-    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.cli import tables as console
     from cfsp_framework.runtime.distributed import is_first
+    from cfsp_framework.runtime.progress import Progress
 
     names = [name.strip() for given_names in tasks for name in given_names.split(",") if name.strip()]
     if not names and (task_data or limit or fewshot is not None):
@@ -87,6 +94,6 @@ def evaluate(
     if measured:
         console.show_perplexities(config.model, measured)
     if found:
-        from cfsp_framework.deployment.tables import show_tasks
+        from cfsp_framework.cli.tables import show_tasks
 
         show_tasks(config.model, found)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import click
 
-from cfsp_framework.config import RunConfig
-
 from cfsp_framework.cli.options import json_option, plugin_option, quiet_option, traceback_option
+from cfsp_framework.config import RunConfig
 
 FORMATS = ("padded", "gguf", "onnx")
 TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -62,8 +61,8 @@ def export(
 ) -> None:
     """Write PRUNED to OUT for programs that do not open its checkpoint: a folder, or a .gguf file."""
     _check_options(form, {"--width": width, "--type": kind, "--pre-tokenizer": pre_tokenizer})
+    from cfsp_framework.cli.tables import show_export
     from cfsp_framework.export import export as exports
-    from cfsp_framework.deployment.telling import show_export
 
     config = RunConfig.build(model=pruned, device="cpu", plugins=plugins)
     if form == "padded":

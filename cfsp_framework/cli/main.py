@@ -41,7 +41,7 @@ class Failure(click.ClickException):
 
 
 class _Commands(click.Group):
-    """Loads a command's module, ``commands/NAME.py``, when it is run, or asked for its own help."""
+    """Loads a command's module, ``cli/NAME.py``, when it is run, or asked for its own help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -49,7 +49,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"cfsp_framework.commands.{cmd_name}")
+        module = importlib.import_module(f"cfsp_framework.cli.{cmd_name}")
         command: click.Command = getattr(module, cmd_name)
         return command
 

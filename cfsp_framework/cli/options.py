@@ -14,7 +14,7 @@ from cfsp_framework.config import PRESETS, RunConfig
 from cfsp_framework.errors import PlanError
 
 if TYPE_CHECKING:
-    from cfsp_framework.pruning.planning import PruningPlan
+    from cfsp_framework.api.records import PruningPlan
 
 MODEL = ("trust_remote_code", "device", "device_map", "dtype", "stream", "spill")
 COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
@@ -145,7 +145,7 @@ def read_plan(path: Path) -> PruningPlan:
     Raises:
         PlanError: there is none, or it cannot be used.
     """
-    from cfsp_framework.pruning.planning import PruningPlan
+    from cfsp_framework.api.records import PruningPlan
 
     file = path / _PLAN_FILE if path.is_dir() else path
     if path.is_dir() and not file.is_file():

@@ -8,9 +8,6 @@ from typing import Any
 
 import click
 
-from cfsp_framework.config import RunConfig, layered
-from cfsp_framework.errors import InputError
-
 from cfsp_framework.cli.options import (
     AMOUNT,
     CALIBRATION,
@@ -28,6 +25,8 @@ from cfsp_framework.cli.options import (
     quiet_option,
     traceback_option,
 )
+from cfsp_framework.config import RunConfig, layered
+from cfsp_framework.errors import InputError
 
 
 @click.command(epilog=SPEC_HELP)
@@ -59,10 +58,10 @@ def plan(
 ) -> None:
     """Decide what to prune in MODEL and write it to PLAN_FILE; `cfsp prune --plan` cuts by it without data."""
     from cfsp_framework import pipeline
-    from cfsp_framework.cli.main import tables as console
+    from cfsp_framework.cli import tables as console
     from cfsp_framework.runtime.atomic_files import check_parent, write_text
-    from cfsp_framework.runtime.progress import Progress
     from cfsp_framework.runtime.distributed import is_first
+    from cfsp_framework.runtime.progress import Progress
 
     if estimate:
         _estimate(layered(preset, config_file, given(options)), quiet=quiet, as_json=as_json)
@@ -84,7 +83,7 @@ def plan(
 
 
 def _estimate(config: RunConfig, *, quiet: bool, as_json: bool) -> None:
-    from cfsp_framework.cli.main import tables as console
+    from cfsp_framework.cli import tables as console
     from cfsp_framework.estimate.estimate import estimate_run
 
     found = estimate_run(config)

@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-from cfsp_framework.config import layered
-
 from cfsp_framework.cli.options import (
     AMOUNT,
     CALIBRATION,
@@ -32,6 +30,7 @@ from cfsp_framework.cli.options import (
     read_plan,
     traceback_option,
 )
+from cfsp_framework.config import layered
 
 
 @click.command(epilog=SPEC_HELP)
@@ -71,9 +70,9 @@ def prune(
     What --preset, --config and the options leave open is CFSP on half of the feed-forward channels.
     """
     from cfsp_framework import pipeline
-    from cfsp_framework.cli.main import tables as console
-    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.cli import tables as console
     from cfsp_framework.runtime.distributed import is_first
+    from cfsp_framework.runtime.progress import Progress
 
     check_repository(repository)
     config = layered(preset, config_file, given(options))

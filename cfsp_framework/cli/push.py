@@ -30,9 +30,9 @@ def push(
     as_json: bool,
 ) -> None:
     """Publish PRUNED, a checkpoint `cfsp prune` or `cfsp recover` wrote, as REPOSITORY (USER/NAME) on the Hub."""
-    from cfsp_framework.export import hub as publishing
-    from cfsp_framework.deployment.tables import show_upload
+    from cfsp_framework.cli.tables import show_upload
     from cfsp_framework.errors import ModelError
+    from cfsp_framework.export import hub as publishing
 
     upload = publishing.push(pruned, repository, private=private, revision=revision, message=message, dry_run=dry_run)
     if as_json:

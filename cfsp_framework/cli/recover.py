@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-from cfsp_framework.config import layered
-
 from cfsp_framework.cli.options import (
     EVALUATION,
     RECOVERY,
@@ -26,6 +24,7 @@ from cfsp_framework.cli.options import (
     quiet_option,
     traceback_option,
 )
+from cfsp_framework.config import layered
 
 
 @click.command(epilog=SPEC_HELP)
@@ -62,9 +61,9 @@ def recover(
     What --recovery leaves open is ig-lora: low-rank adapters, of higher rank in blocks of more importance.
     """
     from cfsp_framework import pipeline
-    from cfsp_framework.cli.main import tables as console
-    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.cli import tables as console
     from cfsp_framework.runtime.distributed import is_first
+    from cfsp_framework.runtime.progress import Progress
 
     check_repository(repository)
     config = layered(None, config_file, given({**options, "model": pruned}), {"recovery": "ig-lora"})

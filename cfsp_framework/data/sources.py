@@ -17,8 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from cfsp_framework.errors import DataError
-from cfsp_framework.host.manager import did_you_mean
+from cfsp_framework.errors import DataError, did_you_mean
 
 Role = Literal["calibration", "evaluation", "training"]
 
@@ -306,3 +305,10 @@ def _one_line(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:300].rstrip(".") + "."
+
+
+def short(spec: str) -> str:
+    """A data SPEC as a table can hold it: files by their names alone."""
+    if spec.startswith("hf:"):
+        return spec
+    return ",".join(part.rstrip("/").rpartition("/")[2] for part in spec.split(","))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cfsp_framework.data.windows import tokenize
 from cfsp_framework.data.sources import STREAM_CHARACTERS, mixture, read_rows, read_text, shares
+from cfsp_framework.data.windows import tokenize
 from cfsp_framework.errors import DataError
 
 NOT_LEARNT = -100

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cfsp_framework.engine.replay import PADDING
+from cfsp_framework.api.records import CalibrationIdentity
 from cfsp_framework.data.sources import mixture, read_documents, read_text, shares
 from cfsp_framework.errors import DataError
-from cfsp_framework.pruning.planning import CalibrationIdentity
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
@@ -86,3 +85,7 @@ def identify(spec: str, windows: Tensor, seed: int) -> CalibrationIdentity:
     samples, seqlen = windows.shape
     fingerprint = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     return CalibrationIdentity(spec=spec, samples=samples, seqlen=seqlen, seed=seed, fingerprint=fingerprint)
+
+
+PADDING = -100
+"""The id of a position that holds no token; windows shorter than others end with it."""

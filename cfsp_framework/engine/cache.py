@@ -12,11 +12,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cfsp_framework.api.components import BlockStatistics, Component, Statistic
-from cfsp_framework.engine.replay import Batch
+from cfsp_framework.api.components import Component
+from cfsp_framework.api.data import BlockStatistics, Statistic
 from cfsp_framework.engine.collect import FeedForwardMeasurement
+from cfsp_framework.engine.replay import Batch
+from cfsp_framework.host.registry import Chosen
 from cfsp_framework.runtime.atomic_files import save_aside
-from cfsp_framework.host.manager import Chosen
 from cfsp_framework.runtime.distributed import SOLO, Ranks
 
 HIDDEN_SHARE = 0.05

@@ -11,23 +11,17 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from cfsp_framework.linalg import compensated_curve, damped_inverse, plain_curve
-from cfsp_framework.api.components import (
-    BlockStatistics,
-    BlockSummary,
-    Collector,
-    Criterion,
-    FeedForward,
-    Site,
-)
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.engine.replay import Batch, Passage, embed, pass_block
-from cfsp_framework.host.sandbox import tensor_problem
-from cfsp_framework.errors import CfspError, PluginError
+from cfsp_framework.api.components import Collector, Criterion
+from cfsp_framework.api.data import BlockStatistics, BlockSummary, FeedForward, Site
 from cfsp_framework.api.events import BlockFinished
 from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import lent, measure_block
-from cfsp_framework.host.manager import Chosen
+from cfsp_framework.engine.replay import Batch, Passage, embed, pass_block
+from cfsp_framework.errors import CfspError, PluginError
+from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.sandbox import tensor_problem
+from cfsp_framework.linalg import compensated_curve, damped_inverse, plain_curve
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cfsp_framework.api.components import BlockStatistics, Collector, Site
+from cfsp_framework.api.components import Collector
+from cfsp_framework.api.data import BlockStatistics, Site
+from cfsp_framework.data.windows import PADDING
+from cfsp_framework.engine.measure import BlockTallies, listening
+from cfsp_framework.engine.replay import Batch, Passage
+from cfsp_framework.host.registry import Chosen
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import Heard
-from cfsp_framework.engine.replay import PADDING, Batch, Passage
-from cfsp_framework.engine.measure import BlockTallies, listening
-from cfsp_framework.host.manager import Chosen
 from cfsp_framework.runtime.progress import Progress
 
 

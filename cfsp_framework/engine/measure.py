@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfsp_framework.api.components import Accumulator, BlockStatistics, Collector, FeedForward, Site, Statistic, Windows
+from cfsp_framework.api.components import Accumulator, Collector
+from cfsp_framework.api.data import BlockStatistics, FeedForward, Site, Statistic, Windows
+from cfsp_framework.engine.replay import Batch, run_block
+from cfsp_framework.errors import ModelError, PluginError
+from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import Heard, SingleBank
-from cfsp_framework.engine.replay import Batch, run_block
-from cfsp_framework.host.sandbox import tensor_problem
-from cfsp_framework.errors import ModelError, PluginError
-from cfsp_framework.host.manager import Chosen
 from cfsp_framework.runtime.distributed import SOLO, Ranks
 
 _WEIGHTS = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")

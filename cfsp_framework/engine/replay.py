@@ -19,13 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.errors import ModelError
-from cfsp_framework.runtime.distributed import SOLO, Ranks
+from cfsp_framework.data.windows import PADDING
 from cfsp_framework.engine.hidden_states import allocate
-
-PADDING = -100
-"""The id of a position that holds no token; windows shorter than others end with it."""
+from cfsp_framework.errors import ModelError
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.runtime.distributed import SOLO, Ranks
 
 # What keeps a processor busy without its intermediate activations leaving the cache, or a GPU without filling it.
 _TOKENS_PER_BATCH = 512

@@ -10,15 +10,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from cfsp_framework.api.components import HELD_OUT_EVERY, Collector, Site, Stream
-from cfsp_framework.errors import ConfigError
+from cfsp_framework.api.components import Collector
+from cfsp_framework.api.data import HELD_OUT_EVERY, Site, Stream
 from cfsp_framework.benchmark.hardware import BATCH_TOKENS, NOMINAL, Hardware, this_machine
-from cfsp_framework.host.selection import curve_of, stream_of, target_mix_of
+from cfsp_framework.errors import ConfigError
 from cfsp_framework.estimate.model_shape import BlockShape, ModelShape, measure_shape
+from cfsp_framework.host.selection import curve_of, stream_of, target_mix_of
 
 if TYPE_CHECKING:
     from cfsp_framework.config import RunConfig
-    from cfsp_framework.host.manager import Chosen
+    from cfsp_framework.host.registry import Chosen
     from cfsp_framework.host.selection import Selection
 
 LISTENING = 1.08
@@ -460,9 +461,9 @@ def estimate_run(config: RunConfig) -> Estimate:
     Raises:
         InputError: the model's configuration or the options cannot be used.
     """
-    from cfsp_framework.modeling.loading import pick_device, sketch_model
     from cfsp_framework.host.manager import load_plugins
     from cfsp_framework.host.selection import select
+    from cfsp_framework.modeling.loading import pick_device, sketch_model
 
     selection = select(config, load_plugins(config.plugins))
     device = pick_device(config.device)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.engine.replay import Passage, embed, finish, pass_block
-from cfsp_framework.data.windows import tokenize
+from cfsp_framework.api.records import Perplexity
 from cfsp_framework.data.sources import mixture, read_text
+from cfsp_framework.data.windows import tokenize
+from cfsp_framework.engine.replay import Passage, embed, finish, pass_block
 from cfsp_framework.errors import DataError, ModelError
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.progress import Progress
 
 _LOGITS_PER_BATCH = 1 << 23
@@ -30,16 +30,6 @@ class EvaluationSet:
     spec: str
     windows: Tensor
     bytes_per_token: float
-
-
-class Perplexity(BaseModel):
-    """How well a model predicts a text; ``nll`` is nats per token, the mean over windows of their mean."""
-
-    model_config = ConfigDict(frozen=True)
-
-    perplexity: float
-    nll: float
-    bits_per_byte: float
 
 
 def evaluation_set(spec: str, tokenizer: Any, seqlen: int, limit: int | None = None) -> EvaluationSet:

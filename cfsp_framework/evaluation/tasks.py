@@ -21,14 +21,13 @@ from typing import Any
 import datasets
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from cfsp_framework.config import RunConfig
+from cfsp_framework.config import FrozenRecord, RunConfig
 from cfsp_framework.errors import CfspError, ConfigError, DataError
 from cfsp_framework.modeling.loading import LoadedModel, load_model
-from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.runtime.distributed import join_ranks
+from cfsp_framework.runtime.progress import Progress
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """What papers on pruning report zero-shot, CFSP's among them."""
@@ -40,18 +39,14 @@ _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 _ALSO_CALLED = {"validation": ("dev", "valid"), "train": ("training",)}
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Metric(_Frozen):
+class Metric(FrozenRecord):
     """One number of a task and its standard error, where the harness knows one."""
 
     value: float
     stderr: float | None = None
 
 
-class TaskResult(_Frozen):
+class TaskResult(FrozenRecord):
     """What a model scores on one task."""
 
     task: str
@@ -76,7 +71,7 @@ class TaskResult(_Frozen):
         return self.metrics.get("acc_norm")
 
 
-class TaskResults(_Frozen):
+class TaskResults(FrozenRecord):
     """Scores, and what else has to be said for somebody to get the same ones."""
 
     harness: str

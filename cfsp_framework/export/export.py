@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsp_framework.checkpoint.save import save as checkpoint
-from cfsp_framework.modeling.decoder import Decoder, open_decoder
-from cfsp_framework.engine.replay import logits
+from cfsp_framework.checkpoint.save import CARD_FILE, PLAN_FILE, check_output, save_model, verify
 from cfsp_framework.config import RunConfig
+from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import ModelError, OutputError
-from cfsp_framework.runtime.atomic_files import check_parent, staged_file, staged_folder
+from cfsp_framework.export.padded import choose_widths, pad_model
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.loading import (
     check_checkpoint,
     context_length,
@@ -27,9 +28,7 @@ from cfsp_framework.modeling.loading import (
     quiet,
     resolve,
 )
-from cfsp_framework.host.manager import load_plugins
-
-from cfsp_framework.export.padded import choose_widths, pad_model
+from cfsp_framework.runtime.atomic_files import check_parent, staged_file, staged_folder
 
 NOTE_FILE = "export.json"
 
@@ -66,16 +65,16 @@ def export_padded(config: RunConfig, out: Path, *, width: int | None = None, ove
         ModelError: the family's own configuration cannot describe the model.
         OutputError: the folder cannot be made.
     """
-    checkpoint.check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite)
     loaded = load_model(config)
     decoder = open_decoder(loaded.model, load_plugins(config.plugins))
     widths, ids = decoder.widths, sample_ids(decoder)
     expected = logits(decoder, ids)  # (1, T, V)
     pad_model(decoder, choose_widths(decoder, width))
     with staged_folder(out) as folder:
-        checkpoint.save_model(decoder, loaded, folder)
+        save_model(decoder, loaded, folder)
         written = replace(decoder, model=open_model(folder, device=decoder.device))
-        difference = checkpoint.verify(written, expected, ids, loaded.model.dtype)
+        difference = verify(written, expected, ids, loaded.model.dtype)
         made = Exported(
             format="padded",
             source=config.model,
@@ -139,7 +138,7 @@ def export_onnx(config: RunConfig, out: Path, *, overwrite: bool = False) -> Exp
     """
     from cfsp_framework.export.onnx import check_packages, compare_onnx, write_onnx
 
-    checkpoint.check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite)
     check_packages()
     loaded = load_model(config.model_copy(update={"dtype": "float32"}))
     decoder = open_decoder(loaded.model, load_plugins(config.plugins))
@@ -183,12 +182,12 @@ def carry_over(source: Path, folder: Path, made: Exported) -> None:
     The report stays behind: it is about the pruned checkpoint, whose sizes these are not.
     """
     (folder / NOTE_FILE).write_text(json.dumps(made.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if (source / checkpoint.PLAN_FILE).is_file():
-        shutil.copyfile(source / checkpoint.PLAN_FILE, folder / checkpoint.PLAN_FILE)
-    card = source / checkpoint.CARD_FILE
+    if (source / PLAN_FILE).is_file():
+        shutil.copyfile(source / PLAN_FILE, folder / PLAN_FILE)
+    card = source / CARD_FILE
     if card.is_file():
         text = card.read_text(encoding="utf-8").rstrip()
-        (folder / checkpoint.CARD_FILE).write_text(f"{text}\n\n{_card_note(made)}\n", encoding="utf-8")
+        (folder / CARD_FILE).write_text(f"{text}\n\n{_card_note(made)}\n", encoding="utf-8")
 
 
 def _card_note(made: Exported) -> str:

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.errors import ConfigError, ModelError
+from cfsp_framework.export.gguf_tokenizer import Vocabulary, read_vocabulary
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import stored_dtype
 from cfsp_framework.modeling.streaming import Shards
 from cfsp_framework.pruning.surgery import added_biases, dropped_attention
-
-from cfsp_framework.export.gguf_tokenizer import Vocabulary, read_vocabulary
 
 _FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """The architecture of models of one width."""

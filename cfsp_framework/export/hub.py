@@ -17,12 +17,19 @@ from typing import Any, Literal
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported, but not by name
-from pydantic import BaseModel, ConfigDict
 
-from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, PAGE_FILE, PLAN_FILE, REPORT_FILE, STATISTICS_FILE
+from cfsp_framework.checkpoint.save import (
+    CARD_FILE,
+    CODE_FILE,
+    PAGE_FILE,
+    PLAN_FILE,
+    REPORT_FILE,
+    STATISTICS_FILE,
+    read_pruned,
+)
+from cfsp_framework.config import FrozenRecord
 from cfsp_framework.errors import CfspError, ConfigError, ModelError
 from cfsp_framework.reporting.html import PLACE
-from cfsp_framework.recovery.recover import read_pruned
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _LEFT_OUT = (STATISTICS_FILE,)  # engines read every *.safetensors of a repository as weights
@@ -30,18 +37,14 @@ _OWN_TEXTS = (CARD_FILE, REPORT_FILE, PAGE_FILE, PLAN_FILE, "recovery_plan.json"
 _PATH = re.compile(r"(?<![\w.:/<~-])(?:[A-Za-z]:\\|/)(?:[\w.+@ -]+[/\\])+[\w.+@-]+")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class UploadedFile(_Frozen):
+class UploadedFile(FrozenRecord):
     """A file as it is uploaded."""
 
     name: str
     bytes: int
 
 
-class Check(_Frozen):
+class Check(FrozenRecord):
     """Something that was looked at; what ``failed`` forbids the upload, a ``remark`` does not."""
 
     what: str
@@ -49,7 +52,7 @@ class Check(_Frozen):
     detail: str
 
 
-class Upload(_Frozen):
+class Upload(FrozenRecord):
     """What is, or would be, published."""
 
     repository: str

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cfsp_framework.errors import ConfigError, ModelError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank, matrix
-from cfsp_framework.errors import ConfigError, ModelError
 from cfsp_framework.modeling.meta_init import without_weights
 from cfsp_framework.pruning.surgery import added_biases, describe_widths, dropped_attention, expert_step, tell_width
 

@@ -18,9 +18,10 @@ from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.table import Table
 
-from cfsp_framework.api.components import Allocator, Collector, Component, Site, Statistic, Windows
-from cfsp_framework.errors import ConfigError
-from cfsp_framework.host.manager import Origin, Plugins, Registry, did_you_mean
+from cfsp_framework.api.components import Allocator, Collector, Component
+from cfsp_framework.api.data import Site, Statistic, Windows
+from cfsp_framework.errors import ConfigError, did_you_mean
+from cfsp_framework.host.registry import Origin, Plugins, Registry
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from cfsp_framework.api.components import Observer
-from cfsp_framework.host.sandbox import survived
-from cfsp_framework.errors import PluginError
 from cfsp_framework.api.events import Event
-from cfsp_framework.host.manager import Chosen
+from cfsp_framework.errors import PluginError
+from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.sandbox import survived
 
 
 def start_observing(observers: Sequence[Chosen[Observer]]) -> Callable[[Event], None]:

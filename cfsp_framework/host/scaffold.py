@@ -16,7 +16,7 @@ from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.runtime.atomic_files import check_parent, staged_folder
 
 if TYPE_CHECKING:
-    from cfsp_framework.host.manager import Plugins
+    from cfsp_framework.host.registry import Plugins
 
 Kind = Literal["criterion", "allocator", "collector", "compensator", "recovery"]
 
@@ -139,7 +139,7 @@ def render(names: PluginNames) -> dict[str, str]:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("cfsp_framework", "templates/plugin"),
+        loader=PackageLoader("cfsp_framework", "host/templates/plugin"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         autoescape=False,

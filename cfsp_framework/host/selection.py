@@ -6,10 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cfsp_framework.api.components import Allocator, Collector, Compensator, Component, Criterion, Observer, RecoveryScheduler, Statistic, Stream
+from cfsp_framework.api.components import (
+    Allocator,
+    Collector,
+    Compensator,
+    Component,
+    Criterion,
+    Observer,
+    RecoveryScheduler,
+)
+from cfsp_framework.api.data import Statistic, Stream
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import PluginError
-from cfsp_framework.host.manager import Chosen, Plugins
+from cfsp_framework.host.registry import Chosen, Plugins
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cfsp_framework.api.components import Architecture, FeedForward
-from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
+from cfsp_framework.api.data import Architecture, FeedForward
 from cfsp_framework.errors import ModelError
+from cfsp_framework.host.registry import Plugins
 from cfsp_framework.modeling.detection import find_architecture
-from cfsp_framework.host.manager import Plugins
-from cfsp_framework.residency import InMemory, Residency
+from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
+from cfsp_framework.modeling.streaming import InMemory, Residency
 
 
 @dataclass(frozen=True)

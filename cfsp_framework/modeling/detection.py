@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from cfsp_framework.api.components import Architecture, FeedForwardLayout
-from cfsp_framework.modeling.feed_forwards import ExpertBank, Projection, matrix
+from cfsp_framework.api.data import Architecture, FeedForwardLayout
 from cfsp_framework.errors import ModelError
+from cfsp_framework.modeling.feed_forwards import ExpertBank, Projection, matrix
 from cfsp_framework.modeling.meta_init import without_weights
 
 _NAMES = (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from cfsp_framework.api.components import FeedForward, FeedForwardLayout, Site
+from cfsp_framework.api.data import FeedForward, FeedForwardLayout, Site
 from cfsp_framework.errors import ModelError
 
 Projection = nn.Linear | Conv1D

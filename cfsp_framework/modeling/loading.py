@@ -32,9 +32,9 @@ from transformers.utils import logging as transformers_logging
 
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import CfspError, ConfigError, ModelError
+from cfsp_framework.modeling.meta_init import without_weights
 from cfsp_framework.runtime.atomic_files import LICENCE_FILES
 from cfsp_framework.runtime.distributed import SOLO, Ranks
-from cfsp_framework.modeling.meta_init import without_weights
 
 _CHUNK = 1 << 22
 _HASHES_AT_ONCE = 4

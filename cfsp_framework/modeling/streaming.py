@@ -15,9 +15,9 @@ import re
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -340,3 +340,23 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart[key] = tensor.clone() if shared and tensor.numel() else tensor
         seen.add(storage.data_ptr())
     return apart
+
+
+class Residency(Protocol):
+    """Makes one block's parameters present."""
+
+    device: torch.device | None
+    """Where blocks run; None: where the model is."""
+
+    def __call__(self, index: int) -> AbstractContextManager[None]:
+        """A context in which block ``index`` can be run, read and changed."""
+        ...
+
+
+class InMemory:
+    """Every block is there all the time."""
+
+    device: torch.device | None = None
+
+    def __call__(self, index: int) -> AbstractContextManager[None]:
+        return nullcontext()

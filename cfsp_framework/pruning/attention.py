@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.engine.replay import PADDING
+from cfsp_framework.data.windows import PADDING
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.pruning.surgery import dropped_attention, without_attention
+from cfsp_framework.runtime.progress import Progress
 
 _WINDOWS = 4
 """Calibration windows each candidate is judged on."""

@@ -12,15 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cfsp_framework.api.components import BlockStatistics, Collector, Compensator, FeedForward, Stream, Update
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.engine.replay import Passage, embed, pass_block
-from cfsp_framework.host.sandbox import tensor_problem
-from cfsp_framework.errors import PluginError
-from cfsp_framework.runtime.atomic_files import save_aside
+from cfsp_framework.api.components import Collector, Compensator
+from cfsp_framework.api.data import BlockStatistics, FeedForward, Stream, Update
 from cfsp_framework.engine.measure import Teacher, lent, measure_block
-from cfsp_framework.host.manager import Chosen
+from cfsp_framework.engine.replay import Passage, embed, pass_block
+from cfsp_framework.errors import PluginError
+from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.host.selection import stream_of, target_mix_of
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.runtime.atomic_files import save_aside
 
 
 def compensate(

@@ -6,20 +6,15 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from cfsp_framework.api.records import BlockPlan, PruningPlan, bank_path
+from cfsp_framework.config import FrozenRecord
 from cfsp_framework.errors import PlanError
-from cfsp_framework.pruning.planning import BlockPlan, PruningPlan, bank_path
 
 _DIGITS = 12
 """Of a hash, as much as tells two apart."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Overlap(_Frozen):
+class Overlap(FrozenRecord):
     """How the channels two plans keep overlap, ``first`` in the one and ``second`` in the other."""
 
     width: int
@@ -45,7 +40,7 @@ class BlockComparison(Overlap):
     importance_second: float | None
 
 
-class Difference(_Frozen):
+class Difference(FrozenRecord):
     """A setting that is not the same."""
 
     name: str
@@ -53,7 +48,7 @@ class Difference(_Frozen):
     second: str | None
 
 
-class Comparison(_Frozen):
+class Comparison(FrozenRecord):
     """Two plans side by side."""
 
     format: Literal["cfsp-comparison"] = "cfsp-comparison"

@@ -5,150 +5,24 @@ The rounding, the exact total and the stable selection serve every allocator and
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING, Literal, Self, cast
+from typing import TYPE_CHECKING, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from cfsp_framework.api.components import Allocator, BlockSummary, Budget
+from cfsp_framework.api.components import Allocator
+from cfsp_framework.api.data import BlockSummary, Budget
+from cfsp_framework.api.records import BlockPlan
 from cfsp_framework.errors import ConfigError, PlanError, PluginError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp_framework.host.manager import Chosen
+    from cfsp_framework.host.registry import Chosen
 
 
 _ENDLESS = 100_000
 """Numbers taken from an allocator's answer at most, more than any model has blocks."""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelIdentity(_Frozen):
-    """Which model a plan is for; ``fingerprint`` is a hash of its configuration and weights."""
-
-    source: str
-    family: str
-    fingerprint: str
-    parameters: int = Field(ge=0)
-
-
-class CalibrationIdentity(_Frozen):
-    """Which tokens were measured; ``fingerprint`` is a hash of the windows."""
-
-    spec: str
-    samples: int = Field(ge=0)
-    seqlen: int = Field(ge=0)
-    seed: int
-    fingerprint: str
-
-
-class BlockPlan(_Frozen):
-    """Which channels of one feed-forward stay; every expert of a mixture has an entry."""
-
-    block: int = Field(ge=0)
-    path: str
-    width: int = Field(gt=0)
-    """Channels before the cut."""
-    importance: float | None = None
-    """The allocator's coarse importance, where it has one."""
-    kept: tuple[int, ...]
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        where = f"block {self.block}, {self.path}"
-        if not self.kept:
-            raise ValueError(f"{where}: keeps no channel")
-        if any(b <= a for a, b in zip(self.kept, self.kept[1:], strict=False)):
-            raise ValueError(f"{where}: kept channels are not ascending and distinct")
-        if self.kept[0] < 0 or self.kept[-1] >= self.width:
-            outside = self.kept[0] if self.kept[0] < 0 else self.kept[-1]
-            raise ValueError(f"{where}: keeps channel {outside}, outside 0..{self.width - 1}")
-        return self
-
-
-def bank_path(path: str) -> str:
-    """A feed-forward's path without the number an expert has."""
-    module, _, last = path.rpartition(".")
-    return module if last.isdigit() else path
-
-
-class PruningPlan(_Frozen):
-    """Everything a cut needs and everything that led to it, as plain JSON without tensors."""
-
-    format: Literal["cfsp-pruning-plan"] = "cfsp-pruning-plan"
-    version: Literal[1] = 1
-    model: ModelIdentity
-    calibration: CalibrationIdentity | None
-    """None where nothing had to be measured."""
-    ratio: float = Field(ge=0, lt=1)
-    budget: Literal["channels", "parameters"]
-    round_to: int = Field(ge=1)
-    tensor_parallel: int = Field(default=1, ge=1)
-    """How many processes can share every feed-forward alike."""
-    seed: int
-    components: dict[str, str]
-    """The chosen component of each kind, with every option it ran with."""
-    versions: dict[str, str]
-    dropped_attention: tuple[int, ...] = ()
-    """Blocks that lose their attention as a whole, ascending."""
-    blocks: tuple[BlockPlan, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _each_block_once(self) -> Self:
-        seen: set[tuple[int, str]] = set()
-        for block in self.blocks:
-            if (block.block, block.path) in seen:
-                raise ValueError(f"block {block.block}, {block.path}: is there twice")
-            seen.add((block.block, block.path))
-        return self
-
-    @model_validator(mode="after")
-    def _attention_can_go(self) -> Self:
-        dropped, last = self.dropped_attention, self.last_block
-        if list(dropped) != sorted({*dropped}) or any(not 0 < block <= last for block in dropped):
-            raise ValueError(f"dropped_attention {list(dropped)}: not ascending blocks between 1 and {last}")
-        return self
-
-    @property
-    def last_block(self) -> int:
-        """The last block with an entry."""
-        return max(entry.block for entry in self.blocks)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each entry after the cut."""
-        return tuple(len(block.kept) for block in self.blocks)
-
-    @property
-    def achieved_ratio(self) -> float:
-        """The share of feed-forward channels that is really removed."""
-        return 1 - sum(self.widths) / sum(block.width for block in self.blocks)
-
-    def to_json(self) -> str:
-        """JSON with one line per block, so that two plans can be compared with ``diff``."""
-        head = self.model_dump(mode="json", exclude={"blocks"})
-        blocks = ",\n    ".join(json.dumps(block.model_dump(mode="json")) for block in self.blocks)
-        return json.dumps(head, indent=2)[:-2] + f',\n  "blocks": [\n    {blocks}\n  ]\n}}\n'
-
-    @classmethod
-    def from_json(cls, text: str) -> PruningPlan:
-        """Read a plan; one that is no plan, or impossible, is a PlanError that says where."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "as a whole"
-            more = f" ({error.error_count()} problems in all)" if error.error_count() > 1 else ""
-            raise PlanError(
-                f"the plan cannot be used: {where}: {first['msg'].removeprefix('Value error, ')}{more}"
-            ) from error
 
 
 def width_step(round_to: int, tensor_parallel: int) -> int:

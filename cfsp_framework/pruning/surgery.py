@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from cfsp_framework.api.components import Update
+from cfsp_framework.api.data import Update
+from cfsp_framework.api.records import BlockPlan, PruningPlan
+from cfsp_framework.errors import ConfigError, ModelError, PlanError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank, matrix
-from cfsp_framework.errors import ConfigError, ModelError, PlanError
 from cfsp_framework.modeling.variable_width import StandIn
-from cfsp_framework.pruning.planning import BlockPlan, PruningPlan
 
 Compensate = Callable[[int, Sequence[Tensor]], Sequence[Update]]
 """Answers ``(block, kept channels of each of its feed-forwards)`` with a change for each."""

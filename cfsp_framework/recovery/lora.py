@@ -16,9 +16,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cfsp_framework.api.components import BlockRecovery
-from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.api.data import BlockRecovery
 from cfsp_framework.errors import CfspError, ModelError
+from cfsp_framework.modeling.decoder import Decoder
 
 _ADAPTER = "default"
 

@@ -15,23 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cfsp_framework.checkpoint.save import save as checkpoint
-from cfsp_framework.api.components import BlockRecovery, BlockSummary, RecoveryPlan, TrainableBlock
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.run.context import Bench, sample_ids, sequence_length
+from cfsp_framework.api.data import BlockRecovery, BlockSummary, RecoveryPlan, TrainableBlock
+from cfsp_framework.api.records import Perplexity, PruningPlan, RecoveryReport
+from cfsp_framework.data.training import TrainingData, training_data
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginError
-from cfsp_framework.evaluation.perplexity import Perplexity
-from cfsp_framework.run.cache_keys import second_pass_key
+from cfsp_framework.host.registry import Chosen
+from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import fingerprint, open_model, resolve
-from cfsp_framework.pruning.planning import PruningPlan
-from cfsp_framework.host.manager import Chosen
-from cfsp_framework.data.training import TrainingData, training_data
-from cfsp_framework.reporting.metrics import RecoveryReport, Report
 from cfsp_framework.recovery.targets import adapted, feed_forward_parameters, trainable_blocks, trained_precision
+from cfsp_framework.run.cache_keys import second_pass_key
+from cfsp_framework.run.context import Bench, sample_ids, sequence_length
 
 if TYPE_CHECKING:
     from cfsp_framework.recovery.trainer import History, Teacher
@@ -295,22 +291,6 @@ def open_with_adapter(bench: Bench, folder: Path) -> Decoder:
     model = open_model(folder, device=bench.decoder.device)
     open_adapted(model, folder / ADAPTER_FOLDER)
     return replace(bench.decoder, model=model.eval())
-
-
-def read_pruned(folder: Path) -> tuple[PruningPlan, Report]:
-    """The plan and the report of a checkpoint that was pruned.
-
-    Raises:
-        ModelError: it was not, or not by this package.
-    """
-    files = folder / checkpoint.PLAN_FILE, folder / checkpoint.REPORT_FILE
-    if missing := [path.name for path in files if not path.is_file()]:
-        raise ModelError(f"{str(folder)!r} has no {missing[0]}: it was not written by `cfsp prune`.")
-    plan, told = (path.read_text(encoding="utf-8") for path in files)
-    try:
-        return PruningPlan.from_json(plan), Report.model_validate_json(told)
-    except ValidationError as error:
-        raise ModelError(f"{files[1]} is not the report of a run: {error.errors()[0]['msg']}.") from error
 
 
 def calibrated_on(plan: PruningPlan) -> str:

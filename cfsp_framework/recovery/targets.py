@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from cfsp_framework.api.components import BlockRecovery, RecoveryPlan, TrainableBlock
+from cfsp_framework.api.data import BlockRecovery, RecoveryPlan, TrainableBlock
+from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import Bank, Projection, SingleBank, matrix
-from cfsp_framework.pruning.planning import PruningPlan
 
 
 def trainable_blocks(decoder: Decoder, plan: PruningPlan) -> tuple[TrainableBlock, ...]:

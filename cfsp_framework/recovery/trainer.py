@@ -22,13 +22,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from cfsp_framework.api.components import Distillation, RecoveryPlan
-from cfsp_framework.errors import CfspError, ConfigError
-from cfsp_framework.host.manager import did_you_mean
-from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.runtime.distributed import SOLO, Ranks
+from cfsp_framework.api.data import Distillation, RecoveryPlan
+from cfsp_framework.api.records import LossPoint
 from cfsp_framework.data.training import NOT_LEARNT, Example, TrainingData, collate
-from cfsp_framework.reporting.metrics import LossPoint
+from cfsp_framework.errors import CfspError, ConfigError, did_you_mean
+from cfsp_framework.runtime.distributed import SOLO, Ranks
+from cfsp_framework.runtime.progress import Progress
 
 _TOKENS_AT_ONCE = 2048
 _TOKENS_AT_ONCE_GPU = 8192

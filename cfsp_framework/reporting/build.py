@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cfsp_framework.reporting import metrics as report
-from cfsp_framework.checkpoint.save import save as checkpoint
-from cfsp_framework.api.components import Update
-from cfsp_framework.run.context import Bench, sequence_length
-from cfsp_framework.reporting.model_card import read_base
-from cfsp_framework.evaluation.perplexity import EvaluationSet, Perplexity
-from cfsp_framework.run.cache_keys import versions
-from cfsp_framework.reporting.html import html_report, model_card
-from cfsp_framework.pruning.planning import PruningPlan
+from cfsp_framework.api.data import Update
+from cfsp_framework.api.records import Evaluation, Perplexity, PruningPlan, Report, Size
+from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, PAGE_FILE, REPORT_FILE
+from cfsp_framework.evaluation.perplexity import EvaluationSet
+from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.recovery.recover import Training
-from cfsp_framework.reporting.metrics import Evaluation, Report, Size
+from cfsp_framework.reporting.html import html_report, model_card
+from cfsp_framework.reporting.metrics import block_reports, peak_memory
+from cfsp_framework.reporting.model_card import read_base
+from cfsp_framework.run.cache_keys import versions
+from cfsp_framework.run.context import Bench, sequence_length
 
 
 def tell(
@@ -30,7 +30,7 @@ def tell(
 ) -> Report:
     """Put what was measured into one report; ``perplexities`` are those of the dense model and of what was written."""
     config, decoder = bench.config, bench.decoder
-    after = report.measure_size(decoder.model)
+    after = measure_size(decoder.model)
     in_blocks = sum(parameter.numel() for block in decoder.blocks for parameter in block.parameters())
     return Report(
         model=config.model,
@@ -61,12 +61,12 @@ def tell(
             for number, (data, dense, written) in enumerate(zip(bench.evaluation_sets, *perplexities, strict=True))
         ),
         recovery=training.outcome.report if training else None,
-        blocks=report.block_reports(plan, updates),
+        blocks=block_reports(plan, updates),
         notes=notes,
         reload_difference=difference,
         seconds=_rounded(bench.progress.seconds),
         component_seconds=_rounded(bench.selection.seconds()),
-        peak_memory_bytes=report.peak_memory(),
+        peak_memory_bytes=peak_memory(),
         versions=versions(bench.selection),
     )
 
@@ -92,7 +92,7 @@ def tell_recovered(
             "reload_difference": difference,
             "seconds": _rounded(bench.progress.seconds),
             "component_seconds": _rounded(bench.selection.seconds()),
-            "peak_memory_bytes": report.peak_memory(),
+            "peak_memory_bytes": peak_memory(),
             "versions": versions(bench.selection),
         }
     )
@@ -121,10 +121,10 @@ def _evaluation(
 
 def write_report(told: Report, folder: Path, base: Path | None = None) -> None:
     """The report for programs and for people, and the model card; ``base`` is the folder of the model it came from."""
-    code = (folder / checkpoint.CODE_FILE).exists()
+    code = (folder / CODE_FILE).exists()
     for name, text in (
-        (checkpoint.REPORT_FILE, told.to_json()),
-        (checkpoint.PAGE_FILE, html_report(told)),
-        (checkpoint.CARD_FILE, model_card(told, code=code, base=read_base(told.model, base) if base else None)),
+        (REPORT_FILE, told.to_json()),
+        (PAGE_FILE, html_report(told)),
+        (CARD_FILE, model_card(told, code=code, base=read_base(told.model, base) if base else None)),
     ):
         (folder / name).write_text(text, encoding="utf-8")

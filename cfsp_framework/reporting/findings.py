@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cfsp_framework.api.data import Update
+from cfsp_framework.api.records import PruningPlan
+from cfsp_framework.data.windows import PADDING
 from cfsp_framework.pruning import surgery
-from cfsp_framework.api.components import Update
-from cfsp_framework.engine.replay import PADDING
-from cfsp_framework.pruning.planning import PruningPlan
 from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_INPUT_SQUARES, MAE_DISTANCE, MSE_DISTANCE
 
 if TYPE_CHECKING:
-    from cfsp_framework.run.context import Bench
     from cfsp_framework.engine.collect import FeedForwardMeasurement
+    from cfsp_framework.run.context import Bench
 
 _ENOUGH_TOKENS = 10
 """Calibration tokens per channel below which second moments are not to be trusted."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from cfsp_framework.api.records import BlockReport, LossPoint, Report
+from cfsp_framework.reporting.metrics import describe_training, is_mixed, place
 from cfsp_framework.reporting.model_card import BaseModel, front_matter
 from cfsp_framework.runtime.atomic_files import human_bytes
-from cfsp_framework.reporting.metrics import BlockReport, LossPoint, Report, describe_training, is_mixed, place
 
 _CHART_WIDTH, _CHART_HEIGHT = 960.0, 260.0
 _CURVE_HEIGHT = 160.0
@@ -173,7 +174,9 @@ def model_title(source: str) -> str:
 def page_environment() -> Environment:
     """Of all templates: what is missing is an error, and pages escape what they are given."""
     environment = Environment(
-        loader=PackageLoader("cfsp_framework"),
+        loader=ChoiceLoader(
+            [PackageLoader("cfsp_framework", f"{folder}/templates") for folder in ("reporting", "ablation")]
+        ),
         autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
         undefined=StrictUndefined,
         trim_blocks=False,

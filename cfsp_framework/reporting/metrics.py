@@ -7,89 +7,22 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from cfsp_framework.api.components import Update
-from cfsp_framework.evaluation.perplexity import Perplexity
-from cfsp_framework.pruning.planning import BlockPlan, PruningPlan, bank_path
+from cfsp_framework.api.data import Update
+from cfsp_framework.api.records import (
+    BlockPlan,
+    BlockReport,
+    PruningPlan,
+    RecoveryReport,
+    bank_path,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from cfsp_framework.engine.collect import FeedForwardMeasurement
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Size(_Frozen):
-    """How large a model is. ``flops_per_token`` counts two per weight of every matrix product, attention scores aside."""
-
-    parameters: int
-    bytes: int
-    flops_per_token: int
-
-
-class Evaluation(_Frozen):
-    """Perplexity on one data SPEC before and after."""
-
-    data: str
-    seqlen: int
-    windows: int
-    dense: Perplexity | None
-    """None where the dense model was not at hand: ``cfsp recover`` knows what pruning measured."""
-    pruned: Perplexity
-    recovered: Perplexity | None = None
-    """After the training, where there was one."""
-    excess_nll: float | None
-    """The loss pruning added, ``ln(pruned perplexity / dense perplexity)``, in nats per token."""
-    recovered_excess_nll: float | None = None
-    """What is left of it after the training."""
-
-    @property
-    def last(self) -> Perplexity:
-        """Of what was written."""
-        return self.recovered or self.pruned
-
-    @property
-    def change(self) -> float:
-        """From the first perplexity that is known to the last, in nats per token."""
-        return self.last.nll - (self.dense or self.pruned).nll
-
-
-class LossPoint(_Frozen):
-    """What one place of the loss curve says; ``loss`` is the mean since the place before."""
-
-    step: int
-    loss: float | None = None
-    held_out: float | None = None
-    """Mean cross-entropy of the held-out sequences, nats per token."""
-
-
-class RecoveryReport(_Frozen):
-    """What was trained after the cut."""
-
-    data: str
-    sequences: int
-    seqlen: int
-    parameters: int
-    """Trained ones."""
-    ranks: tuple[int, ...]
-    """Of each block's adapters; empty where all weights of the feed-forwards were trained."""
-    steps: int
-    """Taken, which an early stop makes fewer than planned."""
-    tokens: int
-    """Of all steps together."""
-    adapter: bool
-    """Whether the result is an adapter beside the pruned weights."""
-    curve: tuple[LossPoint, ...]
 
 
 def describe_training(found: RecoveryReport) -> str:
@@ -101,95 +34,6 @@ def describe_training(found: RecoveryReport) -> str:
         f"Trained {found.parameters:,} parameters{kept} for {found.steps} steps, {found.tokens:,} tokens of "
         f"{found.data}{fell}"
     )
-
-
-class BlockReport(_Frozen):
-    """The width of a block's feed-forward, or of each expert of a mixture."""
-
-    block: int
-    path: str
-    experts: int
-    """Feed-forwards of this width: the experts of a mixture, or one."""
-    importance: float | None
-    width_before: int
-    width_after: int
-    error_plain: float | None = None
-    """Relative squared error of the feed-forward's output on held-out tokens by the cut alone, where one was measured."""
-    error: float | None = None
-    """The same with the compensator's change."""
-
-
-class Report(_Frozen):
-    """Everything a run found out, beside the plan."""
-
-    format: Literal["cfsp-report"] = "cfsp-report"
-    version: Literal[1] = 1
-    model: str
-    fingerprint: str
-    family: str
-    dtype: str
-    device: str
-    processes: int
-    streamed: bool
-    """Whether blocks were read one at a time."""
-    calibration: str | None
-    samples: int
-    seqlen: int
-    seed: int
-    components: dict[str, str]
-    ratio_requested: float
-    budget: str
-    round_to: int
-    tensor_parallel: int = 1
-    """How many processes can share every feed-forward alike."""
-    channels_before: int
-    channels_after: int
-    channel_ratio: float
-    """Share of the feed-forward channels removed."""
-    block_parameter_ratio: float
-    """Share of the blocks' parameters removed."""
-    parameter_ratio: float
-    """Share of all parameters removed."""
-    dense: Size
-    pruned: Size
-    evaluations: tuple[Evaluation, ...]
-    recovery: RecoveryReport | None = None
-    """None where nothing was trained."""
-    blocks: tuple[BlockReport, ...]
-    notes: tuple[str, ...]
-    reload_difference: float
-    """Largest difference of a logit between the model in memory and the checkpoint opened again."""
-    seconds: dict[str, float]
-    component_seconds: dict[str, float] = Field(default_factory=dict)
-    """In the code of each component, the longest first."""
-    peak_memory_bytes: int
-    versions: dict[str, str]
-
-    def to_json(self) -> str:
-        """Indented JSON."""
-        return self.model_dump_json(indent=2) + "\n"
-
-
-def measure_size(model: PreTrainedModel) -> Size:
-    """Parameters (tied ones once), their bytes, and FLOPs per token."""
-    parameters = list(model.parameters())
-    products = sum(_products(module, model) for module in model.modules())
-    return Size(
-        parameters=sum(parameter.numel() for parameter in parameters),
-        bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        flops_per_token=2 * products,
-    )
-
-
-def _products(module: nn.Module, model: PreTrainedModel) -> int:
-    """Multiplications a token needs in a module's own matrices, an expert's for its share of the tokens."""
-    if isinstance(module, nn.Linear | Conv1D):
-        weight: torch.Tensor = module.weight
-        return weight.numel()
-    own = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
-    values = model.config.get_text_config().to_dict()
-    chosen = values.get("num_experts_per_tok") or values.get("top_k") or 1
-    return sum(int(parameter.numel() * min(1.0, chosen / len(parameter))) for parameter in own)
 
 
 def is_mixed(blocks: Sequence[BlockReport]) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
+from cfsp_framework.api.records import Evaluation, Report
 from cfsp_framework.data.sources import WELL_KNOWN, mixture
 from cfsp_framework.errors import CfspError
 from cfsp_framework.runtime.atomic_files import licence_files
-from cfsp_framework.reporting.metrics import Evaluation, Report
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 

@@ -12,11 +12,11 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from cfsp_framework.pruning import surgery
-from cfsp_framework.run.context import Bench
-from cfsp_framework.pruning.planning import PruningPlan
+from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.engine.cache import identity_of
 from cfsp_framework.host.selection import Selection, curve_of
+from cfsp_framework.pruning import surgery
+from cfsp_framework.run.context import Bench
 
 
 def collection_key(bench: Bench) -> str:

@@ -8,24 +8,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfsp_framework.reporting import metrics as report
-from cfsp_framework.pruning import surgery
-from cfsp_framework.api.components import Site
-from cfsp_framework.modeling.decoder import Decoder, open_decoder
-from cfsp_framework.engine.replay import PADDING, Passage
-from cfsp_framework.data.windows import calibration_windows
+from cfsp_framework.api.data import Site
+from cfsp_framework.api.events import RunStarted
 from cfsp_framework.config import RunConfig
+from cfsp_framework.data.windows import PADDING, calibration_windows
+from cfsp_framework.engine.replay import Passage
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, evaluation_set
-from cfsp_framework.api.events import RunStarted
-from cfsp_framework.modeling.loading import LoadedModel, context_length, load_model
+from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.observers import start_observing
-from cfsp_framework.pruning.planning import check_shared
-from cfsp_framework.host.manager import Plugins, load_plugins
-from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.runtime.distributed import Ranks, join_ranks
+from cfsp_framework.host.registry import Plugins
 from cfsp_framework.host.selection import Selection, select
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
+from cfsp_framework.modeling.loading import LoadedModel, context_length, load_model
+from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.modeling.streaming import Streamed
+from cfsp_framework.pruning import surgery
+from cfsp_framework.pruning.planning import check_shared
+from cfsp_framework.runtime.distributed import Ranks, join_ranks
+from cfsp_framework.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def open_bench(config: RunConfig, plugins: Plugins, selection: Selection, progre
     with progress.phase("load"):
         loaded = load_model(config, ranks)
         decoder = open_streamed(config, loaded, plugins) if config.stream else open_decoder(loaded.model, plugins)
-    parameters = report.measure_size(loaded.model).parameters
+    parameters = measure_size(loaded.model).parameters
     passage = Passage(config.batch_size, skipped_ids(config, loaded), config.spill, ranks)
     return Bench(config, plugins, selection, loaded, decoder, parameters, None, (), progress, passage)
 

@@ -10,10 +10,18 @@ from typing import Any, ClassVar
 
 import torch
 
-from cfsp_framework.api.components import Allocator, BlockSummary, Budget, Statistic
+from cfsp_framework.api.components import Allocator
+from cfsp_framework.api.data import BlockSummary, Budget, Statistic
 from cfsp_framework.pruning.planning import round_widths, total_to_keep
-
-from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed, explore, unwritten, usage
+from cfsp_framework.testing.contract import (
+    ComponentContract,
+    ContractError,
+    NotApplicable,
+    blamed,
+    explore,
+    unwritten,
+    usage,
+)
 from cfsp_framework.testing.guards import WatchedScalars, unchanged_process
 
 RATIOS = (0.0, 0.1, 0.25, 0.5, 0.8)

@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from cfsp_framework.api.components import Component
-from cfsp_framework.config import parse_choice
-from cfsp_framework.errors import ConfigError
 from cfsp_framework.api.hookspecs import NAMESPACE
-from cfsp_framework.host.manager import Origin, Plugins, Registry, did_you_mean, load_plugins
-
+from cfsp_framework.config import parse_choice
+from cfsp_framework.errors import ConfigError, did_you_mean
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Origin, Plugins, Registry
 from cfsp_framework.testing import CONTRACTS
 from cfsp_framework.testing.contract import describe, variants
 from cfsp_framework.testing.errors import ContractError, NotApplicable
-from cfsp_framework.testing.samples import one_line
 from cfsp_framework.testing.guards import restored
+from cfsp_framework.testing.samples import one_line
 
 Verdict = Literal["pass", "fail", "skip"]
 _ROOM = 14

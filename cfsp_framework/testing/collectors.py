@@ -9,12 +9,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cfsp_framework.api.components import Accumulator, Collector, Site
-
-from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed, close, explore, mixed, unwritten
+from cfsp_framework.api.components import Accumulator, Collector
+from cfsp_framework.api.data import Site
+from cfsp_framework.testing.contract import (
+    ComponentContract,
+    ContractError,
+    NotApplicable,
+    blamed,
+    close,
+    explore,
+    mixed,
+    unwritten,
+)
 from cfsp_framework.testing.fake_device import DeviceMismatchError, Elsewhere, sent
-from cfsp_framework.testing.samples import Case, Sample, make_sample, one_line
 from cfsp_framework.testing.guards import unchanged_process
+from cfsp_framework.testing.samples import Case, Sample, make_sample, one_line
 
 Rows = Sequence[tuple[Tensor, Tensor]]
 """Inputs and outputs of each window."""

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cfsp_framework.api.components import Compensator, FeedForward, Statistic, Stream, Update
+from cfsp_framework.api.components import Compensator
+from cfsp_framework.api.data import FeedForward, Statistic, Stream, Update
 from cfsp_framework.errors import CfspError
-
 from cfsp_framework.testing.contract import (
     ComponentContract,
     ContractError,
@@ -24,8 +24,8 @@ from cfsp_framework.testing.contract import (
     usage,
     watched,
 )
-from cfsp_framework.testing.samples import FORMS, Case, Sample, make_sample, output, tensors_of
 from cfsp_framework.testing.guards import unchanged_process
+from cfsp_framework.testing.samples import FORMS, Case, Sample, make_sample, output, tensors_of
 
 _ERROR_SLACK = 1e-3
 """By how much of plain pruning's error a measured one may exceed it: rounding."""

@@ -14,14 +14,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cfsp_framework.api.components import BlockStatistics, Collector, Component, FeedForward, Statistic
+from cfsp_framework.api.components import Collector, Component
+from cfsp_framework.api.data import BlockStatistics, FeedForward, Statistic
 from cfsp_framework.config import Choice, parse_choice
 from cfsp_framework.errors import ConfigError
-
-from cfsp_framework.testing.fake_device import DEVICE, DeviceMismatchError, Elsewhere, sent
 from cfsp_framework.testing.errors import ContractError, NotApplicable
-from cfsp_framework.testing.samples import CASES, FORMS, Case, Sample, neighbours, one_line
+from cfsp_framework.testing.fake_device import DEVICE, DeviceMismatchError, Elsewhere, sent
 from cfsp_framework.testing.guards import WatchedStatistics, blamed, unwritten
+from cfsp_framework.testing.samples import CASES, FORMS, Case, Sample, neighbours, one_line
 
 _NAME = re.compile(r"[a-z0-9]+([-.][a-z0-9]+)*")
 EXAMPLES = 20

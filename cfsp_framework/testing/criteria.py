@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cfsp_framework.api.components import BlockStatistics, Criterion, FeedForward, Statistic
-
+from cfsp_framework.api.components import Criterion
+from cfsp_framework.api.data import BlockStatistics, FeedForward, Statistic
 from cfsp_framework.testing.contract import (
     ComponentContract,
     ContractError,
@@ -21,8 +21,8 @@ from cfsp_framework.testing.contract import (
     usage,
     watched,
 )
-from cfsp_framework.testing.samples import CASES, Case, Sample, make_sample
 from cfsp_framework.testing.guards import unchanged_process
+from cfsp_framework.testing.samples import CASES, Case, Sample, make_sample
 
 _TOLERANCE = 1e-3
 """Of the largest score: how far a criterion may be off by rounding."""

@@ -13,9 +13,8 @@ from cfsp_framework.testing import models, samples
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfsp_framework.host.registry import Plugins
     from cfsp_framework.modeling.decoder import Decoder
-    from cfsp_framework.host.manager import Plugins
-
     from cfsp_framework.testing.samples import Case, Sample
 
 

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cfsp_framework.api.components import BlockStatistics, Statistic
-
+from cfsp_framework.api.data import BlockStatistics, Statistic
 from cfsp_framework.testing.errors import ContractError
 from cfsp_framework.testing.samples import one_line
 

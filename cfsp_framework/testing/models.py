@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cfsp_framework.api.components import Collector, Compensator, Criterion, Site, Update
-from cfsp_framework.errors import CfspError, ConfigError
-from cfsp_framework.host.manager import Chosen, Origin, did_you_mean
-
+from cfsp_framework.api.components import Collector, Compensator, Criterion
+from cfsp_framework.api.data import Site, Update
+from cfsp_framework.errors import CfspError, ConfigError, did_you_mean
+from cfsp_framework.host.registry import Chosen, Origin
 from cfsp_framework.testing.errors import ContractError, NotApplicable
 from cfsp_framework.testing.samples import built_ins, made, provider
 
@@ -94,8 +94,8 @@ def scores(criterion: Criterion, name: str, collectors: Sequence[type[Collector]
     Raises:
         ContractError: the host refuses something.
     """
-    from cfsp_framework.engine.replay import Passage
     from cfsp_framework.engine.collect import collect
+    from cfsp_framework.engine.replay import Passage
     from cfsp_framework.runtime.progress import Progress
 
     needed = [_chosen(made(provider(one, collectors))) for one in sorted(criterion.required())]
@@ -120,9 +120,9 @@ def statistics(collector: Collector, name: str, batch_size: int) -> list[Tensor]
     Raises:
         ContractError: the host refuses something.
     """
-    from cfsp_framework.engine.replay import Passage, embed
     from cfsp_framework.engine.gradients import measure_gradients
     from cfsp_framework.engine.measure import measure_block
+    from cfsp_framework.engine.replay import Passage, embed
     from cfsp_framework.runtime.progress import Progress
 
     model, windows, passage = decoder(name), calibration_windows(), Passage(batch_size)
@@ -146,10 +146,10 @@ def update(compensator: Compensator, name: str, collectors: Sequence[type[Collec
         ContractError: the host refuses something.
         NotApplicable: the compensator refuses the family, in words.
     """
-    from cfsp_framework.engine.replay import embed
-    from cfsp_framework.pruning.compensation import compensate
-    from cfsp_framework.errors import PluginError
     from cfsp_framework.engine.measure import measure_block
+    from cfsp_framework.engine.replay import embed
+    from cfsp_framework.errors import PluginError
+    from cfsp_framework.pruning.compensation import compensate
 
     needed = [_chosen(made(provider(one, collectors))) for one in sorted(compensator.required())]
     model = decoder(name)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from cfsp_framework.api.components import Observer
-from cfsp_framework.config import RunConfig
 from cfsp_framework.api.events import (
     BlockFinished,
     Event,
@@ -20,8 +19,8 @@ from cfsp_framework.api.events import (
     RunFinished,
     RunStarted,
 )
-from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
-
+from cfsp_framework.api.records import BlockPlan, ModelIdentity, PruningPlan
+from cfsp_framework.config import RunConfig
 from cfsp_framework.testing.contract import ComponentContract
 from cfsp_framework.testing.errors import ContractError
 from cfsp_framework.testing.guards import blamed

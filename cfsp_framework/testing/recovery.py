@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from cfsp_framework.api.components import BlockSummary, RecoveryPlan, RecoveryScheduler, TrainableBlock
+from cfsp_framework.api.components import RecoveryScheduler
+from cfsp_framework.api.data import BlockSummary, RecoveryPlan, TrainableBlock
+from cfsp_framework.api.records import BlockPlan, ModelIdentity, PruningPlan
 from cfsp_framework.errors import CfspError
-from cfsp_framework.pruning.planning import BlockPlan, ModelIdentity, PruningPlan
-
 from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed
 from cfsp_framework.testing.guards import unchanged_process
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cfsp_framework.api.components import BlockStatistics, Collector, Component, FeedForward, Site, Statistic, Windows
+from cfsp_framework.api.components import Collector, Component
+from cfsp_framework.api.data import BlockStatistics, FeedForward, Site, Statistic, Windows
 from cfsp_framework.errors import CfspError
-from cfsp_framework.host.manager import Chosen, Origin, Plugins, load_plugins
-
+from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.registry import Chosen, Origin, Plugins
 from cfsp_framework.testing.errors import ContractError
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ class Sample:
         Raises:
             ContractError: no collector provides what is required, or it fails.
         """
-        from cfsp_framework.engine.replay import Batch
         from cfsp_framework.engine.measure import BlockTallies
+        from cfsp_framework.engine.replay import Batch
 
         required = frozenset(required)
         if not required:

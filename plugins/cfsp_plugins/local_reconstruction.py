@@ -21,8 +21,8 @@ from cfsp_framework import (
     Stream,
     Update,
 )
-from cfsp_framework.linalg import least_squares
 from cfsp_framework.errors import ConfigError
+from cfsp_framework.linalg import least_squares
 from cfsp_framework.statistics import (
     FEED_FORWARD_INPUTS,
     FEED_FORWARD_INPUTS_HELD_OUT,

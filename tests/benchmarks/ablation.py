@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from cfsp_framework.ablation.cells import Extras, Job, Workshop
-from cfsp_framework.ablation.measurements import Collection, CollectionFolder, want
 from cfsp_framework.ablation.grid import expand
+from cfsp_framework.ablation.measurements import Collection, CollectionFolder, want
+from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.pipeline import evaluate, make_plan
-from cfsp_framework.pruning.planning import PruningPlan
 
 CRITERIA = "cfsp,cfsp:variant=act,wanda-sp,wanda-l2,flap,variance-weighted,magnitude,random"
 ALLOCATORS = "cfsp,uniform,owl,global-zscore"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cfsp_framework.ablation.results import SweepResults
 from cfsp_framework.ablation.tables import grid, measures, spread_note
-from cfsp_framework.cli.main.tables import short
+from cfsp_framework.data.sources import short
 
 
 def main() -> None:

@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 from cfsp_framework import pipeline
+from cfsp_framework.config import RunConfig, layered
+from cfsp_framework.engine.replay import tokens_per_batch
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.run.context import Bench, sequence_length, set_up
-from cfsp_framework.engine.replay import tokens_per_batch
-from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.runtime.progress import Progress
 
 

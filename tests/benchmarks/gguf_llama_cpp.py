@@ -25,13 +25,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfsp_framework import RunConfig, prune
-from cfsp_framework.modeling.decoder import open_decoder
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.export.export import Exported, export_gguf
-from cfsp_framework.runtime.atomic_files import staged_folder
-from cfsp_framework.modeling.loading import load_model, open_model, quiet
 from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.modeling.decoder import open_decoder
+from cfsp_framework.modeling.loading import load_model, open_model, quiet
 from cfsp_framework.pruning.surgery import apply_plan, drop_attention
+from cfsp_framework.runtime.atomic_files import staged_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import families

@@ -28,16 +28,16 @@ import yaml
 
 from cfsp_framework import pipeline
 from cfsp_framework.api.components import Criterion
-from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.run.context import Bench, set_up
-from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.config import RunConfig
+from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.evaluation.perplexity import perplexity
-from cfsp_framework.pipeline import CRITERION
-from cfsp_framework.host.manager import Chosen
-from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.reporting.metrics import measure_size
+from cfsp_framework.host.registry import Chosen
 from cfsp_framework.host.selection import Selection, select
+from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.modeling.size import measure_size
+from cfsp_framework.pipeline import CRITERION
+from cfsp_framework.run.context import Bench, set_up
+from cfsp_framework.runtime.progress import Progress
 
 Row = Mapping[str, str]
 Cell = dict[str, Any]

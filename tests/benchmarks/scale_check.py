@@ -44,9 +44,9 @@ def make_model(size: str, folder: Path) -> None:
 
 def run_once(folder: Path, preset: str, streamed: bool) -> dict[str, float]:
     """Seconds and bytes, estimated and measured, of one run in this process."""
+    from cfsp_framework.benchmark.hardware import forget, sync
     from cfsp_framework.config import layered
     from cfsp_framework.estimate.estimate import estimate_run
-    from cfsp_framework.benchmark.hardware import forget, sync
     from cfsp_framework.pipeline import prune
 
     options: dict[str, Any] = {"model": str(folder), "samples": 16, "seqlen": 256, "device": "cpu", "stream": streamed}

@@ -12,14 +12,14 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from cfsp_framework.config import RunConfig, layered
-from cfsp_framework.cli.main.tables import human_seconds, rough_bytes
-from cfsp_framework.estimate.estimate import Way, estimate, plan_workload
 from cfsp_framework.benchmark.hardware import NOMINAL
-from cfsp_framework.modeling.loading import sketch_model
+from cfsp_framework.cli.tables import human_seconds, rough_bytes
+from cfsp_framework.config import RunConfig, layered
+from cfsp_framework.estimate.estimate import Way, estimate, plan_workload
+from cfsp_framework.estimate.model_shape import ModelShape, measure_shape
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.selection import select
-from cfsp_framework.estimate.model_shape import ModelShape, measure_shape
+from cfsp_framework.modeling.loading import sketch_model
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8B": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32},

@@ -1,0 +1,284 @@
+"""Records that a run writes: the pruning plan and the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cfsp_framework.config import FrozenRecord, RunConfig
+from cfsp_framework.errors import PlanError
+
+
+class ModelIdentity(FrozenRecord):
+    """Which model a plan is for; ``fingerprint`` is a hash of its configuration and weights."""
+
+    source: str
+    family: str
+    fingerprint: str
+    parameters: int = Field(ge=0)
+
+
+class CalibrationIdentity(FrozenRecord):
+    """Which tokens were measured; ``fingerprint`` is a hash of the windows."""
+
+    spec: str
+    samples: int = Field(ge=0)
+    seqlen: int = Field(ge=0)
+    seed: int
+    fingerprint: str
+
+
+class BlockPlan(FrozenRecord):
+    """Which channels of one feed-forward stay; every expert of a mixture has an entry."""
+
+    block: int = Field(ge=0)
+    path: str
+    width: int = Field(gt=0)
+    """Channels before the cut."""
+    importance: float | None = None
+    """The allocator's coarse importance, where it has one."""
+    kept: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        where = f"block {self.block}, {self.path}"
+        if not self.kept:
+            raise ValueError(f"{where}: keeps no channel")
+        if any(b <= a for a, b in zip(self.kept, self.kept[1:], strict=False)):
+            raise ValueError(f"{where}: kept channels are not ascending and distinct")
+        if self.kept[0] < 0 or self.kept[-1] >= self.width:
+            outside = self.kept[0] if self.kept[0] < 0 else self.kept[-1]
+            raise ValueError(f"{where}: keeps channel {outside}, outside 0..{self.width - 1}")
+        return self
+
+
+def bank_path(path: str) -> str:
+    """A feed-forward's path without the number an expert has."""
+    module, _, last = path.rpartition(".")
+    return module if last.isdigit() else path
+
+
+class PruningPlan(FrozenRecord):
+    """Everything a cut needs and everything that led to it, as plain JSON without tensors."""
+
+    format: Literal["cfsp-pruning-plan"] = "cfsp-pruning-plan"
+    version: Literal[1] = 1
+    model: ModelIdentity
+    calibration: CalibrationIdentity | None
+    """None where nothing had to be measured."""
+    ratio: float = Field(ge=0, lt=1)
+    budget: Literal["channels", "parameters"]
+    round_to: int = Field(ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+    """How many processes can share every feed-forward alike."""
+    seed: int
+    components: dict[str, str]
+    """The chosen component of each kind, with every option it ran with."""
+    versions: dict[str, str]
+    dropped_attention: tuple[int, ...] = ()
+    """Blocks that lose their attention as a whole, ascending."""
+    blocks: tuple[BlockPlan, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _each_block_once(self) -> Self:
+        seen: set[tuple[int, str]] = set()
+        for block in self.blocks:
+            if (block.block, block.path) in seen:
+                raise ValueError(f"block {block.block}, {block.path}: is there twice")
+            seen.add((block.block, block.path))
+        return self
+
+    @model_validator(mode="after")
+    def _attention_can_go(self) -> Self:
+        dropped, last = self.dropped_attention, self.last_block
+        if list(dropped) != sorted({*dropped}) or any(not 0 < block <= last for block in dropped):
+            raise ValueError(f"dropped_attention {list(dropped)}: not ascending blocks between 1 and {last}")
+        return self
+
+    @property
+    def last_block(self) -> int:
+        """The last block with an entry."""
+        return max(entry.block for entry in self.blocks)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each entry after the cut."""
+        return tuple(len(block.kept) for block in self.blocks)
+
+    @property
+    def achieved_ratio(self) -> float:
+        """The share of feed-forward channels that is really removed."""
+        return 1 - sum(self.widths) / sum(block.width for block in self.blocks)
+
+    def to_json(self) -> str:
+        """JSON with one line per block, so that two plans can be compared with ``diff``."""
+        head = self.model_dump(mode="json", exclude={"blocks"})
+        blocks = ",\n    ".join(json.dumps(block.model_dump(mode="json")) for block in self.blocks)
+        return json.dumps(head, indent=2)[:-2] + f',\n  "blocks": [\n    {blocks}\n  ]\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read a plan; one that is no plan, or impossible, is a PlanError that says where."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "as a whole"
+            more = f" ({error.error_count()} problems in all)" if error.error_count() > 1 else ""
+            raise PlanError(
+                f"the plan cannot be used: {where}: {first['msg'].removeprefix('Value error, ')}{more}"
+            ) from error
+
+
+class Perplexity(BaseModel):
+    """How well a model predicts a text; ``nll`` is nats per token, the mean over windows of their mean."""
+
+    model_config = ConfigDict(frozen=True)
+
+    perplexity: float
+    nll: float
+    bits_per_byte: float
+
+
+class Size(FrozenRecord):
+    """How large a model is. ``flops_per_token`` counts two per weight of every matrix product, attention scores aside."""
+
+    parameters: int
+    bytes: int
+    flops_per_token: int
+
+
+class Evaluation(FrozenRecord):
+    """Perplexity on one data SPEC before and after."""
+
+    data: str
+    seqlen: int
+    windows: int
+    dense: Perplexity | None
+    """None where the dense model was not at hand: ``cfsp recover`` knows what pruning measured."""
+    pruned: Perplexity
+    recovered: Perplexity | None = None
+    """After the training, where there was one."""
+    excess_nll: float | None
+    """The loss pruning added, ``ln(pruned perplexity / dense perplexity)``, in nats per token."""
+    recovered_excess_nll: float | None = None
+    """What is left of it after the training."""
+
+    @property
+    def last(self) -> Perplexity:
+        """Of what was written."""
+        return self.recovered or self.pruned
+
+    @property
+    def change(self) -> float:
+        """From the first perplexity that is known to the last, in nats per token."""
+        return self.last.nll - (self.dense or self.pruned).nll
+
+
+class LossPoint(FrozenRecord):
+    """What one place of the loss curve says; ``loss`` is the mean since the place before."""
+
+    step: int
+    loss: float | None = None
+    held_out: float | None = None
+    """Mean cross-entropy of the held-out sequences, nats per token."""
+
+
+class RecoveryReport(FrozenRecord):
+    """What was trained after the cut."""
+
+    data: str
+    sequences: int
+    seqlen: int
+    parameters: int
+    """Trained ones."""
+    ranks: tuple[int, ...]
+    """Of each block's adapters; empty where all weights of the feed-forwards were trained."""
+    steps: int
+    """Taken, which an early stop makes fewer than planned."""
+    tokens: int
+    """Of all steps together."""
+    adapter: bool
+    """Whether the result is an adapter beside the pruned weights."""
+    curve: tuple[LossPoint, ...]
+
+
+class BlockReport(FrozenRecord):
+    """The width of a block's feed-forward, or of each expert of a mixture."""
+
+    block: int
+    path: str
+    experts: int
+    """Feed-forwards of this width: the experts of a mixture, or one."""
+    importance: float | None
+    width_before: int
+    width_after: int
+    error_plain: float | None = None
+    """Relative squared error of the feed-forward's output on held-out tokens by the cut alone, where one was measured."""
+    error: float | None = None
+    """The same with the compensator's change."""
+
+
+class Report(FrozenRecord):
+    """Everything a run found out, beside the plan."""
+
+    format: Literal["cfsp-report"] = "cfsp-report"
+    version: Literal[1] = 1
+    model: str
+    fingerprint: str
+    family: str
+    dtype: str
+    device: str
+    processes: int
+    streamed: bool
+    """Whether blocks were read one at a time."""
+    calibration: str | None
+    samples: int
+    seqlen: int
+    seed: int
+    components: dict[str, str]
+    ratio_requested: float
+    budget: str
+    round_to: int
+    tensor_parallel: int = 1
+    """How many processes can share every feed-forward alike."""
+    channels_before: int
+    channels_after: int
+    channel_ratio: float
+    """Share of the feed-forward channels removed."""
+    block_parameter_ratio: float
+    """Share of the blocks' parameters removed."""
+    parameter_ratio: float
+    """Share of all parameters removed."""
+    dense: Size
+    pruned: Size
+    evaluations: tuple[Evaluation, ...]
+    recovery: RecoveryReport | None = None
+    """None where nothing was trained."""
+    blocks: tuple[BlockReport, ...]
+    notes: tuple[str, ...]
+    reload_difference: float
+    """Largest difference of a logit between the model in memory and the checkpoint opened again."""
+    seconds: dict[str, float]
+    component_seconds: dict[str, float] = Field(default_factory=dict)
+    """In the code of each component, the longest first."""
+    peak_memory_bytes: int
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Indented JSON."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: what was asked, what was decided, what came out, and where it lies."""
+
+    config: RunConfig
+    plan: PruningPlan
+    report: Report
+    folder: Path

@@ -1,1 +1,0 @@
-"""From a pruned checkpoint to one in use: speed, tasks, exports, publishing."""
