@@ -25,9 +25,9 @@ from cfsp_framework.checkpoint.save import (
 )
 from cfsp_framework.config import RunConfig
 from cfsp_framework.data.windows import identify
-from cfsp_framework.engine.cache import KeptCollection
+from cfsp_framework.engine.cache import MeasurementCache
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summarise
-from cfsp_framework.engine.replay import Batch, Passage, embed, finish, logits, pass_block
+from cfsp_framework.engine.replay import Batch, ForwardOptions, embed, finish, logits, pass_block
 from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
 from cfsp_framework.host.manager import load_plugins
@@ -51,11 +51,11 @@ from cfsp_framework.recovery.recover import (
     save_recovery_plan,
     train_model,
 )
-from cfsp_framework.reporting.build import tell, tell_recovered, write_report
+from cfsp_framework.reporting.build import build_report, update_report, write_report
 from cfsp_framework.reporting.findings import gather_notes
 from cfsp_framework.reporting.metrics import save_statistics
 from cfsp_framework.run.cache_keys import collection_key, second_pass_key, versions
-from cfsp_framework.run.context import Bench, open_evaluation_sets, open_streamed, sample_ids, set_up
+from cfsp_framework.run.context import RunContext, open_evaluation_sets, open_streamed, sample_ids, set_up
 from cfsp_framework.runtime.atomic_files import staged_folder
 from cfsp_framework.runtime.distributed import join_ranks
 from cfsp_framework.runtime.progress import Progress
@@ -81,35 +81,35 @@ def prune(
     progress = progress or Progress()
     ranks = join_ranks(config.device)
     with progress.failure_told(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
-        bench = set_up(config, progress, planned=plan is not None, ranks=ranks)
+        context = set_up(config, progress, planned=plan is not None, ranks=ranks)
         if plan is not None:
-            check_plan(bench, plan)
-            ran = bench.selection.describe()
+            check_plan(context, plan)
+            ran = context.selection.describe()
             kinds = ("compensator", "recovery")  # these are this run's, whatever the plan was made with
             components = plan.components | {kind: ran[kind] for kind in kinds}
             shared = math.lcm(plan.tensor_parallel, config.tensor_parallel)
             plan = plan.model_copy(update={"components": components, "tensor_parallel": shared})
-        dense, before = evaluate(bench, bench.decoder), measure_size(bench.decoder.model)
-        drop_attention(bench, plan)
-        measurements = measure(bench, planned=plan is not None)
-        plan = plan or make_plan(bench, measurements)
-        task = schedule(bench, plan, measurements)
-        native = surgery.added_biases(bench.decoder.config)
-        made = cut(bench, plan, measurements, folder)
-        notes = gather_notes(bench, plan, measurements, made.updates, native)
-        training = train(bench, plan, task, folder) if task else None
-        save(bench, plan, made, folder, training)
+        dense, before = evaluate(context, context.decoder), measure_size(context.decoder.model)
+        drop_attention(context, plan)
+        measurements = measure(context, planned=plan is not None)
+        plan = plan or make_plan(context, measurements)
+        task = schedule(context, plan, measurements)
+        native = surgery.added_biases(context.decoder.config)
+        made = cut(context, plan, measurements, folder)
+        notes = gather_notes(context, plan, measurements, made.updates, native)
+        training = train(context, plan, task, folder) if task else None
+        save(context, plan, made, folder, training)
         expected = training.outcome.expected if training else made.expected
-        written, difference = reopen(bench, expected, folder, adapter=training is not None and config.keep_adapter)
-        after = evaluate(bench, written)
-        told = tell(bench, plan, made.updates, (dense, after), before, notes, difference, training)
+        written, difference = reopen(context, expected, folder, adapter=training is not None and config.keep_adapter)
+        after = evaluate(context, written)
+        report = build_report(context, plan, made.updates, (dense, after), before, notes, difference, training)
         if ranks.first:
-            write_report(told, folder, bench.loaded.folder)
+            write_report(report, folder, context.loaded.folder)
             if keep_statistics:
-                metadata = {"model": bench.loaded.fingerprint, **plan.components}
+                metadata = {"model": context.loaded.fingerprint, **plan.components}
                 save_statistics(folder / STATISTICS_FILE, measurements, metadata)
         ranks.wait()
-    return finished(bench, RunResult(config, plan, told, out))
+    return finished(context, RunResult(config, plan, report, out))
 
 
 def recover(
@@ -135,29 +135,29 @@ def recover(
     ranks = join_ranks(config.device)
     with progress.failure_told(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
         plan, earlier = read_pruned(resolve(config.model))
-        bench = set_up(config, progress, planned=True, ranks=ranks)
+        context = set_up(config, progress, planned=True, ranks=ranks)
         if adapter is None:
-            ran = bench.selection.describe()
+            ran = context.selection.describe()
             plan = plan.model_copy(update={"components": plan.components | {"recovery": ran["recovery"]}})
-            training = train(bench, plan, needed(bench, plan_recovery(bench, plan)), folder)
+            training = train(context, plan, needed(context, plan_recovery(context, plan)), folder)
         else:
             training = Training(
-                kept_plan(bench, adapter), evaluate(bench, bench.decoder), merge_adapter(bench, adapter)
+                kept_plan(context, adapter), evaluate(context, context.decoder), merge_adapter(context, adapter)
             )
-        save(bench, plan, Cut({}, training.outcome.expected, None), folder, training)
-        written, difference = reopen(bench, training.outcome.expected, folder, adapter=config.keep_adapter)
-        told = tell_recovered(bench, plan, earlier, evaluate(bench, written), difference, training)
+        save(context, plan, Cut({}, training.outcome.expected, None), folder, training)
+        written, difference = reopen(context, training.outcome.expected, folder, adapter=config.keep_adapter)
+        report = update_report(context, plan, earlier, evaluate(context, written), difference, training)
         if ranks.first:
-            write_report(told, folder, bench.loaded.folder)
+            write_report(report, folder, context.loaded.folder)
         ranks.wait()
-    return finished(bench, RunResult(config, plan, told, out))
+    return finished(context, RunResult(config, plan, report, out))
 
 
-def finished(bench: Bench, result: RunResult) -> RunResult:
+def finished(context: RunContext, result: RunResult) -> RunResult:
     """Tell the observers, and every plugin that wants to hear of finished runs."""
-    if bench.ranks.first:
-        bench.progress.tell(RunFinished(result.plan, result.report, result.folder))
-        bench.plugins.run_finished(result)
+    if context.ranks.first:
+        context.progress.notify(RunFinished(result.plan, result.report, result.folder))
+        context.plugins.run_finished(result)
     return result
 
 
@@ -165,10 +165,10 @@ def plan_only(config: RunConfig, progress: Progress | None = None) -> PruningPla
     """The plan ``prune`` would cut by."""
     ranks, progress = join_ranks(config.device), progress or Progress()
     with progress.failure_told():
-        bench = set_up(config.model_copy(update={"evaluate": ()}), progress, ranks=ranks)
-        drop_attention(bench)
-        plan = make_plan(bench, measure(bench))
-    progress.tell(RunFinished(plan))
+        context = set_up(config.model_copy(update={"evaluate": ()}), progress, ranks=ranks)
+        drop_attention(context)
+        plan = make_plan(context, measure(context))
+    progress.notify(RunFinished(plan))
     return plan
 
 
@@ -182,60 +182,60 @@ def evaluate_only(
         loaded = loaded or load_model(config, ranks)
         decoder = open_streamed(config, loaded, load_plugins(config.plugins)) if config.stream else None
         sets = open_evaluation_sets(config, loaded)
-    passage = Passage(spill=config.spill, ranks=ranks)
+    forward_options = ForwardOptions(spill=config.spill, ranks=ranks)
     with progress.phase("evaluate"):
-        return [(data, perplexity(decoder or loaded.model, data, progress, passage)) for data in sets]
+        return [(data, perplexity(decoder or loaded.model, data, progress, forward_options)) for data in sets]
 
 
-def drop_attention(bench: Bench, plan: PruningPlan | None = None) -> None:
+def drop_attention(context: RunContext, plan: PruningPlan | None = None) -> None:
     """Take out the attentions the plan names, or those missed least; what is measured afterwards knows about it."""
-    config, decoder = bench.config, bench.decoder
+    config, decoder = context.config, context.decoder
     if plan is not None:
         surgery.drop_attention(decoder, plan.dropped_attention)
         return
-    if config.drop_attention == 0 or bench.windows is None:
+    if config.drop_attention == 0 or context.windows is None:
         return
     if config.drop_attention == "auto" and config.budget != "parameters":
         raise ConfigError("--drop-attention auto needs --budget parameters: its rule is about all parameters.")
-    with bench.progress.phase("attention"):
+    with context.progress.phase("attention"):
         count = count_to_drop(decoder, config.ratio) if config.drop_attention == "auto" else config.drop_attention
-        surgery.drop_attention(decoder, choose_attentions(decoder, bench.windows, count, bench.progress))
+        surgery.drop_attention(decoder, choose_attentions(decoder, context.windows, count, context.progress))
 
 
-def measure(bench: Bench, *, planned: bool = False) -> tuple[FeedForwardMeasurement, ...]:
+def measure(context: RunContext, *, planned: bool = False) -> tuple[FeedForwardMeasurement, ...]:
     """Run the blocks once over the calibration windows; without a collector nothing runs."""
-    config, selection = bench.config, bench.selection
+    config, selection = context.config, context.selection
     curve = None if planned else curve_of(selection.allocator)
     finished = None
     if config.resume and not planned:
-        finished = KeptCollection(config.resume, collection_key(bench), bench.ranks)
-    with bench.progress.phase("collect"):
+        finished = MeasurementCache(config.resume, collection_key(context), context.ranks)
+    with context.progress.phase("collect"):
         return collect(
-            bench.decoder,
-            bench.windows_to_select,
+            context.decoder,
+            context.windows_to_select,
             {} if planned else {CRITERION: selection.criterion},
             selection.collectors,
             curves={CRITERION: (CRITERION, curve)} if curve else {},
-            passage=bench.passage,
+            forward_options=context.forward_options,
             seed=config.seed,
-            progress=bench.progress,
+            progress=context.progress,
             finished=finished,
         )
 
 
-def make_plan(bench: Bench, measurements: Sequence[FeedForwardMeasurement]) -> PruningPlan:
+def make_plan(context: RunContext, measurements: Sequence[FeedForwardMeasurement]) -> PruningPlan:
     """Spread the budget over the blocks and pick each block's channels; every process gets the first one's plan."""
-    config, decoder = bench.config, bench.decoder
+    config, decoder = context.config, context.decoder
     torch.manual_seed(config.seed)  # for allocators that draw
-    with bench.progress.phase("plan"):
+    with context.progress.phase("plan"):
         ratio = config.ratio
         if config.budget == "parameters":
-            gone = bench.parameters - measure_size(decoder.model).parameters
-            ratio = channel_ratio(ratio, bench.parameters, decoder.channel_parameters, gone)
+            gone = context.parameters - measure_size(decoder.model).parameters
+            ratio = channel_ratio(ratio, context.parameters, decoder.channel_parameters, gone)
         summaries = summarise(decoder, measurements, CRITERION)
         blocks = plan_blocks(
             summaries,
-            bench.selection.allocator,
+            context.selection.allocator,
             Budget(ratio, width_step(config.round_to, config.tensor_parallel)),
             rebalance=config.rebalance,
         )
@@ -243,39 +243,41 @@ def make_plan(bench: Bench, measurements: Sequence[FeedForwardMeasurement]) -> P
             model=ModelIdentity(
                 source=config.model,
                 family=decoder.architecture.family,
-                fingerprint=bench.loaded.fingerprint,
-                parameters=bench.parameters,
+                fingerprint=context.loaded.fingerprint,
+                parameters=context.parameters,
             ),
-            calibration=identify(config.calibration, bench.windows, config.seed) if bench.windows is not None else None,
+            calibration=identify(config.calibration, context.windows, config.seed)
+            if context.windows is not None
+            else None,
             ratio=config.ratio,
             budget=config.budget,
             round_to=config.round_to,
             tensor_parallel=config.tensor_parallel,
             seed=config.seed,
-            components=bench.selection.describe(),
-            versions=versions(bench.selection),
+            components=context.selection.describe(),
+            versions=versions(context.selection),
             dropped_attention=tuple(surgery.dropped_attention(decoder.config)),
             blocks=blocks,
         )
-        return bench.ranks.agree(plan)
+        return context.ranks.agree(plan)
 
 
-def check_plan(bench: Bench, plan: PruningPlan) -> None:
+def check_plan(context: RunContext, plan: PruningPlan) -> None:
     """Refuse a plan made for other weights or other shapes."""
-    surgery.check_fits(bench.decoder, plan)
-    if plan.model.fingerprint != bench.loaded.fingerprint:
+    surgery.check_fits(context.decoder, plan)
+    if plan.model.fingerprint != context.loaded.fingerprint:
         raise PlanError(
-            f"the plan was made for another model than {bench.config.model!r}: {plan.model.source!r}, "
-            f"fingerprint {plan.model.fingerprint[:12]} against {bench.loaded.fingerprint[:12]}."
+            f"the plan was made for another model than {context.config.model!r}: {plan.model.source!r}, "
+            f"fingerprint {plan.model.fingerprint[:12]} against {context.loaded.fingerprint[:12]}."
         )
-    check_shared([(one.block, one.path, len(one.kept)) for one in plan.blocks], bench.config.tensor_parallel)
+    check_shared([(one.block, one.path, len(one.kept)) for one in plan.blocks], context.config.tensor_parallel)
 
 
-def evaluate(bench: Bench, decoder: Decoder) -> list[Perplexity]:
+def evaluate(context: RunContext, decoder: Decoder) -> list[Perplexity]:
     """Perplexity of a model as it is now, on every evaluation set."""
-    model = decoder if bench.config.stream else decoder.model
-    with bench.progress.phase("evaluate"):
-        return [perplexity(model, data, bench.progress, bench.passage) for data in bench.evaluation_sets]
+    model = decoder if context.config.stream else decoder.model
+    with context.progress.phase("evaluate"):
+        return [perplexity(model, data, context.progress, context.forward_options) for data in context.evaluation_sets]
 
 
 @dataclass(frozen=True)
@@ -289,124 +291,128 @@ class Cut:
     """Has the blocks on disk already, where they are streamed."""
 
 
-def cut(bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasurement], folder: Path) -> Cut:
+def cut(context: RunContext, plan: PruningPlan, measurements: Sequence[FeedForwardMeasurement], folder: Path) -> Cut:
     """Narrow the model and compensate, block by block; a streamed block is written before the next one is read."""
-    decoder = bench.decoder
-    writer = ShardWriter(decoder.model, decoder.architecture.blocks, folder) if bench.config.stream else None
-    sample: list[Batch] = embed(decoder, sample_ids(bench), Passage(batch_size=1)) if writer else []
+    decoder = context.decoder
+    writer = ShardWriter(decoder.model, decoder.architecture.blocks, folder) if context.config.stream else None
+    sample: list[Batch] = embed(decoder, sample_ids(context), ForwardOptions(batch_size=1)) if writer else []
 
     def write(index: int) -> None:
         if writer is not None:
             pass_block(decoder, index, sample)
-            if bench.ranks.first:
+            if context.ranks.first:
                 writer.write_block(index)
 
-    with bench.progress.phase(cutting_phase(bench)):
-        updates = narrow(bench, plan, measurements, write)
-        ids = sample_ids(bench)
+    with context.progress.phase(cutting_phase(context)):
+        updates = narrow(context, plan, measurements, write)
+        ids = sample_ids(context)
         expected = finish(decoder, ids, sample[0].hidden) if writer else logits(decoder, ids)
     return Cut(updates, expected, writer)
 
 
 def narrow(
-    bench: Bench,
+    context: RunContext,
     plan: PruningPlan,
     measurements: Sequence[FeedForwardMeasurement],
-    leave: Callable[[int], None] = lambda index: None,
+    advance: Callable[[int], None] = lambda index: None,
 ) -> dict[tuple[int, str], Update]:
-    """Narrow the model and compensate, and nothing else; ``leave(block)`` is called while the block is resident and done.
+    """Narrow the model and compensate, and nothing else; ``advance(block)`` is called while the block is resident and done.
 
     Returns what the compensator answered for each feed-forward that lost some channels, by block and path.
     """
-    decoder = bench.decoder
+    decoder = context.decoder
     updates: dict[tuple[int, str], Update] = {}
-    phase = cutting_phase(bench)
-    torch.manual_seed(bench.config.seed)  # for compensators that draw and bring no generator
-    with bench.progress.bar(phase, total=len(decoder.blocks)) as step:
-        answer = compensation(bench, plan, measurements)
+    phase = cutting_phase(context)
+    torch.manual_seed(context.config.seed)  # for compensators that draw and bring no generator
+    with context.progress.bar(phase, total=len(decoder.blocks)) as step:
+        answer = compensation(context, plan, measurements)
 
         def compensate(index: int, kept: Sequence[Tensor]) -> Sequence[Update]:
             found = answer(index, kept)
             parts = decoder.feed_forwards(index)
-            told = zip(parts, kept, found, strict=True)
-            updates.update({(one.block, one.path): update for one, k, update in told if len(k) < one.width})
+            report = zip(parts, kept, found, strict=True)
+            updates.update({(one.block, one.path): update for one, k, update in report if len(k) < one.width})
             return found
 
         def passed(index: int) -> None:
             if index + 1 < len(decoder.blocks):
-                answer.leave(index)
-            leave(index)
+                answer.advance(index)
+            advance(index)
             step()
-            bench.progress.tell(BlockFinished(phase, index, len(decoder.blocks)))
+            context.progress.notify(BlockFinished(phase, index, len(decoder.blocks)))
 
         surgery.apply_plan(decoder, plan, compensate, passed)
     return updates
 
 
-def cutting_phase(bench: Bench) -> str:
+def cutting_phase(context: RunContext) -> str:
     """What reports call the time cutting takes, which measuring blocks again makes long."""
-    return "compensate" if bench.selection.second_pass else "cut"
+    return "compensate" if context.selection.second_pass else "cut"
 
 
 def compensation(
-    bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasurement]
+    context: RunContext, plan: PruningPlan, measurements: Sequence[FeedForwardMeasurement]
 ) -> FirstPass | SecondPass:
     """What answers for each block how its kept weights change."""
-    config, selection = bench.config, bench.selection
-    if bench.windows_to_compensate is None:
+    config, selection = context.config, context.selection
+    if context.windows_to_compensate is None:
         statistics = {(measured.block, measured.path): measured.statistics for measured in measurements}
-        return FirstPass(bench.decoder, statistics, selection.compensator, seed=config.seed)
+        return FirstPass(context.decoder, statistics, selection.compensator, seed=config.seed)
     return SecondPass(
-        bench.decoder,
-        bench.windows_to_compensate,
+        context.decoder,
+        context.windows_to_compensate,
         selection.compensator,
         selection.second_pass,
         seed=config.seed,
-        passage=bench.passage,
-        finished=FinishedBlocks(config.resume, second_pass_key(bench, plan)) if config.resume else None,
+        forward_options=context.forward_options,
+        finished=FinishedBlocks(config.resume, second_pass_key(context, plan)) if config.resume else None,
     )
 
 
-def schedule(bench: Bench, plan: PruningPlan, measurements: Sequence[FeedForwardMeasurement]) -> RecoveryTask | None:
+def schedule(
+    context: RunContext, plan: PruningPlan, measurements: Sequence[FeedForwardMeasurement]
+) -> RecoveryTask | None:
     """What is to be trained after the cut, if anything; whatever cannot be done is refused here."""
     scored = all(CRITERION in measured.scores for measured in measurements)
-    return plan_recovery(bench, plan, summarise(bench.decoder, measurements, CRITERION) if scored else ())
+    return plan_recovery(context, plan, summarise(context.decoder, measurements, CRITERION) if scored else ())
 
 
-def train(bench: Bench, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Training:
+def train(context: RunContext, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Training:
     """Train what was scheduled; the model is then what is to be written, and an adapter that is kept lies in ``folder``."""
-    pruned = evaluate(bench, bench.decoder)
-    return Training(task.plan, pruned, train_model(bench, plan, task, folder))
+    pruned = evaluate(context, context.decoder)
+    return Training(task.plan, pruned, train_model(context, plan, task, folder))
 
 
-def save(bench: Bench, plan: PruningPlan, made: Cut, folder: Path, training: Training | None = None) -> None:
+def save(context: RunContext, plan: PruningPlan, made: Cut, folder: Path, training: Training | None = None) -> None:
     """Write the checkpoint, or what is left of it, and the plans; the first process does."""
-    with bench.progress.phase("save"):
-        if bench.ranks.first:
+    with context.progress.phase("save"):
+        if context.ranks.first:
             if made.writer is None:
-                save_model(bench.decoder, bench.loaded, folder)
+                save_model(context.decoder, context.loaded, folder)
             else:
-                save_streamed(bench.decoder, bench.loaded, made.writer, folder)
+                save_streamed(context.decoder, context.loaded, made.writer, folder)
             (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
             if training is not None:
-                save_recovery_plan(training.plan, folder, kept=bench.config.keep_adapter)
-        bench.ranks.wait()
+                save_recovery_plan(training.plan, folder, kept=context.config.keep_adapter)
+        context.ranks.wait()
 
 
-def reopen(bench: Bench, expected: Tensor, folder: Path, *, adapter: bool = False) -> tuple[Decoder, float]:
+def reopen(context: RunContext, expected: Tensor, folder: Path, *, adapter: bool = False) -> tuple[Decoder, float]:
     """Open the checkpoint as anybody would and compare: the pruned model, and the largest difference of a logit."""
-    config, decoder, dtype = bench.config, bench.decoder, bench.decoder.model.dtype
-    with bench.progress.phase("verify"):
-        if isinstance(decoder.resident, Streamed):
-            decoder.resident.close()  # its embeddings, before others come
-            folder = bench.ranks.agree(folder)
-            decoder = open_streamed(config, replace(bench.loaded, model=open_skeleton(folder)), bench.plugins, folder)
-            return decoder, verify(decoder, expected, sample_ids(bench), dtype)
+    config, decoder, dtype = context.config, context.decoder, context.decoder.model.dtype
+    with context.progress.phase("verify"):
+        if isinstance(decoder.loaded, Streamed):
+            decoder.loaded.close()  # its embeddings, before others come
+            folder = context.ranks.agree(folder)
+            decoder = open_streamed(
+                config, replace(context.loaded, model=open_skeleton(folder)), context.plugins, folder
+            )
+            return decoder, verify(decoder, expected, sample_ids(context), dtype)
         if adapter:
-            decoder = open_with_adapter(bench, bench.ranks.agree(folder))
-            return decoder, verify(decoder, expected, sample_ids(bench), dtype)
+            decoder = open_with_adapter(context, context.ranks.agree(folder))
+            return decoder, verify(decoder, expected, sample_ids(context), dtype)
         difference = 0.0
-        if bench.ranks.first:
+        if context.ranks.first:
             written = replace(decoder, model=open_model(folder, device=decoder.device))
-            difference = verify(written, expected, sample_ids(bench), dtype)
-        return decoder, bench.ranks.agree(difference)
+            difference = verify(written, expected, sample_ids(context), dtype)
+        return decoder, context.ranks.agree(difference)

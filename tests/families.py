@@ -40,7 +40,7 @@ from cfsp_framework.errors import ModelError
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import Plugins
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
-from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedForwards, FeedForwardModule
 from cfsp_framework.modeling.loading import load_model, open_model, quiet
 from cfsp_framework.pipeline import prune
 from cfsp_framework.pruning.surgery import apply_plan
@@ -387,12 +387,12 @@ def random_plan(decoder: Decoder, step: int | None = None) -> PruningPlan:
     for index in range(len(decoder.blocks)):
         for group in decoder.groups(index):
             # torch multiplies experts of aligned width only
-            fewer = step or (8 if any(bank.experts for bank in group.banks) else 7)
+            fewer = step or (8 if any(module.experts for module in group.modules) else 7)
             left = group.width - fewer * (index + 1)
-            for bank in group.banks:
-                for path in bank.paths:
-                    kept = torch.randperm(bank.width, generator=draw)[: left * bank.layout.times].sort().values
-                    blocks.append(BlockPlan(block=index, path=path, width=bank.width, kept=tuple(kept.tolist())))
+            for module in group.modules:
+                for path in module.paths:
+                    kept = torch.randperm(module.width, generator=draw)[: left * module.layout.times].sort().values
+                    blocks.append(BlockPlan(block=index, path=path, width=module.width, kept=tuple(kept.tolist())))
     family = decoder.architecture.family
     return PruningPlan(
         model=ModelIdentity(source="tiny", family=family, fingerprint="", parameters=0),
@@ -674,14 +674,14 @@ class Examination:
 
     def row(self) -> list[str]:
         """The family's row of the table."""
-        layouts = [bank.layout for bank in self.banks]
+        layouts = [module.layout for module in self.modules]
         keys = [f"{one.times} x `{one.width_key}`" if one.times > 1 else f"`{one.width_key}`" for one in layouts]
         paths = [f"`{one.path}`" if one.path else "the block itself" for one in layouts]
         code = _passes(lambda: agree(self.remote, self.expected))
         return [
             f"`{self.name}`",
             f"`{self.dense.architecture.blocks}`: {', '.join(paths)}",
-            ", ".join(form_of(bank) for bank in self.banks),
+            ", ".join(form_of(module) for module in self.modules),
             ", ".join(dict.fromkeys(keys)),
             _passes(lambda: self.cut[0] <= CUT_TOLERANCE),
             _passes(lambda: agree(self.imported, self.expected)),
@@ -691,13 +691,13 @@ class Examination:
         ]
 
     @property
-    def banks(self) -> list[Bank]:
-        """One bank for every layout, from the first block that has it."""
-        banks = [bank for index in range(len(self.dense.blocks)) for bank in self.dense.banks(index)]
+    def modules(self) -> list[FeedForwardModule]:
+        """One module for every layout, from the first block that has it."""
+        modules = [module for index in range(len(self.dense.blocks)) for module in self.dense.feed_forward_modules(index)]
         return [
-            next(bank for bank in banks if bank.layout == layout)
+            next(module for module in modules if module.layout == layout)
             for layout in self.dense.architecture.feed_forwards
-            if any(bank.layout == layout for bank in banks)
+            if any(module.layout == layout for module in modules)
         ]
 
 
@@ -706,18 +706,18 @@ def agree(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     return bool(found["logits"] == expected["logits"] and found["written"] == expected["written"])
 
 
-def form_of(bank: Bank) -> str:
+def form_of(module: FeedForwardModule) -> str:
     """What a module that holds feed-forwards is made of, in words."""
-    layout = bank.layout
+    layout = module.layout
     form = "plain" if layout.gate is None else "fused" if layout.fused else "gated"
-    if isinstance(bank, ExpertBank):
+    if isinstance(module, ExpertFeedForwards):
         more = [
-            *([] if bank.concatenated else ["interleaved"]),
-            *(["transposed"] if bank.transposed else []),
-            *(["with biases"] if bank.biased else []),
+            *([] if module.concatenated else ["interleaved"]),
+            *(["transposed"] if module.transposed else []),
+            *(["with biases"] if module.biased else []),
         ]
         return " ".join(["experts:", form, *more])
-    conv = isinstance(bank, SingleBank) and isinstance(bank.down, Conv1D)
+    conv = isinstance(module, DenseFeedForward) and isinstance(module.down, Conv1D)
     return f"{form} Conv1D" if conv else form
 
 

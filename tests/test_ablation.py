@@ -34,8 +34,8 @@ from cfsp_framework.ablation.summary import interval
 from cfsp_framework.ablation.sweep import Sweep, ablate
 from cfsp_framework.ablation.tables import Entry, latex
 from cfsp_framework.api.records import PruningPlan, Report
-from cfsp_framework.cli.prune import prune as prune_command_line
 from cfsp_framework.cli.main import cli
+from cfsp_framework.cli.prune import prune as prune_command_line
 from cfsp_framework.config import Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.runtime.progress import Progress

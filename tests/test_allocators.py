@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cfsp_allocators import Cfsp, GlobalZscore, Uniform
 from cfsp_allocators.cfsp import RELEASED_TOKENS, spread
 from cfsp_framework import Allocator, BlockSummary, Budget, Statistic
-from cfsp_framework.host.registry import Chosen, Origin
+from cfsp_framework.host.registry import ConfiguredComponent, Origin
 from cfsp_framework.pruning.planning import allocate, round_widths
 from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, MAE_DISTANCE, MSE_DISTANCE
 
@@ -294,7 +294,7 @@ def test_every_allocator_is_deterministic_and_passes_the_host_s_checks(allocator
         for block, distance in enumerate(EIGHT)
     ]
     before = [summary.scores.clone() for summary in summaries]
-    chosen = Chosen(allocator, Origin("cfsp-allocators"))
+    chosen = ConfiguredComponent(allocator, Origin("cfsp-allocators"))
     budget = Budget(ratio, 1)
     shares = allocate(chosen, summaries, budget)
     assert shares == allocate(chosen, summaries, budget)

@@ -29,13 +29,13 @@ from cfsp_framework import (
     prune,
 )
 from cfsp_framework.config import layered
-from cfsp_framework.engine.replay import Batch, Passage, run_block
+from cfsp_framework.engine.replay import Batch, ForwardOptions, run_block
 from cfsp_framework.errors import PluginError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.registry import Chosen, Origin, Plugins
+from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
 from cfsp_framework.host.selection import select
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import Projection, SingleBank
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward, Projection
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only
 from cfsp_framework.pruning.compensation import SecondPass, compensate
@@ -127,7 +127,7 @@ class Sample:
 
     def answer(self, compensator: Compensator, kept: Tensor) -> Update:
         """As the host asks."""
-        return compensate(Chosen(compensator, Origin("test")), self.block, kept, self.statistics)
+        return compensate(ConfiguredComponent(compensator, Origin("test")), self.block, kept, self.statistics)
 
 
 def sample(
@@ -341,7 +341,10 @@ def ask(answer: object, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = to
     block = sample().block
     block = replace(block, block=7, down=block.down.to(dtype), up=block.up.to(dtype))
     return compensate(
-        Chosen(Answering(), Origin("their-plugin", "their-package", "1.2")), block, KEPT, BlockStatistics({}, 0)
+        ConfiguredComponent(Answering(), Origin("their-plugin", "their-package", "1.2")),
+        block,
+        KEPT,
+        BlockStatistics({}, 0),
     )
 
 
@@ -436,15 +439,15 @@ def only(decoder: Decoder, index: int) -> FeedForward:
 
 def down_projection(decoder: Decoder, index: int) -> Projection:
     """The module whose input are its channel activations."""
-    (bank,) = decoder.banks(index)
-    assert isinstance(bank, SingleBank)
-    return bank.down
+    (module,) = decoder.feed_forward_modules(index)
+    assert isinstance(module, DenseFeedForward)
+    return module.down
 
 
 def module_of(decoder: Decoder, index: int) -> nn.Module:
     """The module that holds it."""
-    (bank,) = decoder.banks(index)
-    return bank.module
+    (module,) = decoder.feed_forward_modules(index)
+    return module.module
 
 
 @torch.no_grad()
@@ -498,15 +501,17 @@ def expected_statistics(cut_so_far: Decoder, dense: Decoder, index: int, mix: fl
 
 
 def second_pass(decoder: Decoder, compensator: Compensator, plugins: Plugins, batch_size: int | None = 3) -> SecondPass:
-    chosen = Chosen(compensator, Origin("test"))
+    chosen = ConfiguredComponent(compensator, Origin("test"))
     collectors = plugins.collectors_for(compensator.required())
-    return SecondPass(decoder, WINDOWS, chosen, collectors, seed=0, passage=Passage(batch_size=batch_size))
+    return SecondPass(
+        decoder, WINDOWS, chosen, collectors, seed=0, forward_options=ForwardOptions(batch_size=batch_size)
+    )
 
 
 def compensated(decoder: Decoder, plan: PruningPlan, compensator: Compensator, plugins: Plugins) -> None:
     """Cut the model by the plan, compensated in a second pass."""
     answer = second_pass(decoder, compensator, plugins)
-    apply_plan(decoder, plan, answer, answer.leave)
+    apply_plan(decoder, plan, answer, answer.advance)
 
 
 SOME_BLOCKS = [(40, 24, 56), (64, 40, 24), (40, 64, 24), (64, 64, 24), (24, 40, 64), (64, 40, 64)]
@@ -602,7 +607,7 @@ def test_the_dense_model_takes_no_teacher_where_none_is_needed(
         for index in range(3):
             answer(index, [kept])
             if index < 2:  # nothing is measured after the last one
-                answer.leave(index)
+                answer.advance(index)
         assert len(runs) == expected, compensator
 
 
@@ -666,7 +671,7 @@ def test_least_squares_lowers_the_calibration_error_of_every_block(
         (updates[index],) = answer(index, kept)
         return [updates[index]]
 
-    apply_plan(cut, plan, remember, answer.leave)
+    apply_plan(cut, plan, remember, answer.advance)
     for index, block in enumerate(plan.blocks):
         inputs, kept = heard(dense, index)["down in"], torch.tensor(block.kept)
         weight, update = only(dense, index).down, updates[index]
@@ -719,7 +724,7 @@ class Trial:
         values = window_statistics(self.inputs, self.targets)
         tokens = self.inputs.shape[0] * self.inputs.shape[1]
         statistics = BlockStatistics(values, tokens, 24 * (len(self.inputs) // HELD_OUT_EVERY))
-        return compensate(Chosen(compensator, Origin("test")), self.block, kept, statistics)
+        return compensate(ConfiguredComponent(compensator, Origin("test")), self.block, kept, statistics)
 
     def error(self, weights: Weights) -> float:
         """Mean squared error on the held-out windows, or on the last tenth of the tokens where there are none."""

@@ -19,12 +19,12 @@ from cfsp_framework import Accumulator, BlockStatistics, Collector, Criterion, R
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import measure_block
-from cfsp_framework.engine.replay import Passage, embed, run_block
+from cfsp_framework.engine.replay import ForwardOptions, embed, run_block
 from cfsp_framework.errors import PluginError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.registry import Chosen, Origin, Plugins
+from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import SingleBank
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only
 from cfsp_framework.runtime.progress import Progress
@@ -58,17 +58,19 @@ def measured(
     decoder: Decoder, plugins: Plugins, windows: Tensor = WINDOWS, batch_size: int | None = 2
 ) -> tuple[FeedForwardMeasurement, ...]:
     """The light statistics and the CFSP scores of every block's only feed-forward."""
-    criterion: Chosen[Criterion] = plugins.criteria.create("cfsp", {})
+    criterion: ConfiguredComponent[Criterion] = plugins.criteria.create("cfsp", {})
     collectors = plugins.collectors_for(LIGHT | criterion.component.required())
-    passage = Passage(batch_size=batch_size)
-    return collect(decoder, windows, {"cfsp": criterion}, collectors, passage=passage, seed=0, progress=Progress())
+    forward_options = ForwardOptions(batch_size=batch_size)
+    return collect(
+        decoder, windows, {"cfsp": criterion}, collectors, forward_options=forward_options, seed=0, progress=Progress()
+    )
 
 
 def down_projection(decoder: Decoder, index: int) -> nn.Module:
     """The module whose input are the channel activations of block ``index``."""
-    (bank,) = decoder.banks(index)
-    assert isinstance(bank, SingleBank)
-    return bank.down
+    (module,) = decoder.feed_forward_modules(index)
+    assert isinstance(module, DenseFeedForward)
+    return module.down
 
 
 def traces(model: nn.Module) -> list[tuple[str, str]]:
@@ -119,7 +121,7 @@ def test_block_by_block_equals_the_models_own_forward_bit_for_bit(
     for handle in handles:
         handle.remove()
 
-    batches = embed(decoder, WINDOWS, Passage(batch_size=2))
+    batches = embed(decoder, WINDOWS, ForwardOptions(batch_size=2))
     assert [len(batch.hidden) for batch in batches] == [2, 2, 1]
     for index in range(len(decoder.blocks)):
         for number, batch in enumerate(batches):
@@ -202,7 +204,7 @@ class FailingGradientCollector(FailingCollector):
 
 def test_an_exception_while_measuring_leaves_no_hook(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     before = traces(llama.model)
-    failing: Sequence[Chosen[Collector]] = [Chosen(FailingCollector(), Origin("test"))]
+    failing: Sequence[ConfiguredComponent[Collector]] = [ConfiguredComponent(FailingCollector(), Origin("test"))]
     with pytest.raises(PluginError, match=r"failing.*update"):
         measure_block(llama, 0, embed(llama, WINDOWS), failing)
     assert traces(llama.model) == before
@@ -248,7 +250,9 @@ def test_gradients_are_the_losss_and_leave_nothing(
 
 def test_an_exception_while_gradients_are_measured_leaves_nothing(llama: Decoder) -> None:
     before = traces(llama.model)
-    failing: Sequence[Chosen[Collector]] = [Chosen(FailingGradientCollector(), Origin("test"))]
+    failing: Sequence[ConfiguredComponent[Collector]] = [
+        ConfiguredComponent(FailingGradientCollector(), Origin("test"))
+    ]
     with pytest.raises(PluginError, match=r"failing.*update"):
         measure_gradients(llama, WINDOWS, failing, Progress())
     with pytest.raises(IndexError):
@@ -263,7 +267,7 @@ def everything(decoder: Decoder, plugins: Plugins, windows: Tensor, batch_size: 
     backward = [chosen for chosen in collectors if chosen.component.site is Site.GRADIENT]
     forward = [chosen for chosen in collectors if chosen.component.site is not Site.GRADIENT]
     gradients = measure_gradients(decoder, windows, backward, Progress())
-    batches = embed(decoder, windows, Passage(batch_size=batch_size))
+    batches = embed(decoder, windows, ForwardOptions(batch_size=batch_size))
     found: list[BlockStatistics] = []
     for index, (backwards,) in enumerate(gradients):
         (statistics,) = measure_block(decoder, index, batches, forward)
@@ -357,7 +361,7 @@ def test_statistics_and_scores_of_a_bfloat16_model_are_float32(
 
 
 def test_heavy_statistics_do_not_outlive_their_block(llama: Decoder, plugins: Plugins) -> None:
-    criterion: Chosen[Criterion] = plugins.criteria.create("magnitude", {})
+    criterion: ConfiguredComponent[Criterion] = plugins.criteria.create("magnitude", {})
     collectors = plugins.collectors_for({DOWN_INPUT_GRAM, DOWN_INPUT_MEAN})
     found = collect(llama, WINDOWS, {"magnitude": criterion}, collectors, seed=0, progress=Progress())
     assert [set(measurement.statistics) for measurement in found] == [{DOWN_INPUT_MEAN}] * 3

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from cfsp_framework import BlockStatistics, FeedForwardLayout
 from cfsp_framework.data.windows import PADDING
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
-from cfsp_framework.engine.replay import Passage, embed, finish, logits, pass_block
+from cfsp_framework.engine.replay import ForwardOptions, embed, finish, logits, pass_block
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.detection import find_architecture
-from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedForwards, FeedForwardModule
 from cfsp_framework.pipeline import prune
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_SQUARES
@@ -155,7 +155,7 @@ def test_block_by_block_is_the_models_own_forward(examined: Examination) -> None
 def test_padding_on_the_right_changes_no_real_token(examined: Examination) -> None:
     decoder, windows = examined.dense, IDS.clone()
     windows[0, 13:] = PADDING
-    [batch] = embed(decoder, windows, Passage(batch_size=2))
+    [batch] = embed(decoder, windows, ForwardOptions(batch_size=2))
     for index in range(len(decoder.blocks)):
         pass_block(decoder, index, [batch])
     found, ids, real = finish(decoder, windows.clamp(min=0), batch.hidden), windows.clamp(min=0), windows != PADDING
@@ -184,10 +184,10 @@ def test_every_token_reaches_so_many_experts(examined: Examination) -> None:
         where = (one.block, one.path.rpartition(".")[0] if one.path[-1:].isdigit() else one.path)
         routed[where] = routed.get(where, 0) + (0 if one.statistics.unseen else one.statistics.tokens)
     experts = {
-        (index, bank.layout.path)
+        (index, module.layout.path)
         for index in range(len(examined.dense.blocks))
-        for bank in examined.dense.banks(index)
-        if bank.experts
+        for module in examined.dense.feed_forward_modules(index)
+        if module.experts
     }
     assert routed == {
         where: IDS.numel() * (FAMILIES[examined.name].routed if where in experts else 1) for where in routed
@@ -213,27 +213,32 @@ def by_hand(decoder: Decoder) -> Seen:
     seen: Seen = {}
     with ExitStack() as hooks:
         for index in range(len(decoder.blocks)):
-            for bank in (bank for group in decoder.groups(index) for bank in group.banks):
-                seen.update({(index, path): (torch.zeros(bank.width), 0) for path in bank.paths})
-                module = bank.down if isinstance(bank, SingleBank) else bank.module
-                hook = module.register_forward_pre_hook(partial(listen, seen, index, bank), with_kwargs=True)
+            for holder in (module for group in decoder.groups(index) for module in group.modules):
+                seen.update({(index, path): (torch.zeros(holder.width), 0) for path in holder.paths})
+                module = holder.down if isinstance(holder, DenseFeedForward) else holder.module
+                hook = module.register_forward_pre_hook(partial(listen, seen, index, holder), with_kwargs=True)
                 hooks.callback(hook.remove)
         decoder.model(IDS, use_cache=False)
     return seen
 
 
 def listen(
-    seen: Seen, index: int, bank: Bank, module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
+    seen: Seen,
+    index: int,
+    holder: FeedForwardModule,
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: Mapping[str, Any],
 ) -> None:
     """What a down projection, or a module of experts, is called with."""
     given = [*arguments, *keywords.values()]
-    if isinstance(bank, ExpertBank):
-        for expert, path in enumerate(bank.paths):
-            rows = routed(module, expert, len(bank.paths), *given)  # (n, D)
+    if isinstance(holder, ExpertFeedForwards):
+        for expert, path in enumerate(holder.paths):
+            rows = routed(module, expert, len(holder.paths), *given)  # (n, D)
             seen[index, path] = activations(module, expert, rows).square().sum(0), len(rows)
     else:
         rows = given[0].flatten(0, -2)  # (n, F)
-        seen[index, bank.paths[0]] = rows.square().sum(0), len(rows)
+        seen[index, holder.paths[0]] = rows.square().sum(0), len(rows)
 
 
 def routed(module: Any, expert: int, count: int, hidden: Tensor, *routing: Tensor) -> Tensor:
@@ -263,10 +268,10 @@ def shun(decoder: Decoder, expert: int = 1) -> None:
     embeddings: Any = decoder.model.get_input_embeddings()
     embeddings.weight[:, 0] += 5
     for index, block in enumerate(decoder.blocks):
-        for bank in decoder.banks(index):
-            if bank.experts:
-                mixture, _, experts = bank.layout.path.rpartition(".")
-                shape = (len(bank.paths), decoder.config.hidden_size)
+        for module in decoder.feed_forward_modules(index):
+            if module.experts:
+                mixture, _, experts = module.layout.path.rpartition(".")
+                shape = (len(module.paths), decoder.config.hidden_size)
                 named = block.get_submodule(mixture).named_parameters()
                 [router] = [one for name, one in named if one.shape == shape and not name.startswith(f"{experts}.")]
                 router[:, 0] = 0
@@ -303,7 +308,7 @@ def test_the_report_names_experts_no_token_reached(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run_in_bfloat16_streams_and_reopens(form: str, tmp_path: Path, remote: Reader) -> None:
     examined = Examination(FORMS[form], tmp_path, remote, torch.bfloat16)
-    assert form in [families.form_of(bank) for bank in examined.banks]
+    assert form in [families.form_of(module) for module in examined.modules]
     assert examined.streaming_differences == []
     assert examined.memory.report.reload_difference == examined.streamed.report.reload_difference == 0
     assert {tensor.dtype for tensor in families.tensors_of(examined.memory.folder).values()} == {torch.bfloat16}

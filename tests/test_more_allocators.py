@@ -15,7 +15,7 @@ from cfsp_allocators import ErrorCurve, LogIncrease, Owl, SoftmaxBi
 from cfsp_allocators.error_curve import cheapest
 from cfsp_allocators.softmax_bi import capped
 from cfsp_framework import Allocator, BlockSummary, Budget
-from cfsp_framework.host.registry import Chosen, Origin
+from cfsp_framework.host.registry import ConfiguredComponent, Origin
 from cfsp_framework.pruning.planning import allocate, round_widths, total_to_keep
 from cfsp_framework.statistics import BLOCK_OUTPUT_SQUARES, COSINE_DISTANCE
 
@@ -52,7 +52,7 @@ def curved(curves: Sequence[Sequence[float]], squares: Sequence[float] | None = 
 
 def shares_of(allocator: Allocator, blocks: Sequence[BlockSummary], budget: Budget) -> list[float]:
     """As the host asks."""
-    return allocate(Chosen(allocator, Origin("cfsp-allocators")), blocks, budget)
+    return allocate(ConfiguredComponent(allocator, Origin("cfsp-allocators")), blocks, budget)
 
 
 def widths_of(allocator: Allocator, blocks: Sequence[BlockSummary], budget: Budget) -> list[int]:

@@ -31,7 +31,7 @@ from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, PluginError, PluginWarning
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.observers import start_observing
-from cfsp_framework.host.registry import Chosen, Origin
+from cfsp_framework.host.registry import ConfiguredComponent, Origin
 from cfsp_framework.pipeline import plan_only
 from cfsp_framework.runtime.progress import Progress
 
@@ -163,7 +163,7 @@ def test_a_run_that_fails_says_so_last(
 
 def test_a_phase_that_fails_is_not_finished() -> None:
     progress, heard = Progress(), list[Event]()
-    progress.tell = heard.append
+    progress.notify = heard.append
     with pytest.raises(KeyError), progress.phase("collect"):
         raise KeyError
     assert heard == [PhaseStarted("collect")]
@@ -196,8 +196,8 @@ class Silent(Observer):
         return None  # type: ignore[return-value]
 
 
-def chosen(observer: Observer) -> Chosen[Observer]:
-    return Chosen(observer, Origin("acme", "acme-logs", "2.0"))
+def chosen(observer: Observer) -> ConfiguredComponent[Observer]:
+    return ConfiguredComponent(observer, Origin("acme", "acme-logs", "2.0"))
 
 
 def test_an_observer_that_fails_is_named_once_and_goes_on_being_told() -> None:
@@ -372,6 +372,6 @@ def test_an_observer_changes_nothing_of_the_result(options: dict[str, Any], list
 
 def test_chosen_components_compare_by_what_they_are() -> None:
     first, second = chosen(Failing()), chosen(Failing())
-    first.conduct.seconds = 1.0
+    first.usage.seconds = 1.0
     assert first == second
-    assert replace(first).conduct is first.conduct
+    assert replace(first).usage is first.usage

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from cfsp_framework import Allocator, BlockSummary, Budget, PruningPlan
 from cfsp_framework.api.records import BlockPlan, CalibrationIdentity, ModelIdentity
 from cfsp_framework.errors import ConfigError, PlanError, PluginError
-from cfsp_framework.host.registry import Chosen, Origin
+from cfsp_framework.host.registry import ConfiguredComponent, Origin
 from cfsp_framework.pruning.planning import (
     allocate,
     channel_ratio,
@@ -284,9 +284,11 @@ class Fixed(Allocator):
         return self.coarse
 
 
-def fixed(answer: object, coarse: object = None) -> Chosen[Allocator]:
+def fixed(answer: object, coarse: object = None) -> ConfiguredComponent[Allocator]:
     # not validated: the answers that plugins give include those that pydantic would not let through
-    return Chosen(Fixed.model_construct(answer=answer, coarse=coarse), Origin("acme", "acme-pruning", "1.0"))
+    return ConfiguredComponent(
+        Fixed.model_construct(answer=answer, coarse=coarse), Origin("acme", "acme-pruning", "1.0")
+    )
 
 
 def summaries(widths: Sequence[int]) -> list[BlockSummary]:

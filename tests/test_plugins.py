@@ -20,7 +20,7 @@ import cfsp_framework
 from cfsp_framework import BlockStatistics, Collector, Criterion, FeedForward, Statistic
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginError, PluginWarning, did_you_mean
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.registry import Chosen, Origin, Plugins
+from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
 from cfsp_framework.statistics import ANGULAR_DISTANCE, DOWN_INPUT_SQUARES
 
 if TYPE_CHECKING:
@@ -466,15 +466,15 @@ def test_what_a_component_raises_is_blamed_on_it() -> None:
     chosen = load_plugins().criteria.create("magnitude", {})
     with (
         pytest.raises(PluginError, match=r"^criterion 'magnitude' \(plugin .*\) failed in score\(\): KeyError: 'x'\.$"),
-        chosen.blamed("score()"),
+        chosen.call_component("score()"),
     ):
         raise KeyError("x")
 
 
 @pytest.mark.parametrize("error", [ModelError("unusable"), MemoryError(), KeyboardInterrupt()])
 def test_what_is_not_the_component_s_fault_passes_unchanged(error: BaseException) -> None:
-    chosen: Chosen[Criterion] = load_plugins().criteria.create("magnitude", {})
-    with pytest.raises(type(error)) as caught, chosen.blamed("score()"):
+    chosen: ConfiguredComponent[Criterion] = load_plugins().criteria.create("magnitude", {})
+    with pytest.raises(type(error)) as caught, chosen.call_component("score()"):
         raise error
     assert caught.value is error
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.cli.main import cli
-from cfsp_framework.engine.replay import Passage
+from cfsp_framework.engine.replay import ForwardOptions
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
 from cfsp_framework.runtime.distributed import SOLO, Ranks, is_first, join_ranks
@@ -60,20 +60,20 @@ for name, words in commands.items():
 # Stops a run when two blocks are measured, with hidden states kept by the first process alone.
 STOP = """
 from cfsp_framework import CfspError, hookimpl
-from cfsp_framework.engine.cache import KeptCollection
+from cfsp_framework.engine.cache import MeasurementCache
 
-own = KeptCollection.store
+own = MeasurementCache.store
 
 def store(self, index, measured, batches):
     self._worth_it = lambda _: True
     own(self, index, measured, batches)
     if index == 1:
-        KeptCollection.store = own  # the next command is left alone
+        MeasurementCache.store = own  # the next command is left alone
         if not self._ranks.first:
             self._hidden.unlink()
         raise CfspError("stopped")
 
-KeptCollection.store = store
+MeasurementCache.store = store
 
 @hookimpl
 def cfsp_run_finished(result):
@@ -456,5 +456,5 @@ class _Second(Ranks):
 def test_a_process_without_a_window_to_evaluate(make_model: MakeModel) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_model("llama"))
     data = EvaluationSet("text", torch.arange(3, 35)[None], 1.0)
-    found = perplexity(model, data, Progress(), Passage(ranks=_Second(1, 2)))
+    found = perplexity(model, data, Progress(), ForwardOptions(ranks=_Second(1, 2)))
     assert found.nll == 1.5

@@ -35,8 +35,8 @@ from cfsp_framework.recovery import recover as recovery_module
 from cfsp_framework.recovery.lora import adapter_config, add_adapters, merge, remove_adapters
 from cfsp_framework.recovery.recover import plan_recovery
 from cfsp_framework.recovery.targets import adapted, trainable_blocks, trained_precision
-from cfsp_framework.recovery.trainer import Course, divergence, train
-from cfsp_framework.run.context import Bench, set_up
+from cfsp_framework.recovery.trainer import TrainerSettings, divergence, train
+from cfsp_framework.run.context import RunContext, set_up
 from cfsp_framework.runtime.progress import Progress
 from cfsp_plugins.recovery import Full, IgLora, UniformLora, spread_ranks, unit_of_rank
 
@@ -228,7 +228,7 @@ def pruned(
     return make
 
 
-def opened(folder: Path, **options: Any) -> tuple[Bench, PruningPlan]:
+def opened(folder: Path, **options: Any) -> tuple[RunContext, PruningPlan]:
     """A pruned model as ``cfsp recover`` opens it."""
     plan, _ = read_pruned(folder)
     given = {"recovery": "ig-lora:rank=4", "seqlen": 32, "device": "cpu", **options}
@@ -240,9 +240,9 @@ def opened(folder: Path, **options: Any) -> tuple[Bench, PruningPlan]:
 def test_adapters_lie_exactly_where_they_are_meant_to(
     family: str, attention: bool, pruned: Callable[[str], Path]
 ) -> None:
-    bench, plan = opened(pruned(family), recovery=f"ig-lora:rank=4,min_rank=0,attention={attention}".lower())
-    decoder, blocks = bench.decoder, trainable_blocks(bench.decoder, plan)
-    wanted = bench.selection.recovery.component.schedule((), plan, blocks)
+    context, plan = opened(pruned(family), recovery=f"ig-lora:rank=4,min_rank=0,attention={attention}".lower())
+    decoder, blocks = context.decoder, trainable_blocks(context.decoder, plan)
+    wanted = context.selection.recovery.component.schedule((), plan, blocks)
     assert wanted is not None
     wanted = wanted.model_copy(update={"blocks": (wanted.blocks[0].model_copy(update={"rank": 0}), *wanted.blocks[1:])})
     matrices = adapted(decoder, wanted, blocks)
@@ -275,8 +275,8 @@ def test_adapters_lie_exactly_where_they_are_meant_to(
 def test_a_pattern_that_matches_nothing_is_noticed(
     pruned: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, plan = opened(pruned("llama"))
-    task = plan_recovery_on_text(bench, plan)
+    context, plan = opened(pruned("llama"))
+    task = plan_recovery_on_text(context, plan)
     own = adapter_config
 
     def wrong(*given: Any) -> Any:
@@ -286,43 +286,43 @@ def test_a_pattern_that_matches_nothing_is_noticed(
 
     monkeypatch.setattr("cfsp_framework.recovery.lora.adapter_config", wrong)
     with pytest.raises(CfspError, match=r"rank and alpha \(1, .*where \("):
-        add_adapters(bench.decoder, task.matrices)
+        add_adapters(context.decoder, task.matrices)
     again, _ = opened(pruned("llama"))
     with pytest.raises(ConfigError, match=r"peft does not adapt this llama model as meant .* choose --recovery full"):
         plan_recovery_on_text(again, plan)
 
 
-def plan_recovery_on_text(bench: Bench, plan: PruningPlan) -> recovery_module.RecoveryTask:
+def plan_recovery_on_text(context: RunContext, plan: PruningPlan) -> recovery_module.RecoveryTask:
     """What the bench's scheduler wants, on the text the model was calibrated on."""
     assert plan.calibration is not None
-    data = bench.config.recovery_data or plan.calibration.spec
-    task = plan_recovery(replace(bench, config=bench.config.model_copy(update={"recovery_data": data})), plan)
+    data = context.config.recovery_data or plan.calibration.spec
+    task = plan_recovery(replace(context, config=context.config.model_copy(update={"recovery_data": data})), plan)
     assert task is not None
     return task
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", *EXPERTS])
 def test_merging_gives_what_the_adapters_gave(family: str, pruned: Callable[[str], Path]) -> None:
-    bench, plan = opened(pruned(family))
-    learner = add_adapters(bench.decoder, plan_recovery_on_text(bench, plan).matrices)
+    context, plan = opened(pruned(family))
+    learner = add_adapters(context.decoder, plan_recovery_on_text(context, plan).matrices)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in learner.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
-        before = bench.decoder.model(IDS).logits
+        before = context.decoder.model(IDS).logits
         merge(learner)
-        after = bench.decoder.model(IDS).logits
+        after = context.decoder.model(IDS).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-    assert not any("lora" in name for name, _ in bench.decoder.model.named_modules())
+    assert not any("lora" in name for name, _ in context.decoder.model.named_modules())
 
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_every_expert_gets_adapters_of_its_blocks_rank(family: str, pruned: Callable[[str], Path]) -> None:
-    bench, plan = opened(pruned(family))
-    task = plan_recovery_on_text(bench, plan)
-    blocks = trainable_blocks(bench.decoder, plan)
-    learner = add_adapters(bench.decoder, task.matrices)
+    context, plan = opened(pruned(family))
+    task = plan_recovery_on_text(context, plan)
+    blocks = trainable_blocks(context.decoder, plan)
+    learner = add_adapters(context.decoder, task.matrices)
     ranks = {one.block: one.rank for one in task.plan.blocks}
     expected = sum(ranks[b.block] * unit_of_rank(shape) for b in blocks for shape in b.feed_forward.values())
     assert sum(p.numel() for p in learner.parameters() if p.requires_grad) == expected
@@ -331,12 +331,12 @@ def test_every_expert_gets_adapters_of_its_blocks_rank(family: str, pruned: Call
 
 def test_precision_comes_back_and_what_was_not_trained_with_it(make_model: MakeModel) -> None:
     model = make_model("llama", dtype="bfloat16")
-    bench = set_up(RunConfig.build(model=str(model), device="cpu"), Progress(), planned=True)
-    before = {name: tensor.clone() for name, tensor in bench.decoder.model.state_dict().items()}
+    context = set_up(RunConfig.build(model=str(model), device="cpu"), Progress(), planned=True)
+    before = {name: tensor.clone() for name, tensor in context.decoder.model.state_dict().items()}
     plan = RecoveryPlan(blocks=(BlockRecovery(block=0, rank=1),))
-    with trained_precision(bench.decoder, plan):
-        assert {parameter.dtype for parameter in bench.decoder.model.parameters()} == {torch.float32}
-    for name, tensor in bench.decoder.model.state_dict().items():
+    with trained_precision(context.decoder, plan):
+        assert {parameter.dtype for parameter in context.decoder.model.parameters()} == {torch.float32}
+    for name, tensor in context.decoder.model.state_dict().items():
         assert tensor.dtype == before[name].dtype
         assert torch.equal(tensor, before[name])
 
@@ -470,8 +470,8 @@ def test_recover_lowers_the_loss_and_says_so(
     assert found["recovered"]["nll"] < found["pruned"]["nll"] - 0.1
     assert found["dense"] is None
     plan = RecoveryPlan.model_validate_json((out / "recovery_plan.json").read_text())
-    bench, pruning = opened(out)
-    sizes = [3 * (bench.decoder.config.hidden_size + len(entry.kept)) for entry in pruning.blocks]
+    context, pruning = opened(out)
+    sizes = [3 * (context.decoder.config.hidden_size + len(entry.kept)) for entry in pruning.blocks]
     spent = sum(one.rank * size for one, size in zip(plan.blocks, sizes, strict=True))
     assert told["recovery"]["parameters"] == spent
     assert told["recovery"]["ranks"] == [one.rank for one in plan.blocks]
@@ -489,16 +489,16 @@ def test_recover_lowers_the_loss_and_says_so(
 def test_the_first_loss_is_the_models_own(
     pruned: Callable[[str], Path], calibration_text: Path, tmp_path: Path
 ) -> None:
-    bench, plan = opened(pruned("llama"), recovery_data=str(calibration_text), recovery_steps=1)
-    task = plan_recovery_on_text(bench, plan)
+    context, plan = opened(pruned("llama"), recovery_data=str(calibration_text), recovery_steps=1)
+    task = plan_recovery_on_text(context, plan)
     one = replace(task.data, train=task.data.train[:4])
-    add_adapters(bench.decoder, task.matrices)
-    course = Course(tmp_path, torch.device("cpu"), batch_sequences=4, seqlen=32)
+    add_adapters(context.decoder, task.matrices)
+    course = TrainerSettings(tmp_path, torch.device("cpu"), batch_sequences=4, seqlen=32)
     with torch.no_grad():
         ids = torch.stack([example.ids for example in one.train])
-        logits = bench.decoder.model(ids).logits[:, :-1]
+        logits = context.decoder.model(ids).logits[:, :-1]
         expected = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
-    [point] = train(bench.decoder.model, task.plan, one, course).curve
+    [point] = train(context.decoder.model, task.plan, one, course).curve
     assert point.loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -786,18 +786,18 @@ def test_streams_are_refused(make_model: MakeModel, calibration_text: Path, tmp_
 def test_a_schedulers_plan_that_does_not_fit_is_its_fault(
     changes: Mapping[str, Any], message: str, pruned: Callable[[str], Path]
 ) -> None:
-    bench, plan = opened(pruned("llama"))
-    blocks = trainable_blocks(bench.decoder, plan)
+    context, plan = opened(pruned("llama"))
+    blocks = trainable_blocks(context.decoder, plan)
     wanted = UniformLora(rank=2).schedule((), plan, blocks)
     assert wanted is not None
     with pytest.raises(PluginError, match=message):
-        recovery_module.check_schedule(bench.selection.recovery, wanted.model_copy(update=dict(changes)), blocks)
+        recovery_module.check_schedule(context.selection.recovery, wanted.model_copy(update=dict(changes)), blocks)
 
 
 def test_adapters_can_be_taken_out_again(pruned: Callable[[str], Path]) -> None:
-    bench, plan = opened(pruned("llama"))
+    context, plan = opened(pruned("llama"))
     with torch.no_grad():
-        before = bench.decoder.model(IDS).logits
-        learner = add_adapters(bench.decoder, plan_recovery_on_text(bench, plan).matrices)
+        before = context.decoder.model(IDS).logits
+        learner = add_adapters(context.decoder, plan_recovery_on_text(context, plan).matrices)
         remove_adapters(learner)
-        assert torch.equal(bench.decoder.model(IDS).logits, before)
+        assert torch.equal(context.decoder.model(IDS).logits, before)

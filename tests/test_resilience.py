@@ -30,7 +30,7 @@ from cfsp_framework.errors import (
     deprecation,
 )
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.sandbox import Conduct, contained, survived, tensor_problem
+from cfsp_framework.host.sandbox import PluginUsage, sandboxed, tensor_problem, warn_on_error
 
 ORIGIN = "plugin 'acme' of acme-pruning 1.0"
 
@@ -438,7 +438,7 @@ def test_ctrl_c_says_whose_code_was_running(install: Install, run: Callable[...,
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), ConfigError("mine")])
 def test_running_out_of_memory_is_nobody_s_bug(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, contained("me", "score()"):
+    with pytest.raises(type(error)) as caught, sandboxed("me", "score()"):
         raise error
     assert caught.value is error
 
@@ -447,33 +447,33 @@ def test_running_out_of_memory_is_nobody_s_bug(error: BaseException) -> None:
 
 
 def test_time_adds_up_and_views_share_what_is_written_to() -> None:
-    conduct, weight = Conduct(), torch.zeros(4, 4)
+    usage, weight = PluginUsage(), torch.zeros(4, 4)
     with (
         pytest.raises(PluginError, match=r"^me wrote to `rows` in"),
-        contained("me", "score()", conduct=conduct, lent={"rows": weight[1:].detach(), "none": None}),
+        sandboxed("me", "score()", usage=usage, read_only_inputs={"rows": weight[1:].detach(), "none": None}),
     ):
         weight.add_(1)
-    with contained("me", "score()", conduct=conduct, lent={"rows": weight}):
+    with sandboxed("me", "score()", usage=usage, read_only_inputs={"rows": weight}):
         weight.clone().add_(1)
-    assert conduct.seconds > 0
+    assert usage.seconds > 0
 
 
 def test_tensors_of_inference_mode_are_not_watched() -> None:
     with torch.inference_mode():
         weight = torch.zeros(2)
-    with contained("me", "score()", lent={"weight": weight}):
+    with sandboxed("me", "score()", read_only_inputs={"weight": weight}):
         pass
 
 
 def test_what_survives_is_warned_about_once() -> None:
-    conduct, told = Conduct(), list[list[str]]()
+    usage, told = PluginUsage(), list[list[str]]()
     for _ in range(3):
-        with warnings.catch_warnings(record=True) as caught, survived(conduct):
+        with warnings.catch_warnings(record=True) as caught, warn_on_error(usage):
             warnings.simplefilter("always")
             raise CfspError("boom")
         told.append([str(warning.message) for warning in caught])
     assert told == [["boom The run goes on."], [], []]
-    with pytest.raises(KeyboardInterrupt), survived():
+    with pytest.raises(KeyboardInterrupt), warn_on_error():
         raise KeyboardInterrupt
 
 

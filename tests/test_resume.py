@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cfsp_framework import Criterion, RunConfig, Update
-from cfsp_framework.engine.cache import KeptCollection
+from cfsp_framework.engine.cache import MeasurementCache
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
-from cfsp_framework.engine.replay import Batch, Passage
+from cfsp_framework.engine.replay import Batch, ForwardOptions
 from cfsp_framework.errors import OutputError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only, prune
@@ -98,7 +98,7 @@ def around_writing(owner, attribute, name=None):
         moment(f"{called}, after")
     setattr(owner, attribute, wrapped)
 
-resume.KeptCollection._worth_it = lambda *_: True
+resume.MeasurementCache._worth_it = lambda *_: True
 around(collect, "measure_block", "measuring")
 around(collect, "embed", "embedding")
 around_writing(safetensors.torch, "save_file")  # what --resume keeps
@@ -440,9 +440,9 @@ class Collection:
         with pytest.raises(KeyboardInterrupt):
             self.run(stop=stop, **options)
 
-    def _collect(self, windows: Tensor, finished: KeptCollection | None) -> Measured:
+    def _collect(self, windows: Tensor, finished: MeasurementCache | None) -> Measured:
         plugins = load_plugins()
-        criterion = Chosen[Criterion](Marks(), plugins.criteria.origin("cfsp"))
+        criterion = ConfiguredComponent[Criterion](Marks(), plugins.criteria.origin("cfsp"))
         collectors = plugins.collectors_for(criterion.component.required())
         return collect(
             self.decoder,
@@ -450,7 +450,7 @@ class Collection:
             {"criterion": criterion},
             collectors,
             curves={"criterion": ("criterion", "compensated")},
-            passage=Passage(batch_size=2),
+            forward_options=ForwardOptions(batch_size=2),
             seed=0,
             progress=Progress(),
             finished=finished,
@@ -463,7 +463,7 @@ class Collection:
         return found
 
 
-class _Until(KeptCollection):
+class _Until(MeasurementCache):
     """Keeps no hidden states from some block on."""
 
     def __init__(self, last: int, *arguments: Any, **options: Any) -> None:
@@ -844,7 +844,7 @@ def test_keeping_hidden_states_takes_less_than_a_twentieth_of_the_time(
 
     monkeypatch.setattr("cfsp_framework.engine.cache.time", clock)
     monkeypatch.setattr("cfsp_framework.engine.cache.save_aside", write)
-    kept = KeptCollection(tmp_path, "key")
+    kept = MeasurementCache(tmp_path, "key")
     count = 20_000 if block < 1 else 200
     kept.load(count)
     kept.resume(batches)
@@ -865,7 +865,7 @@ def test_a_first_writing_is_judged_by_a_guess_and_the_next_by_the_last(
     clock = _Clock()
     monkeypatch.setattr("cfsp_framework.engine.cache.time", clock)
     batches = [Batch(torch.zeros(10**7), ())]  # 0.2 seconds at the speed that is guessed
-    kept = KeptCollection(tmp_path, "key")
+    kept = MeasurementCache(tmp_path, "key")
 
     def worth(after: float) -> bool:
         clock.now += after

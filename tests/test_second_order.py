@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from cfsp_framework import HELD_OUT_EVERY, Accumulator, BlockStatistics, Collector, Criterion, Site, Statistic
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summarise
 from cfsp_framework.engine.gradients import measure_gradients
-from cfsp_framework.engine.measure import Tally, Tokens, Window, measure_block
-from cfsp_framework.engine.replay import Passage, embed
+from cfsp_framework.engine.measure import CollectorState, TokenCounts, Window, measure_block
+from cfsp_framework.engine.replay import ForwardOptions, embed
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.registry import Chosen, Origin, Plugins
+from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import SingleBank
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.runtime.distributed import SOLO
 from cfsp_framework.runtime.progress import Progress
@@ -103,14 +103,14 @@ def collected(
     after: Callable[[Window], None] | None = None,
 ) -> Tensor:
     """The statistic after these windows, as the host asks for it; ``after`` is called with each once it was shown."""
-    tally, tokens = Tally(Chosen(collector, Origin("test"))), Tokens()
+    state, tokens = CollectorState(ConfiguredComponent(collector, Origin("test"))), TokenCounts()
     for number, (window_in, window_out) in enumerate(zip(inputs, outputs, strict=True)):
         window = Window(number, window_in, window_out)
         tokens.add(window)
-        tally.add(window)
+        state.add(window)
         if after is not None:
             after(window)
-    return tally.value(tokens, "block 0", SOLO)
+    return state.value(tokens, "block 0", SOLO)
 
 
 def assert_products(found: Tensor, left: Tensor, right: Tensor) -> None:
@@ -224,7 +224,7 @@ def test_collecting_keeps_no_hold_of_the_activations(collector: Collector) -> No
 def measured(decoder: Decoder, plugins: Plugins, windows: Tensor, batch_size: int) -> list[BlockStatistics]:
     """Every second-order statistic of every block of the dense model."""
     collectors = plugins.collectors_for(SECOND_ORDER)
-    batches = embed(decoder, windows, Passage(batch_size=batch_size))
+    batches = embed(decoder, windows, ForwardOptions(batch_size=batch_size))
     found: list[BlockStatistics] = []
     for index in range(len(decoder.blocks)):
         (statistics,) = measure_block(decoder, index, batches, collectors)
@@ -234,9 +234,9 @@ def measured(decoder: Decoder, plugins: Plugins, windows: Tensor, batch_size: in
 
 def down_projection(decoder: Decoder, index: int) -> nn.Module:
     """The module whose input are the channel activations of block ``index``."""
-    (bank,) = decoder.banks(index)
-    assert isinstance(bank, SingleBank)
-    return bank.down
+    (module,) = decoder.feed_forward_modules(index)
+    assert isinstance(module, DenseFeedForward)
+    return module.down
 
 
 @torch.no_grad()
@@ -349,12 +349,12 @@ def test_only_one_block_s_heavy_statistics_are_held_at_a_time(
 ) -> None:
     llama = open_tiny(make_model("llama"))[1]
     Remembered.alive.clear()
-    criterion: Chosen[Criterion] = plugins.criteria.create("magnitude", {})
+    criterion: ConfiguredComponent[Criterion] = plugins.criteria.create("magnitude", {})
     collect(
         llama,
         WINDOWS,
         {"magnitude": criterion},
-        [Chosen(Remembered(), Origin("test"))],
+        [ConfiguredComponent(Remembered(), Origin("test"))],
         seed=0,
         progress=Progress(),
     )
@@ -450,7 +450,7 @@ def collected_for(
     decoder: Decoder, plugins: Plugins, name: str, options: dict[str, object], more: frozenset[Statistic] = frozenset()
 ) -> tuple[FeedForwardMeasurement, ...]:
     """What one pass gives for a criterion."""
-    criterion: Chosen[Criterion] = plugins.criteria.create(name, options)
+    criterion: ConfiguredComponent[Criterion] = plugins.criteria.create(name, options)
     collectors = plugins.collectors_for(criterion.component.required() | more)
     return collect(decoder, WINDOWS, {name: criterion}, collectors, seed=0, progress=Progress())
 

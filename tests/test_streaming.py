@@ -30,10 +30,10 @@ from cfsp_framework.config import layered
 from cfsp_framework.data.windows import PADDING
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.engine.hidden_states import allocate
-from cfsp_framework.engine.replay import Passage
+from cfsp_framework.engine.replay import ForwardOptions
 from cfsp_framework.errors import ModelError, OutputError, ResourceError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.registry import Chosen, Plugins
+from cfsp_framework.host.registry import ConfiguredComponent, Plugins
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.modeling.streaming import Shards, Streamed
@@ -248,7 +248,7 @@ def test_evaluation_is_the_same(model: str, make_model: MakeModel, calibration_t
 class Watched:
     """Which blocks had parameters whenever a block ran, and how often each block was read."""
 
-    resident: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    loaded: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     reads: list[int] = field(default_factory=list)
     models: list[Streamed] = field(default_factory=list)
 
@@ -274,7 +274,7 @@ def watching(monkeypatch: pytest.MonkeyPatch, *, ahead: bool) -> Generator[Watch
             def hear(*_: object) -> None:
                 if self._coming is not None:
                     self._coming[1].result()  # else it depends on the threads which blocks are there
-                seen.resident.append((index, self.there()))
+                seen.loaded.append((index, self.there()))
 
             return hear
 
@@ -295,8 +295,8 @@ def test_one_block_is_there_at_a_time(
     options: dict[str, object] = {"compensator": FEW_STEPS} if preset == "cfsp-refined" else {}
     with watching(monkeypatch, ahead=False) as seen:
         run(model, tmp_path / "out", calibration_text, preset, stream=True, **options)
-    assert {index for index, _ in seen.resident} == set(range(5))
-    assert all(there == {index} for index, there in seen.resident)
+    assert {index for index, _ in seen.loaded} == set(range(5))
+    assert all(there == {index} for index, there in seen.loaded)
     assert seen.reads == list(range(5)) * 5, "perplexity, measuring, cutting, logits and perplexity of the result"
     assert all(not model.there() for model in seen.models)  # type: ignore[attr-defined]
 
@@ -316,8 +316,8 @@ def test_reading_ahead_is_the_same_with_two_blocks_there(
             stream=True,
         )
     compare(plain, ahead)
-    assert all(index in there <= {index, index + 1} for index, there in seen.resident)
-    assert any(len(there) == 2 for _, there in seen.resident)
+    assert all(index in there <= {index, index + 1} for index, there in seen.loaded)
+    assert any(len(there) == 2 for _, there in seen.loaded)
     assert seen.reads == list(range(5)) * 5, "nothing is read for nothing"
 
 
@@ -329,13 +329,13 @@ def parameters_there(decoder: Decoder) -> list[int]:
 def test_blocks_in_any_order(ahead: bool, make_model: MakeModel, open_tiny: Open) -> None:
     folder = make_model("llama", num_hidden_layers=5)
     whole, (loaded, decoder) = open_tiny(folder)[1], open_tiny(folder, stream=True)
-    resident = Streamed(loaded.model, folder, decoder.architecture.blocks, torch.device("cpu"), ahead=ahead)
+    streamed = Streamed(loaded.model, folder, decoder.architecture.blocks, torch.device("cpu"), ahead=ahead)
     for index in (3, 0, 1, 1, 4, 2):
-        with resident(index):
+        with streamed(index):
             own = dict(decoder.blocks[index].named_parameters())
             assert same(own, dict(whole.blocks[index].named_parameters()))
             assert len(set(parameters_there(decoder)) - {index}) <= ahead
-    resident.close()
+    streamed.close()
     assert parameters_there(decoder) == []
     assert all(parameter.is_meta for parameter in decoder.model.parameters())
     assert [p.shape for p in decoder.model.parameters()] == [p.shape for p in whole.model.parameters()]
@@ -344,13 +344,13 @@ def test_blocks_in_any_order(ahead: bool, make_model: MakeModel, open_tiny: Open
 def test_a_block_that_fails_is_let_go(make_model: MakeModel, open_tiny: Open) -> None:
     folder = make_model("llama")
     loaded, decoder = open_tiny(folder, stream=True)
-    resident = Streamed(loaded.model, folder, decoder.architecture.blocks, torch.device("cpu"))
+    streamed = Streamed(loaded.model, folder, decoder.architecture.blocks, torch.device("cpu"))
 
     def fail() -> None:
         assert parameters_there(decoder) == [1]
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), resident(1):
+    with pytest.raises(ZeroDivisionError), streamed(1):
         fail()
     assert parameters_there(decoder) == []
 
@@ -619,13 +619,13 @@ def measured(
     decoder: Decoder, plugins: Plugins, windows: Tensor, skip: frozenset[int] = frozenset(), batch_size: int = 2
 ) -> tuple[Sequence[FeedForwardMeasurement], list[float]]:
     """The light statistics of every feed-forward, and what the criterion saw of the heavy one."""
-    criterion = Chosen[Criterion](Flat(), plugins.criteria.origin("cfsp"))
+    criterion = ConfiguredComponent[Criterion](Flat(), plugins.criteria.origin("cfsp"))
     found = collect(
         decoder,
         windows,
         {"flat": criterion},
         plugins.collectors_for(Flat.requires),
-        passage=Passage(batch_size, skip),
+        forward_options=ForwardOptions(batch_size, skip),
         seed=0,
         progress=Progress(),
     )

@@ -18,9 +18,9 @@ from cfsp_framework.engine.measure import measure_block
 from cfsp_framework.engine.replay import embed
 from cfsp_framework.errors import PlanError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.registry import Chosen, Plugins
+from cfsp_framework.host.registry import ConfiguredComponent, Plugins
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import SingleBank
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pruning.compensation import FirstPass
 from cfsp_framework.pruning.planning import plan_blocks
@@ -43,10 +43,10 @@ def nothing(index: int, kept: Sequence[Tensor]) -> list[Update]:
     return [Update() for _ in kept]
 
 
-def bank(decoder: Decoder, index: int) -> SingleBank:
+def module_of(decoder: Decoder, index: int) -> DenseFeedForward:
     """Block ``index``'s only feed-forward."""
-    (found,) = decoder.banks(index)
-    assert isinstance(found, SingleBank)
+    (found,) = decoder.feed_forward_modules(index)
+    assert isinstance(found, DenseFeedForward)
     return found
 
 
@@ -61,7 +61,7 @@ def zero_removed(decoder: Decoder, plan: PruningPlan) -> None:
     """Silence the removed channels of the dense model."""
     for index, block in enumerate(plan.blocks):
         removed = sorted(set(range(block.width)) - set(block.kept))
-        bank(decoder, index).down.weight[:, removed] = 0
+        module_of(decoder, index).down.weight[:, removed] = 0
 
 
 def test_a_cut_model_is_the_dense_one_with_removed_columns_zeroed(
@@ -90,7 +90,7 @@ def test_widths_are_right_wherever_a_module_or_the_configuration_keeps_them(
         gate = feed_forward.gate
         assert gate is not None
         assert feed_forward.width == len(feed_forward.up) == len(gate) == width
-        for name, linear in bank(decoder, index).projections.items():
+        for name, linear in module_of(decoder, index).projections.items():
             assert isinstance(linear, nn.Linear)
             assert linear.weight.shape == (linear.out_features, linear.in_features)
             assert linear.weight.is_contiguous()
@@ -156,10 +156,10 @@ def test_permuting_the_channels_permutes_the_plan(
     orders = permute_channels(permuted)
     torch.testing.assert_close(logits(permuted), logits(original), rtol=1e-4, atol=1e-5)
 
-    criteria: dict[str, Chosen[Criterion]] = {
+    criteria: dict[str, ConfiguredComponent[Criterion]] = {
         name: plugins.criteria.create(name, {}) for name in plugins.criteria if name != "random"
     }
-    allocator: Chosen[Allocator] = plugins.allocators.create("cfsp", {})
+    allocator: ConfiguredComponent[Allocator] = plugins.allocators.create("cfsp", {})
     required = allocator.component.required().union(*(c.component.required() for c in criteria.values()))
     plans = []
     for decoder in (original, permuted):
@@ -249,7 +249,7 @@ def test_bias_gives_back_what_removed_channels_gave_on_average(
     folder = make_model(family)
     (_, cut), (_, dense), (_, untouched) = (open_tiny(folder) for _ in range(3))
     plan = make_plan(cut, (40, 64, 24))  # the second block loses nothing
-    compensator: Chosen[Compensator] = plugins.compensators.create("bias", {})
+    compensator: ConfiguredComponent[Compensator] = plugins.compensators.create("bias", {})
     found = collect(
         cut,
         WINDOWS,
@@ -261,18 +261,18 @@ def test_bias_gives_back_what_removed_channels_gave_on_average(
     statistics = {(measured.block, measured.path): measured.statistics for measured in found}
     apply_plan(cut, plan, FirstPass(cut, statistics, compensator, seed=0))
 
-    native = bank(dense, 0).down.bias is not None
+    native = module_of(dense, 0).down.bias is not None
     for index, block in enumerate(plan.blocks):
         removed = sorted(set(range(block.width)) - set(block.kept))
-        down = bank(dense, index).down
+        down = module_of(dense, index).down
         lost = down.weight.detach()[:, removed] @ statistics[index, block.path][DOWN_INPUT_MEAN][removed]
         down.bias = nn.Parameter(lost if down.bias is None else down.bias.detach() + lost)
     zero_removed(dense, plan)
     torch.testing.assert_close(logits(cut), logits(dense), rtol=1e-4, atol=1e-5)
     assert added_biases(cut.config) == ([] if native else ["mlp.down_proj"])
-    assert all(bank(cut, index).down.bias is not None for index in range(3))
+    assert all(module_of(cut, index).down.bias is not None for index in range(3))
     if not native:
-        assert torch.equal(bank(cut, 1).down.bias, torch.zeros(32))
+        assert torch.equal(module_of(cut, 1).down.bias, torch.zeros(32))
 
     outputs = [record_output(decoder, 0).mean((0, 1)) for decoder in (cut, untouched)]  # the same stream enters there
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
@@ -302,7 +302,7 @@ def record_output(decoder: Decoder, index: int) -> Tensor:
     def hear(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         outputs.append(output)
 
-    handle = bank(decoder, index).down.register_forward_hook(hear)
+    handle = module_of(decoder, index).down.register_forward_hook(hear)
     logits(decoder)
     handle.remove()
     return outputs[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cfsp_framework.ablation.results import Agreement
-from cfsp_framework.api.records import bank_path
+from cfsp_framework.api.records import feed_forward_path
 from cfsp_framework.engine.collect import FeedForwardMeasurement
 
 
@@ -37,7 +37,7 @@ def scored(found: Mapping[str, tuple[str, Sequence[FeedForwardMeasurement]]]) ->
 def agreements(seed: int, feed_forwards: Sequence[Scored], ratios: Sequence[float]) -> list[Agreement]:
     """One row for each pair of criteria and each feed-forward; experts of a mixture are averaged into one."""
     found: list[Agreement] = []
-    for (block, path), members in groupby(feed_forwards, key=lambda one: (one.block, bank_path(one.path))):
+    for (block, path), members in groupby(feed_forwards, key=lambda one: (one.block, feed_forward_path(one.path))):
         matrices: list[tuple[Tensor, dict[float, Tensor]]] = []
         names: list[str] = []
         for one in members:

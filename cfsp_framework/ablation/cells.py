@@ -35,7 +35,7 @@ from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.pipeline import cutting_phase, evaluate, make_plan, narrow, schedule
 from cfsp_framework.recovery.recover import train_model
 from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics, versions
-from cfsp_framework.run.context import Bench, open_bench, open_evaluation_sets, open_windows, sequence_length
+from cfsp_framework.run.context import RunContext, open_context, open_evaluation_sets, open_windows, sequence_length
 from cfsp_framework.runtime.distributed import SOLO
 from cfsp_framework.runtime.progress import Progress
 
@@ -99,7 +99,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Made:
+class CellOutput:
     """What running a cell gave; a cell that failed may have no plan."""
 
     result: CellResult
@@ -108,7 +108,7 @@ class Made:
     """By phase."""
 
 
-class Workshop:
+class CellRunner:
     """The model, opened once, and the data: runs one cell after another and leaves no trace of any."""
 
     def __init__(
@@ -116,36 +116,36 @@ class Workshop:
     ) -> None:
         plugins = plugins or load_plugins(config.plugins)
         progress = progress or Progress()
-        bench = open_bench(config, plugins, select(config, plugins), progress, SOLO)
+        context = open_context(config, plugins, select(config, plugins), progress, SOLO)
         with progress.phase("calibrate"):
             # The same text is cut into windows for every seed and size, and may take long to tokenise.
-            tokenizer = _Remembering(bench.loaded.tokenizer)
-            self._drawing = replace(bench.loaded, tokenizer=tokenizer)
-            sets = open_evaluation_sets(config, bench.loaded)
-        self.bench = replace(bench, evaluation_sets=sets)
+            tokenizer = _Remembering(context.loaded.tokenizer)
+            self._drawing = replace(context.loaded, tokenizer=tokenizer)
+            sets = open_evaluation_sets(config, context.loaded)
+        self.context = replace(context, evaluation_sets=sets)
         self.extras = extras
         self._windows: dict[tuple[int, int], Tensor] = {}
 
-    def bench_of(self, config: RunConfig) -> Bench:
+    def context_of(self, config: RunConfig) -> RunContext:
         """The bench of one cell, as a run of it alone has it."""
-        selection = select(config, self.bench.plugins)
+        selection = select(config, self.context.plugins)
         windows: Tensor | None = None
         if selection.measures:
             place = config.seed, config.samples
             if place not in self._windows:
-                with self.bench.progress.phase("calibrate"):
+                with self.context.progress.phase("calibrate"):
                     self._windows[place] = open_windows(config, self._drawing)  # (N, T)
             windows = self._windows[place]
-        return replace(self.bench, config=config, selection=selection, windows=windows)
+        return replace(self.context, config=config, selection=selection, windows=windows)
 
-    def run(self, job: Job, collection: Collection) -> Made:
+    def run(self, job: Job, collection: Collection) -> CellOutput:
         """Run one cell; whatever goes wrong in it is its result."""
         start = time.perf_counter()
-        bench = replace(self.bench_of(job.config), progress=Progress())
+        context = replace(self.context_of(job.config), progress=Progress())
         try:
-            made = run_cell(bench, job, collection, self.extras)
+            made = run_cell(context, job, collection, self.extras)
         except Exception as error:  # noqa: BLE001  (a sweep of hours does not end for one cell)
-            made = Made(failed(bench.selection, job, one_line(error)), None, bench.progress.seconds)
+            made = CellOutput(failed(context.selection, job, one_line(error)), None, context.progress.seconds)
         result = made.result.model_copy(update={"seconds": round(time.perf_counter() - start, 4)})
         return replace(made, result=result)
 
@@ -165,36 +165,36 @@ class _Remembering:
         return self._known[text]
 
 
-def run_cell(bench: Bench, job: Job, collection: Collection, extras: Extras) -> Made:
+def run_cell(context: RunContext, job: Job, collection: Collection, extras: Extras) -> CellOutput:
     """A run as ``prune`` does it, without a checkpoint; the model is afterwards what it was."""
-    decoder, selection = bench.decoder, bench.selection
-    wanted = want(selection, bench.plugins)
+    decoder, selection = context.decoder, context.selection
+    wanted = want(selection, context.plugins)
     if problem := collection.problem(wanted):
-        return Made(failed(selection, job, problem), None, {})
+        return CellOutput(failed(selection, job, problem), None, {})
     measurements = collection.seen_by(wanted, selection)
     dense = ModelState.of(decoder)
     with restored(decoder, trained=trains(selection)):
-        plan = make_plan(bench, measurements)
-        task = schedule(bench, plan, measurements)
-        with bench.progress.phase(cutting_phase(bench)):
-            narrow(bench, plan, measurements)
+        plan = make_plan(context, measurements)
+        task = schedule(context, plan, measurements)
+        with context.progress.phase(cutting_phase(context)):
+            narrow(context, plan, measurements)
         if task:
-            train_model(bench, plan, task, Path())  # only an adapter that is kept would be written
+            train_model(context, plan, task, Path())  # only an adapter that is kept would be written
         parameters = measure_size(decoder.model).parameters
         result = CellResult(
             key=job.key,
             spec=spec_of(job.row, job.config, selection),
             status="done",
             channel_ratio=plan.achieved_ratio,
-            parameter_ratio=1 - parameters / bench.parameters,
+            parameter_ratio=1 - parameters / context.parameters,
             parameters=parameters,
             widths=plan.widths,
-            qualities=qualities(bench.evaluation_sets, evaluate(bench, decoder)),
-            tasks=score_tasks(bench, extras),
-            latency=measure_latency(bench, dense) if extras.latency else None,
+            qualities=qualities(context.evaluation_sets, evaluate(context, decoder)),
+            tasks=score_tasks(context, extras),
+            latency=measure_latency(context, dense) if extras.latency else None,
             command=job.command,
         )
-    return Made(result, plan, bench.progress.seconds)
+    return CellOutput(result, plan, context.progress.seconds)
 
 
 def failed(selection: Selection, job: Job, error: str) -> CellResult:
@@ -216,40 +216,40 @@ def qualities(data: Sequence[EvaluationSet], found: Sequence[Perplexity]) -> tup
     )
 
 
-def score_tasks(bench: Bench, extras: Extras) -> dict[str, dict[str, float]]:
+def score_tasks(context: RunContext, extras: Extras) -> dict[str, dict[str, float]]:
     """The metrics of every task for the model as it is now."""
     if not extras.tasks:
         return {}
     from cfsp_framework.evaluation.tasks import run_tasks
 
-    with bench.progress.phase("tasks"):
+    with context.progress.phase("tasks"):
         found = run_tasks(
-            bench.decoder.model,
-            bench.loaded.tokenizer,
+            context.decoder.model,
+            context.loaded.tokenizer,
             extras.tasks,
             task_data=extras.task_data,
             limit=extras.limit,
             fewshot=extras.fewshot,
-            batch_size=bench.config.batch_size,
+            batch_size=context.config.batch_size,
         )
     return {task.task: {name: metric.value for name, metric in task.metrics.items()} for task in found.tasks}
 
 
 @torch.no_grad()
-def measure_latency(bench: Bench, dense: ModelState) -> Latency:
+def measure_latency(context: RunContext, dense: ModelState) -> Latency:
     """Forwards of the cell's model and the dense one in turn, over one batch; the medians.
 
     A machine that slows down slows both.
     """
-    decoder, device = bench.decoder, bench.decoder.device
+    decoder, device = context.decoder, context.decoder.device
     cell = ModelState.of(decoder)
-    seqlen = sequence_length(bench.config, bench.loaded)
+    seqlen = sequence_length(context.config, context.loaded)
     size = max(1, tokens_per_batch(device) // seqlen)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(decoder.config.vocab_size, (size, seqlen), generator=draw).to(device)  # (B, T)
     own: list[float] = []
     before: list[float] = []
-    with bench.progress.phase("latency"):
+    with context.progress.phase("latency"):
         start = time.perf_counter()
         while len(own) <= LEAST_ROUNDS or time.perf_counter() - start < LATENCY_SECONDS:
             for state, seconds in ((cell, own), (dense, before)):
@@ -272,17 +272,21 @@ def _forward_seconds(decoder: Decoder, ids: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def dense_key(bench: Bench, extras: Extras) -> str:
+def dense_key(context: RunContext, extras: Extras) -> str:
     """A hash of all that decides what the dense model scores."""
-    told = {"model": bench.loaded.fingerprint, "versions": dict(library_versions()), "numerics": numerics(bench)[1:]}
-    return _hash(told | _evaluation(bench, extras))
+    told = {
+        "model": context.loaded.fingerprint,
+        "versions": dict(library_versions()),
+        "numerics": numerics(context)[1:],
+    }
+    return _hash(told | _evaluation(context, extras))
 
 
-def _evaluation(bench: Bench, extras: Extras) -> dict[str, object]:
+def _evaluation(context: RunContext, extras: Extras) -> dict[str, object]:
     """What decides how a model is evaluated."""
     scored = [*extras.tasks, str(extras.task_data), extras.limit, extras.fewshot]
     return {
-        "evaluation": [(one.spec, fingerprint_of(one.windows)) for one in bench.evaluation_sets],
+        "evaluation": [(one.spec, fingerprint_of(one.windows)) for one in context.evaluation_sets],
         "tasks": [*scored, version("lm_eval")] if extras.tasks else None,
     }
 
@@ -291,22 +295,22 @@ def _hash(told: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def cell_key(bench: Bench, extras: Extras) -> str:
+def cell_key(context: RunContext, extras: Extras) -> str:
     """A hash of all that decides a cell's result."""
-    config, selection = bench.config, bench.selection
+    config, selection = context.config, context.selection
     chosen = (selection.criterion, selection.allocator, selection.compensator, selection.recovery)
     told = {
-        "model": bench.loaded.fingerprint,
-        "windows": [fingerprint_of(bench.windows_to_select), fingerprint_of(bench.windows_to_compensate)],
+        "model": context.loaded.fingerprint,
+        "windows": [fingerprint_of(context.windows_to_select), fingerprint_of(context.windows_to_compensate)],
         "components": [identity_of(one) for one in (*chosen, *selection.collectors, *selection.second_pass)],
         "budget": [config.ratio, config.budget, config.round_to, config.rebalance],
         "samples": config.samples,
         "recovery": [config.model_dump(include=_OF_TRAINING), version("peft")] if trains(selection) else None,
         "latency": extras.latency,
         "versions": versions(selection),
-        "numerics": numerics(bench),
+        "numerics": numerics(context),
     }
-    return _hash(told | _evaluation(bench, extras))
+    return _hash(told | _evaluation(context, extras))
 
 
 def trains(selection: Selection) -> bool:

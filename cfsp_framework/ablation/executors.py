@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from cfsp_framework.ablation.cells import Extras, Job, Made, Workshop
+from cfsp_framework.ablation.cells import CellOutput, CellRunner, Extras, Job
 from cfsp_framework.ablation.measurements import Collection, CollectionFolder
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import CfspError, ConfigError
@@ -53,46 +53,46 @@ class Executor:
         if self.kind == "ray":
             _import_ray()
 
-    def run(self, work: Work, workshop: Workshop, collections: Path) -> Iterator[Made]:
+    def run(self, work: Work, runner: CellRunner, collections: Path) -> Iterator[CellOutput]:
         """Run every cell and yield what it gave, in the order they end."""
         if self.kind == "serial":
-            yield from (workshop.run(job, collection) for job, collection in work)
+            yield from (runner.run(job, collection) for job, collection in work)
             return
         everything = list(work)  # whatever is to be measured is measured now, with all cores
         if self.kind == "process":
-            yield from _run_processes(everything, self, workshop, collections)
+            yield from _run_processes(everything, self, runner, collections)
         else:
-            yield from _run_ray(everything, self, workshop)
+            yield from _run_ray(everything, self, runner)
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a worker needs to open a workshop of its own."""
+    """What a worker needs to open a runner of its own."""
 
     config: RunConfig
     extras: Extras
     threads: int
 
-    def open(self) -> Workshop:
+    def open(self) -> CellRunner:
         torch.set_num_threads(self.threads)
-        return Workshop(self.config, self.extras)
+        return CellRunner(self.config, self.extras)
 
 
-def _run_processes(work: Work, executor: Executor, workshop: Workshop, collections: Path) -> Iterator[Made]:
+def _run_processes(work: Work, executor: Executor, runner: CellRunner, collections: Path) -> Iterator[CellOutput]:
     """Processes that open the model themselves and read the collections from the folder."""
     threads = max(1, torch.get_num_threads() // executor.jobs)
-    setting = _Setting(workshop.bench.config, workshop.extras, threads)
+    setting = _Setting(runner.context.config, runner.extras, threads)
     context = get_context("spawn")
     places: Queue[str | None] = context.Queue()
     for number in range(executor.jobs):
-        places.put(_gpu(number) if workshop.bench.decoder.device.type == "cuda" else None)
+        places.put(_gpu(number) if runner.context.decoder.device.type == "cuda" else None)
     pool = ProcessPoolExecutor(executor.jobs, context, _begin, (setting, collections, places))
     try:
         yield from _drain(
             work,
             lambda one: pool.submit(_run_here, one[0], one[1].failures),
             _wait_here,
-            Future[Made].result,
+            Future[CellOutput].result,
             executor.jobs * _AHEAD,
         )
     except BrokenProcessPool:
@@ -104,7 +104,7 @@ def _run_processes(work: Work, executor: Executor, workshop: Workshop, collectio
         pool.shutdown(cancel_futures=True)
 
 
-def _wait_here(pending: set[Future[Made]]) -> tuple[set[Future[Made]], set[Future[Made]]]:
+def _wait_here(pending: set[Future[CellOutput]]) -> tuple[set[Future[CellOutput]], set[Future[CellOutput]]]:
     finished, left = wait(pending, return_when=FIRST_COMPLETED)
     return finished, left
 
@@ -122,7 +122,7 @@ class _Worker:
 
     setting: _Setting
     collections: Path
-    workshop: Workshop | None = None
+    runner: CellRunner | None = None
     collection: tuple[str, Collection] | None = None
 
 
@@ -146,18 +146,18 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run_here(job: Job, failures: Mapping[str, str]) -> Made:
+def _run_here(job: Job, failures: Mapping[str, str]) -> CellOutput:
     [worker] = _workers
-    if worker.workshop is None:
-        worker.workshop = worker.setting.open()
+    if worker.runner is None:
+        worker.runner = worker.setting.open()
     if worker.collection is None or worker.collection[0] != job.collection:
-        bench = worker.workshop.bench_of(job.config)
-        parts = CollectionFolder(worker.collections, bench, bench.windows_to_select).read()
+        context = worker.runner.context_of(job.config)
+        parts = CollectionFolder(worker.collections, context, context.windows_to_select).read()
         worker.collection = job.collection, Collection(tuple(parts), failures)
-    return worker.workshop.run(job, worker.collection[1])
+    return worker.runner.run(job, worker.collection[1])
 
 
-def _run_ray(work: Work, executor: Executor, workshop: Workshop) -> Iterator[Made]:
+def _run_ray(work: Work, executor: Executor, runner: CellRunner) -> Iterator[CellOutput]:
     """Ray's tasks; the collections are in its object store, the models are opened by its workers."""
     ray = _import_ray()
     local = executor.address is None and "RAY_ADDRESS" not in os.environ
@@ -171,10 +171,10 @@ def _run_ray(work: Work, executor: Executor, workshop: Workshop) -> Iterator[Mad
     try:
         cores = torch.get_num_threads() if local else int(ray.cluster_resources().get("CPU", 1))
         threads = max(1, cores // executor.jobs)
-        setting = ray.put(_Setting(workshop.bench.config, workshop.extras, threads))
+        setting = ray.put(_Setting(runner.context.config, runner.extras, threads))
         stored: dict[str, Any] = {}
         task = ray.remote(_run_on_ray).options(
-            num_cpus=1 if local else threads, num_gpus=1 if workshop.bench.decoder.device.type == "cuda" else 0
+            num_cpus=1 if local else threads, num_gpus=1 if runner.context.decoder.device.type == "cuda" else 0
         )
 
         def submit(one: tuple[Job, Collection]) -> Any:
@@ -198,10 +198,10 @@ def _run_ray(work: Work, executor: Executor, workshop: Workshop) -> Iterator[Mad
             ray.shutdown()
 
 
-_on_ray: dict[str, Workshop] = {}
+_on_ray: dict[str, CellRunner] = {}
 
 
-def _run_on_ray(setting: _Setting, job: Job, collection: Collection) -> Made:
+def _run_on_ray(setting: _Setting, job: Job, collection: Collection) -> CellOutput:
     """A task; Ray uses its processes again, and what one of them opened stays open."""
     name = repr(setting)
     if name not in _on_ray:
@@ -214,9 +214,9 @@ def _drain(
     work: Iterable[T],
     submit: Callable[[T], P],
     wait_for_some: Callable[[set[P]], Iterable[set[P]]],
-    result: Callable[[P], Made],
+    result: Callable[[P], CellOutput],
     most: int,
-) -> Iterator[Made]:
+) -> Iterator[CellOutput]:
     """Hand out at most so much at a time, and yield results as they come."""
     left, pending = iter(work), set[P]()
     while True:

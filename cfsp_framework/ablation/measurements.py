@@ -14,14 +14,14 @@ from torch import Tensor
 
 from cfsp_framework.api.components import Collector, Criterion
 from cfsp_framework.api.data import BlockStatistics, Statistic
-from cfsp_framework.engine.cache import KeptCollection, identity_of
+from cfsp_framework.engine.cache import MeasurementCache, identity_of
 from cfsp_framework.engine.collect import CurveKind, FeedForwardMeasurement, collect
 from cfsp_framework.errors import CfspError, OutputError
-from cfsp_framework.host.registry import Chosen, Plugins
+from cfsp_framework.host.registry import ConfiguredComponent, Plugins
 from cfsp_framework.host.selection import Selection, curve_of
 from cfsp_framework.pipeline import CRITERION
 from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics
-from cfsp_framework.run.context import Bench
+from cfsp_framework.run.context import RunContext
 from cfsp_framework.runtime.atomic_files import write_text
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
@@ -29,10 +29,12 @@ _MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MeasurementRequest:
     """What is to be found out about every feed-forward, by labels that change with the code that finds it out."""
 
-    criteria: Mapping[str, Chosen[Criterion]] = field(default_factory=dict[str, Chosen[Criterion]])
+    criteria: Mapping[str, ConfiguredComponent[Criterion]] = field(
+        default_factory=dict[str, ConfiguredComponent[Criterion]]
+    )
     curves: Mapping[str, tuple[str, CurveKind]] = field(default_factory=dict[str, tuple[str, CurveKind]])
     """Removal-error curves: along which criterion's order, and of which kind."""
     statistics: Mapping[str, Statistic] = field(default_factory=dict[str, Statistic])
@@ -50,40 +52,43 @@ class Wanted:
         """All of it by name."""
         return frozenset({*self.criteria, *self.curves, *self.statistics})
 
-    def __or__(self, more: Wanted) -> Wanted:
-        return Wanted(
+    def __or__(self, more: MeasurementRequest) -> MeasurementRequest:
+        return MeasurementRequest(
             {**self.criteria, **more.criteria},
             {**self.curves, **more.curves},
             {**self.statistics, **more.statistics},
         )
 
-    def without(self, labels: Iterable[str]) -> Wanted:
+    def without(self, labels: Iterable[str]) -> MeasurementRequest:
         """What is left to find out; a curve still needs its criterion's order."""
         known = frozenset(labels)
         curves = {label: one for label, one in self.curves.items() if label not in known}
         orders = {along for along, _ in curves.values()}
-        return Wanted(
+        return MeasurementRequest(
             {label: one for label, one in self.criteria.items() if label not in known or label in orders},
             curves,
             {label: one for label, one in self.statistics.items() if label not in known},
         )
 
 
-def want(selection: Selection, plugins: Plugins) -> Wanted:
+def want(selection: Selection, plugins: Plugins) -> MeasurementRequest:
     """What one cell takes from a collection."""
     needed = selection.criterion.required()
     label = _label(selection.criterion, plugins.collectors_for(needed))
     kind = curve_of(selection.allocator)
     curve = f"{_label(selection.criterion, plugins.collectors_for(needed | {DOWN_INPUT_GRAM}))}-{kind}"
     light = [chosen for chosen in selection.collectors if not chosen.component.provides.heavy]
-    return Wanted(
+    return MeasurementRequest(
         {label: selection.criterion},
         {curve: (label, kind)} if kind else {},
         {_label(chosen): chosen.component.provides for chosen in light},
     )
 
 
-def _label(chosen: Chosen[Criterion] | Chosen[Collector], collectors: Sequence[Chosen[Collector]] = ()) -> str:
+def _label(
+    chosen: ConfiguredComponent[Criterion] | ConfiguredComponent[Collector],
+    collectors: Sequence[ConfiguredComponent[Collector]] = (),
+) -> str:
     """A component's name and a hash of all that decides what it says."""
     told = json.dumps([identity_of(chosen), *map(identity_of, collectors)], sort_keys=True)
     return f"{chosen.component.name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
@@ -113,14 +118,14 @@ class Collection:
         """What is known."""
         return frozenset().union(*(part.labels for part in self.parts))
 
-    def problem(self, wanted: Wanted) -> str | None:
+    def problem(self, wanted: MeasurementRequest) -> str | None:
         """Why a cell that wants this cannot be made, if so."""
         missing = [
             label for label in (*wanted.criteria, *wanted.curves, *wanted.statistics) if label not in self.labels
         ]
         return self.failures.get(missing[0], "it could not be measured") if missing else None
 
-    def seen_by(self, wanted: Wanted, selection: Selection) -> tuple[FeedForwardMeasurement, ...]:
+    def seen_by(self, wanted: MeasurementRequest, selection: Selection) -> tuple[FeedForwardMeasurement, ...]:
         """The measurements exactly as a run of this cell alone has them."""
         source = {label: next(part for part in self.parts if label in part.labels) for label in wanted.labels}
         [criterion] = wanted.criteria
@@ -145,19 +150,19 @@ class Collection:
 class CollectionFolder:
     """A folder with all that was found out on some windows; whatever decides that is in its name."""
 
-    def __init__(self, root: Path, bench: Bench, windows: Tensor | None) -> None:
-        self._bench = bench
+    def __init__(self, root: Path, context: RunContext, windows: Tensor | None) -> None:
+        self._context = context
         self._windows = windows  # (N, T)
-        self.key = collection_base(bench, windows)
+        self.key = collection_base(context, windows)
         self._folder = root / self.key[:32]
 
-    def open(self, wanted: Sequence[Wanted]) -> Collection:
+    def open(self, wanted: Sequence[MeasurementRequest]) -> Collection:
         """What is there, and what some cells want beyond it, measured in one pass.
 
         Where that pass fails as a whole every cell's wishes are tried alone, so that only those fail that have to.
         """
         parts, failures = self.read(), dict[str, str]()
-        missing = self._missing(reduce(or_, wanted, Wanted()), parts)
+        missing = self._missing(reduce(or_, wanted, MeasurementRequest()), parts)
         if missing.labels:
             try:
                 parts.append(self._measure(missing, failures))
@@ -176,34 +181,34 @@ class CollectionFolder:
     def read(self) -> list[Part]:
         """All finished passes."""
         parts: list[Part] = []
-        count = len(self._bench.decoder.blocks)
+        count = len(self._context.decoder.blocks)
         for manifest in sorted(self._folder.glob(f"*/{_MANIFEST}")):
             told = json.loads(manifest.read_text(encoding="utf-8"))
-            blocks = KeptCollection(manifest.parent, told["key"]).load(count)
+            blocks = MeasurementCache(manifest.parent, told["key"]).load(count)
             if len(blocks) == count:
                 parts.append(_part([one for block in blocks for one in block], told["statistics"], told["measured"]))
         return parts
 
-    def _missing(self, wanted: Wanted, parts: Sequence[Part]) -> Wanted:
+    def _missing(self, wanted: MeasurementRequest, parts: Sequence[Part]) -> MeasurementRequest:
         return wanted.without(frozenset[str]().union(*(part.labels for part in parts)))
 
-    def _measure(self, missing: Wanted, failures: dict[str, str]) -> Part:
-        bench = self._bench
-        collectors = bench.plugins.collectors_for(missing.required())
+    def _measure(self, missing: MeasurementRequest, failures: dict[str, str]) -> Part:
+        context = self._context
+        collectors = context.plugins.collectors_for(missing.required())
         key = hashlib.sha256(json.dumps([self.key, sorted(missing.labels)]).encode()).hexdigest()
         folder = self._folder / key[:16]
         failed: dict[str, CfspError] = {}
-        with bench.progress.phase("collect"):
+        with context.progress.phase("collect"):
             found = collect(
-                bench.decoder,
+                context.decoder,
                 self._windows if collectors else None,
                 missing.criteria,
                 collectors,
                 curves=missing.curves,
-                passage=bench.passage,
-                seed=bench.config.seed,
-                progress=bench.progress,
-                finished=KeptCollection(folder, key, bench.ranks, labels=frozenset(missing.criteria)),
+                forward_options=context.forward_options,
+                seed=context.config.seed,
+                progress=context.progress,
+                finished=MeasurementCache(folder, key, context.ranks, labels=frozenset(missing.criteria)),
                 failures=failed,
             )
         failures |= {label: one_line(error) for label, error in failed.items()}
@@ -218,13 +223,13 @@ def _part(measurements: Sequence[FeedForwardMeasurement], statistics: Iterable[s
     return Part(frozenset(statistics) | frozenset.intersection(*map(frozenset, everywhere)), measured, measurements)
 
 
-def collection_base(bench: Bench, windows: Tensor | None) -> str:
+def collection_base(context: RunContext, windows: Tensor | None) -> str:
     """A hash of all that decides what is measured, except for the components."""
     told = {
-        "model": bench.loaded.fingerprint,
+        "model": context.loaded.fingerprint,
         "windows": fingerprint_of(windows),
         "versions": dict(library_versions()),
-        "numerics": numerics(bench),
+        "numerics": numerics(context),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 

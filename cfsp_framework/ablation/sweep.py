@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from cfsp_framework.ablation.agreement import agreements, scored
 from cfsp_framework.ablation.cells import (
+    CellOutput,
+    CellRunner,
     Extras,
     Job,
-    Made,
-    Workshop,
     cell_key,
     dense_key,
     prune_command,
@@ -71,17 +71,17 @@ def ablate(
     plugins = load_plugins(sweep.cells[0].config.plugins)
     check_sweep(sweep, executor, plugins)
     check_folder(out)
-    workshop = Workshop(sweep.cells[0].config, sweep.extras, progress, plugins)
-    jobs = make_jobs(sweep, workshop, out)
+    runner = CellRunner(sweep.cells[0].config, sweep.extras, progress, plugins)
+    jobs = make_jobs(sweep, runner, out)
     with open_store(out) as store:
-        dense = evaluate_dense(workshop, store)
+        dense = evaluate_dense(runner, store)
         pending = [job for job in jobs if (known := store.get(job.key)) is None or known.status == "failed"]
-        work = with_collections(pending, workshop, out)
+        work = with_collections(pending, runner, out)
         with progress.bar("cells", total=len(pending)) as step:
-            for made in executor.run(work, workshop, out / COLLECTIONS):
+            for made in executor.run(work, runner, out / COLLECTIONS):
                 keep(made, store, out, progress)
                 step()
-        results = gather(jobs, workshop, store, dense, out)
+        results = gather(jobs, runner, store, dense, out)
     with progress.phase("tell"):
         write_tables(results, out)
     return results
@@ -105,48 +105,48 @@ def check_sweep(sweep: Sweep, executor: Executor, plugins: Plugins) -> None:
         check_selection(cell.config, select(cell.config, plugins), SOLO)
 
 
-def make_jobs(sweep: Sweep, workshop: Workshop, out: Path) -> tuple[Job, ...]:
+def make_jobs(sweep: Sweep, runner: CellRunner, out: Path) -> tuple[Job, ...]:
     """The cells under their keys; of cells that are the same the first row has it."""
-    check_rounding(sweep.cells[0].config, workshop.bench.decoder, planned=False)
+    check_rounding(sweep.cells[0].config, runner.context.decoder, planned=False)
     jobs: dict[str, Job] = {}
     for cell in sweep.cells:
-        bench = workshop.bench_of(cell.config)
-        key = cell_key(bench, sweep.extras)
+        context = runner.context_of(cell.config)
+        key = cell_key(context, sweep.extras)
         if key not in jobs:
-            collection = CollectionFolder(out / COLLECTIONS, bench, bench.windows_to_select).key
+            collection = CollectionFolder(out / COLLECTIONS, context, context.windows_to_select).key
             command = prune_command(cell.config, f"pruned-{key[:8]}")
             jobs[key] = Job(key, cell.row, cell.config, collection, command)
     return tuple(jobs.values())
 
 
-def evaluate_dense(workshop: Workshop, store: Store) -> DenseModel:
+def evaluate_dense(runner: CellRunner, store: Store) -> DenseModel:
     """What the dense model scores, measured once."""
-    key = f"dense-{dense_key(workshop.bench, workshop.extras)}"
+    key = f"dense-{dense_key(runner.context, runner.extras)}"
     known = store.recall(key)
     if known is None:
-        bench = workshop.bench
+        context = runner.context
         found = DenseModel(
-            qualities=qualities(bench.evaluation_sets, evaluate(bench, bench.decoder)),
-            tasks=score_tasks(bench, workshop.extras),
+            qualities=qualities(context.evaluation_sets, evaluate(context, context.decoder)),
+            tasks=score_tasks(context, runner.extras),
         )
         known = found.model_dump(mode="json")
         store.note(key, known)
     return DenseModel.model_validate(known)
 
 
-def with_collections(jobs: Sequence[Job], workshop: Workshop, out: Path) -> Iterator[tuple[Job, Collection]]:
+def with_collections(jobs: Sequence[Job], runner: CellRunner, out: Path) -> Iterator[tuple[Job, Collection]]:
     """Each job with what it needs measured, those of one collection together."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.collection, []).append(job)
     for group in groups.values():
-        benches = [workshop.bench_of(job.config) for job in group]
-        wanted = [want(bench.selection, bench.plugins) for bench in benches]
-        collection = CollectionFolder(out / COLLECTIONS, benches[0], benches[0].windows_to_select).open(wanted)
+        contexts = [runner.context_of(job.config) for job in group]
+        wanted = [want(context.selection, context.plugins) for context in contexts]
+        collection = CollectionFolder(out / COLLECTIONS, contexts[0], contexts[0].windows_to_select).open(wanted)
         yield from ((job, collection) for job in group)
 
 
-def keep(made: Made, store: Store, out: Path, progress: Progress) -> None:
+def keep(made: CellOutput, store: Store, out: Path, progress: Progress) -> None:
     """Put a cell's plan and its result where they stay."""
     if made.plan is not None:
         (out / PLANS).mkdir(exist_ok=True)
@@ -156,30 +156,30 @@ def keep(made: Made, store: Store, out: Path, progress: Progress) -> None:
         progress.seconds[phase] = progress.seconds.get(phase, 0.0) + seconds
 
 
-def gather(jobs: Sequence[Job], workshop: Workshop, store: Store, dense: DenseModel, out: Path) -> SweepResults:
+def gather(jobs: Sequence[Job], runner: CellRunner, store: Store, dense: DenseModel, out: Path) -> SweepResults:
     """Everything that tables and pages tell: the cells that were asked for, in that order."""
-    bench, config = workshop.bench, workshop.bench.config
+    context, config = runner.context, runner.context.config
     cells = [(job, cell) for job in jobs if (cell := store.get(job.key)) is not None]
-    places = bench.decoder.places
-    with bench.progress.phase("compare"):
-        compared = compare_criteria(jobs, workshop, out)
+    places = context.decoder.places
+    with context.progress.phase("compare"):
+        compared = compare_criteria(jobs, runner, out)
     seconds = store.recall("seconds") or {}
-    for phase, value in bench.progress.seconds.items():
+    for phase, value in context.progress.seconds.items():
         seconds[phase] = round(seconds.get(phase, 0.0) + value, 3)
     store.note("seconds", seconds)
     return SweepResults(
         model=config.model,
-        fingerprint=bench.loaded.fingerprint,
-        family=bench.decoder.architecture.family,
-        dtype=str(bench.decoder.model.dtype).removeprefix("torch."),
-        device=str(bench.decoder.device),
-        parameters=bench.parameters,
+        fingerprint=context.loaded.fingerprint,
+        family=context.decoder.architecture.family,
+        dtype=str(context.decoder.model.dtype).removeprefix("torch."),
+        device=str(context.decoder.device),
+        parameters=context.parameters,
         widths=tuple(width for _, _, width in places),
         places=tuple((block, path) for block, path, _ in places),
         budget=config.budget,
         round_to=config.round_to,
         calibration=config.calibration,
-        seqlen=sequence_length(config, bench.loaded),
+        seqlen=sequence_length(config, context.loaded),
         dense=dense.qualities,
         dense_tasks=dense.tasks,
         cells=tuple(told(cell, job) for job, cell in cells),
@@ -195,7 +195,7 @@ def told(cell: CellResult, job: Job) -> CellResult:
     return cell.model_copy(update={"spec": spec, "command": job.command})
 
 
-def compare_criteria(jobs: Sequence[Job], workshop: Workshop, out: Path) -> tuple[Agreement, ...]:
+def compare_criteria(jobs: Sequence[Job], runner: CellRunner, out: Path) -> tuple[Agreement, ...]:
     """How alike the criteria of each seed rank, on its largest calibration set that scored them."""
     ratios = sorted({job.config.ratio for job in jobs})
     parts: dict[str, list[Part]] = {}
@@ -203,13 +203,13 @@ def compare_criteria(jobs: Sequence[Job], workshop: Workshop, out: Path) -> tupl
     for seed in sorted({job.config.seed for job in jobs}):
         there: dict[str, tuple[str, Sequence[FeedForwardMeasurement]]] = {}
         for job in sorted((job for job in jobs if job.config.seed == seed), key=lambda job: -job.config.samples):
-            bench = workshop.bench_of(job.config)
-            name = bench.selection.describe()["criterion"]
+            context = runner.context_of(job.config)
+            name = context.selection.describe()["criterion"]
             if name in there:
                 continue
             if job.collection not in parts:
-                parts[job.collection] = CollectionFolder(out / COLLECTIONS, bench, bench.windows_to_select).read()
-            [label] = want(bench.selection, bench.plugins).criteria
+                parts[job.collection] = CollectionFolder(out / COLLECTIONS, context, context.windows_to_select).read()
+            [label] = want(context.selection, context.plugins).criteria
             part = next((part for part in parts[job.collection] if label in part.labels), None)
             if part is not None:
                 there[name] = label, part.measurements

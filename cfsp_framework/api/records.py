@@ -56,7 +56,7 @@ class BlockPlan(FrozenRecord):
         return self
 
 
-def bank_path(path: str) -> str:
+def feed_forward_path(path: str) -> str:
     """A feed-forward's path without the number an expert has."""
     module, _, last = path.rpartition(".")
     return module if last.isdigit() else path

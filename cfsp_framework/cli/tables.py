@@ -278,15 +278,15 @@ def _comparison_table(found: Comparison) -> Table:
     table.add_column("block", "all", justify="right", no_wrap=True)
     if mixed:
         table.add_column("feed-forward", overflow="fold")
-    for heading, tell in _COLUMNS:
-        table.add_column(heading, tell(found.total), justify="right", no_wrap=True)
+    for heading, render in _COLUMNS:
+        table.add_column(heading, render(found.total), justify="right", no_wrap=True)
     if ranked:
         for heading in ("imp. A", "imp. B"):
             table.add_column(heading, justify="right", no_wrap=True)
     for one in found.blocks:
         place = [f"{one.path} x {one.experts}" if one.experts > 1 else one.path] if mixed else []
         table.add_row(
-            str(one.block), *place, *(tell(one) for _, tell in _COLUMNS), *(_importance(one) if ranked else [])
+            str(one.block), *place, *(render(one) for _, render in _COLUMNS), *(_importance(one) if ranked else [])
         )
     return table
 

@@ -16,7 +16,7 @@ from cfsp_framework.api.components import Component
 from cfsp_framework.api.data import BlockStatistics, Statistic
 from cfsp_framework.engine.collect import FeedForwardMeasurement
 from cfsp_framework.engine.replay import Batch
-from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.runtime.atomic_files import save_aside
 from cfsp_framework.runtime.distributed import SOLO, Ranks
 
@@ -28,7 +28,7 @@ _NOT_WHOLE = (FileNotFoundError, SafetensorError, KeyError, ValueError)
 """What reading raises where nothing was written, or not all of it survived."""
 
 
-class KeptCollection:
+class MeasurementCache:
     """Measurements of finished blocks in a folder, and the hidden states some block left, filed under a key.
 
     The key is a hash of all that decides a measurement: another model, data, seed, plugin or option finds nothing.
@@ -109,7 +109,7 @@ class KeptCollection:
         return self._folder / f"block_{index}.safetensors"
 
 
-def identity_of(chosen: Chosen[Component]) -> dict[str, str]:
+def identity_of(chosen: ConfiguredComponent[Component]) -> dict[str, str]:
     """What decides how a component behaves: its options, the version of its distribution, and its source."""
     component = chosen.component
     source = inspect.getsourcefile(type(component))

@@ -15,10 +15,10 @@ from cfsp_framework.api.components import Collector, Criterion
 from cfsp_framework.api.data import BlockStatistics, BlockSummary, FeedForward, Site
 from cfsp_framework.api.events import BlockFinished
 from cfsp_framework.engine.gradients import measure_gradients
-from cfsp_framework.engine.measure import lent, measure_block
-from cfsp_framework.engine.replay import Batch, Passage, embed, pass_block
+from cfsp_framework.engine.measure import measure_block, read_only_inputs
+from cfsp_framework.engine.replay import Batch, ForwardOptions, embed, pass_block
 from cfsp_framework.errors import CfspError, PluginError
-from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.linalg import compensated_curve, damped_inverse, plain_curve
 from cfsp_framework.modeling.decoder import Decoder
@@ -61,7 +61,7 @@ def summarise(decoder: Decoder, measurements: Sequence[FeedForwardMeasurement], 
     remaining, summaries = list(measurements), list[BlockSummary]()
     for index in range(len(decoder.blocks)):
         for group in decoder.groups(index):
-            count = sum(len(bank.paths) for bank in group.banks)
+            count = sum(len(module.paths) for module in group.modules)
             summaries.append(_summary(remaining[:count], label))
             del remaining[:count]
     return tuple(summaries)
@@ -105,11 +105,11 @@ def _joint_curve(curves: Sequence[Tensor]) -> Tensor:
 def collect(
     decoder: Decoder,
     windows: Tensor | None,
-    criteria: Mapping[str, Chosen[Criterion]],
-    collectors: Sequence[Chosen[Collector]],
+    criteria: Mapping[str, ConfiguredComponent[Criterion]],
+    collectors: Sequence[ConfiguredComponent[Collector]],
     *,
     curves: Mapping[str, tuple[str, CurveKind]] | None = None,
-    passage: Passage | None = None,
+    forward_options: ForwardOptions | None = None,
     seed: int,
     progress: Progress,
     finished: FinishedCollection | None = None,
@@ -124,7 +124,7 @@ def collect(
     With ``failures`` a criterion that fails does not end the collection: its scores are missing from that block on,
     and why is put there under its label.
     """
-    passage = passage or Passage()
+    forward_options = forward_options or ForwardOptions()
     count = len(decoder.blocks)
     measurements = list(finished.load(count)) if finished else []
     if len(measurements) == count:
@@ -135,20 +135,20 @@ def collect(
         backward = [chosen for chosen in collectors if chosen.component.site is Site.GRADIENT]
         collectors = [chosen for chosen in collectors if chosen.component.site is not Site.GRADIENT]
         if backward:
-            gradients = measure_gradients(decoder, windows, backward, progress, passage)
-        batches = embed(decoder, windows, passage) if collectors else batches
+            gradients = measure_gradients(decoder, windows, backward, progress, forward_options)
+        batches = embed(decoder, windows, forward_options) if collectors else batches
     start = finished.resume(batches) if finished and batches else 0
     with progress.bar("collect", total=count * len(batches)) as step:
         for index in range(min(start, len(measurements)) if batches else len(measurements), count):
-            with decoder.resident(index) if criteria or batches else nullcontext():
+            with decoder.loaded(index) if criteria or batches else nullcontext():
                 if index < len(measurements):  # measured before, but the hidden states after it were not kept
                     pass_block(decoder, index, batches, step)
                     continue
                 # No name here holds what a block measured: it would live on while the next one is measured.
                 measurements.append(
-                    _judge(
+                    score_block(
                         decoder.feed_forwards(index, seed),
-                        _measured(decoder, index, batches, collectors, gradients, passage, step),
+                        _measured(decoder, index, batches, collectors, gradients, forward_options, step),
                         criteria,
                         curves or {},
                         failures,
@@ -156,7 +156,7 @@ def collect(
                 )
             if finished:
                 finished.store(index, measurements[index], batches)
-            progress.tell(BlockFinished("collect", index, count))
+            progress.notify(BlockFinished("collect", index, count))
     return tuple(chain.from_iterable(measurements))
 
 
@@ -164,23 +164,25 @@ def _measured(
     decoder: Decoder,
     index: int,
     batches: Sequence[Batch],
-    collectors: Sequence[Chosen[Collector]],
+    collectors: Sequence[ConfiguredComponent[Collector]],
     gradients: Sequence[Sequence[BlockStatistics]] | None,
-    passage: Passage,
+    forward_options: ForwardOptions,
     step: Callable[[], None],
 ) -> Sequence[BlockStatistics]:
     """Each feed-forward's statistics, those of gradients among them."""
     nothing = [BlockStatistics({}, 0)] * len(decoder.feed_forwards(index))
-    forward = measure_block(decoder, index, batches, collectors, step, ranks=passage.ranks) if batches else nothing
+    forward = (
+        measure_block(decoder, index, batches, collectors, step, ranks=forward_options.ranks) if batches else nothing
+    )
     if gradients is None:
         return forward
     return [before | one if batches else one for before, one in zip(forward, gradients[index], strict=True)]
 
 
-def _judge(
+def score_block(
     feed_forwards: Sequence[FeedForward],
     statistics: Sequence[BlockStatistics],
-    criteria: Mapping[str, Chosen[Criterion]],
+    criteria: Mapping[str, ConfiguredComponent[Criterion]],
     curves: Mapping[str, tuple[str, CurveKind]],
     failures: dict[str, CfspError] | None,
 ) -> list[FeedForwardMeasurement]:
@@ -205,7 +207,7 @@ def _judge(
     return found
 
 
-def score(criterion: Chosen[Criterion], feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
+def score(criterion: ConfiguredComponent[Criterion], feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
     """The criterion's scores, ``(F,)`` float32 on the CPU, checked: right shape, all finite.
 
     PyTorch's own generator is seeded for a criterion that draws from it: what else is scored changes nothing.
@@ -213,7 +215,10 @@ def score(criterion: Chosen[Criterion], feed_forward: FeedForward, statistics: B
     where = f"block {feed_forward.block}, {feed_forward.path}"
     torch.manual_seed(feed_forward.generator().initial_seed())
     seen = statistics.only(criterion.required())
-    with torch.no_grad(), criterion.blamed(f"score() at {where}", lent(feed_forward, seen)) as component:
+    with (
+        torch.no_grad(),
+        criterion.call_component(f"score() at {where}", read_only_inputs(feed_forward, seen)) as component,
+    ):
         scores: object = component.score(feed_forward, seen)
     problem = tensor_problem(scores, (feed_forward.width,), torch.float32)
     if problem is not None:

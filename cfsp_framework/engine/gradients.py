@@ -13,52 +13,56 @@ from torch.nn import functional
 from cfsp_framework.api.components import Collector
 from cfsp_framework.api.data import BlockStatistics, Site
 from cfsp_framework.data.windows import PADDING
-from cfsp_framework.engine.measure import BlockTallies, listening
-from cfsp_framework.engine.replay import Batch, Passage
-from cfsp_framework.host.registry import Chosen
+from cfsp_framework.engine.measure import BlockCollectors, listening
+from cfsp_framework.engine.replay import Batch, ForwardOptions
+from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import Heard
+from cfsp_framework.modeling.feed_forwards import FeedForwardIO
 from cfsp_framework.runtime.progress import Progress
 
 
 def measure_gradients(
     decoder: Decoder,
     windows: Tensor,
-    collectors: Sequence[Chosen[Collector]],
+    collectors: Sequence[ConfiguredComponent[Collector]],
     progress: Progress,
-    passage: Passage | None = None,
+    forward_options: ForwardOptions | None = None,
 ) -> tuple[tuple[BlockStatistics, ...], ...]:
     """What the collectors measured of every block's feed-forwards, one window ``(T,)`` of ``windows (N, T)`` at a time.
 
     Their inputs are the channel activations ``(T, F)`` and their outputs the gradients of the window's mean next-token
     cross-entropy with respect to them, ``(T, F)``. No weight gradient is computed or stored.
     """
-    passage = passage or Passage()
+    forward_options = forward_options or ForwardOptions()
     count = len(decoder.blocks)
-    running = [BlockTallies(collectors, [one.path for one in decoder.feed_forwards(block)]) for block in range(count)]
+    running = [
+        BlockCollectors(collectors, [one.path for one in decoder.feed_forwards(block)]) for block in range(count)
+    ]
     needing = [parameter for parameter in decoder.model.parameters() if parameter.requires_grad]
     for parameter in needing:
         parameter.requires_grad_(False)
-    numbers = passage.ranks.share(len(windows))
+    numbers = forward_options.ranks.share(len(windows))
     try:
         with progress.bar("gradients", total=len(numbers)) as step:
             for number in numbers:
                 ids = windows[number]  # (T,)
                 ids = ids[ids != PADDING].to(decoder.device)[None]  # (1, T)
-                _hear(_backward(decoder, ids), running, number, ids, passage)
+                _hear(_backward(decoder, ids), running, number, ids, forward_options)
                 step()
     finally:
         for parameter in needing:
             parameter.requires_grad_(True)
-    return tuple(tallies.values(block, passage.ranks) for block, tallies in enumerate(running))
+    return tuple(tallies.values(block, forward_options.ranks) for block, tallies in enumerate(running))
 
 
-Gradients = Sequence[tuple[int, int, Heard, Tensor]]
+Gradients = Sequence[tuple[int, int, FeedForwardIO, Tensor]]
 """Block, feed-forward, what it saw, and the gradient with respect to its activations."""
 
 
-def _hear(found: Gradients, running: Sequence[BlockTallies], number: int, ids: Tensor, passage: Passage) -> None:
-    skipped = torch.isin(ids, torch.tensor(sorted(passage.skip), dtype=ids.dtype, device=ids.device))  # (1, T)
+def _hear(
+    found: Gradients, running: Sequence[BlockCollectors], number: int, ids: Tensor, forward_options: ForwardOptions
+) -> None:
+    skipped = torch.isin(ids, torch.tensor(sorted(forward_options.skip), dtype=ids.dtype, device=ids.device))  # (1, T)
     counted = ~skipped if skipped.any() else None
     batch = Batch(ids[..., None], (), (number,), counted)
     for block, member, heard, gradient in found:

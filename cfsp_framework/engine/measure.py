@@ -13,10 +13,10 @@ from cfsp_framework.api.components import Accumulator, Collector
 from cfsp_framework.api.data import BlockStatistics, FeedForward, Site, Statistic, Windows
 from cfsp_framework.engine.replay import Batch, run_block
 from cfsp_framework.errors import ModelError, PluginError
-from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import Heard, SingleBank
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward, FeedForwardIO
 from cfsp_framework.runtime.distributed import SOLO, Ranks
 
 _WEIGHTS = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
@@ -40,7 +40,7 @@ class Window:
     outputs: Tensor  # (T, D or F)
 
 
-class Tokens:
+class TokenCounts:
     """How many tokens were counted, and how many of them lie in held-out windows."""
 
     def __init__(self) -> None:
@@ -57,14 +57,14 @@ class Tokens:
         return {Windows.ALL: self.all, Windows.HELD_OUT: self.held_out}.get(windows, self.all - self.held_out)
 
 
-class Tally:
+class CollectorState:
     """A running statistic."""
 
-    def __init__(self, chosen: Chosen[Collector]) -> None:
+    def __init__(self, chosen: ConfiguredComponent[Collector]) -> None:
         self.chosen = chosen
         self._fed = False
         self._sizes: dict[str, int] = {}
-        with chosen.blamed("start()") as component:
+        with chosen.call_component("start()") as component:
             self._accumulator: Accumulator = component.start()
         missing = [name for name in ("sums", "update", "value") if not hasattr(self._accumulator, name)]
         if missing:
@@ -80,16 +80,16 @@ class Tally:
         if not self._fed:
             self._sizes = _sizes(self.chosen.component.site, window)
         inputs, outputs = window.inputs[rows], window.outputs[rows]
-        with self.chosen.blamed("update()", {"inputs": inputs, "outputs": outputs}, thorough=not self._fed):
+        with self.chosen.call_component("update()", {"inputs": inputs, "outputs": outputs}, thorough=not self._fed):
             self._accumulator.update(inputs, outputs)
         self._fed = True
 
-    def value(self, tokens: Tokens, where: str, ranks: Ranks) -> Tensor:
+    def value(self, tokens: TokenCounts, where: str, ranks: Ranks) -> Tensor:
         """The statistic over all processes, float32; what it says of itself where no token was seen."""
         action = f"value() at {where}"
-        with self.chosen.blamed(f"its sums at {where}"):
+        with self.chosen.call_component(f"its sums at {where}"):
             ranks.add(self._accumulator.sums)
-        with self.chosen.blamed(action) as component:
+        with self.chosen.call_component(action) as component:
             value: object = self._accumulator.value(max(tokens.of(component.windows), 1))
         shape = _expected(component.provides.shape, self._sizes)
         problem = tensor_problem(value, shape, finite=False)
@@ -101,17 +101,17 @@ class Tally:
         return value if tokens.all else _unseen(component.provides, value)
 
 
-class BlockTallies:
+class BlockCollectors:
     """Everything that runs on one block: its own statistics, and those of each of its feed-forwards."""
 
-    def __init__(self, collectors: Sequence[Chosen[Collector]], paths: Sequence[str]) -> None:
+    def __init__(self, collectors: Sequence[ConfiguredComponent[Collector]], paths: Sequence[str]) -> None:
         self._paths = paths
-        self._block = [Tally(chosen) for chosen in collectors if chosen.component.site is Site.BLOCK]
+        self._block = [CollectorState(chosen) for chosen in collectors if chosen.component.site is Site.BLOCK]
         self._members = [
-            [Tally(chosen) for chosen in collectors if chosen.component.site is not Site.BLOCK] for _ in paths
+            [CollectorState(chosen) for chosen in collectors if chosen.component.site is not Site.BLOCK] for _ in paths
         ]
-        self._tokens = [Tokens() for _ in paths]
-        self._block_tokens = Tokens()
+        self._tokens = [TokenCounts() for _ in paths]
+        self._block_tokens = TokenCounts()
 
     def hear_block(self, batch: Batch, output: Tensor) -> None:
         """Feed what entered and left the block."""
@@ -120,8 +120,8 @@ class BlockTallies:
             stream, output = stream[0], output[0]
         for window in split(stream.flatten(0, 1), output.flatten(0, 1), None, batch):
             self._block_tokens.add(window)
-            for tally in self._block:
-                tally.add(window)
+            for state in self._block:
+                state.add(window)
 
     def hear(self, member: int, heard: Sequence[tuple[Site, Tensor, Tensor, Tensor | None]], batch: Batch) -> None:
         """Feed what one feed-forward saw at its sites."""
@@ -129,23 +129,23 @@ class BlockTallies:
             for window in split(inputs, outputs, places, batch):
                 if number == 0:
                     self._tokens[member].add(window)
-                for tally in self._members[member]:
-                    if tally.chosen.component.site is site:
-                        tally.add(window)
+                for state in self._members[member]:
+                    if state.chosen.component.site is site:
+                        state.add(window)
 
     def values(self, index: int, ranks: Ranks = SOLO) -> tuple[BlockStatistics, ...]:
         """What was measured of every feed-forward, the block's own statistics with each, over all processes."""
         for tokens in (self._block_tokens, *self._tokens):
             tokens.all, tokens.held_out = ranks.total((tokens.all, tokens.held_out))
         own = {
-            tally.chosen.component.provides: tally.value(self._block_tokens, f"block {index}", ranks)
-            for tally in self._block
+            state.chosen.component.provides: state.value(self._block_tokens, f"block {index}", ranks)
+            for state in self._block
         }
         found: list[BlockStatistics] = []
         for path, tallies, seen in zip(self._paths, self._members, self._tokens, strict=True):
             tokens = seen if tallies else self._block_tokens
             where = f"block {index}, {path}"
-            values = {tally.chosen.component.provides: tally.value(tokens, where, ranks) for tally in tallies}
+            values = {state.chosen.component.provides: state.value(tokens, where, ranks) for state in tallies}
             found.append(BlockStatistics(own | values, tokens.all, tokens.held_out))
         return tuple(found)
 
@@ -154,7 +154,7 @@ def measure_block(
     decoder: Decoder,
     index: int,
     batches: Sequence[Batch],
-    collectors: Sequence[Chosen[Collector]],
+    collectors: Sequence[ConfiguredComponent[Collector]],
     step: Callable[[], None] = lambda: None,
     *,
     advance: bool = True,
@@ -167,11 +167,11 @@ def measure_block(
     the collectors of a feed-forward see targets: ``own output + mix * (dense block output - block output)``; where the
     block has several feed-forwards nobody could say which of them should give what, and they see their own output.
     """
-    banks = [bank for group in decoder.groups(index) for bank in group.banks]
-    paths = [path for bank in banks for path in bank.paths]
-    tallies = BlockTallies(collectors, paths)
+    modules = [module for group in decoder.groups(index) for module in group.modules]
+    paths = [path for module in modules for path in module.paths]
+    tallies = BlockCollectors(collectors, paths)
     sites = {chosen.component.site for chosen in collectors} & _IN_FEED_FORWARDS
-    alone = len(banks) == 1 and isinstance(banks[0], SingleBank)
+    alone = len(modules) == 1 and isinstance(modules[0], DenseFeedForward)
     for number, batch in enumerate(batches):
         with listening(decoder, index, wanted=bool(sites)) as heard:
             output = run_block(decoder, index, batch)  # (B, T, D)
@@ -201,7 +201,7 @@ def _check_finite(
     decoder: Decoder,
     where: str,
     statistics: BlockStatistics,
-    collectors: Sequence[Chosen[Collector]],
+    collectors: Sequence[ConfiguredComponent[Collector]],
     batches: Sequence[Batch],
 ) -> None:
     """Refuse statistics that are not finite: the model's fault where its own hidden states are not, else a plugin's."""
@@ -220,26 +220,26 @@ def _check_finite(
         raise PluginError(f"{chosen}: value() is not finite. {told}.")
 
 
-def lent(feed_forward: FeedForward, statistics: BlockStatistics) -> dict[str, Tensor | None]:
+def read_only_inputs(feed_forward: FeedForward, statistics: BlockStatistics) -> dict[str, Tensor | None]:
     """Everything a component is shown of a feed-forward, and must not write to."""
     weights = {name: getattr(feed_forward, name) for name in _WEIGHTS}
     return {**weights, **{statistic.name: value for statistic, value in statistics.items()}}
 
 
 @contextmanager
-def listening(decoder: Decoder, index: int, *, wanted: bool = True) -> Generator[list[tuple[int, Heard]]]:
+def listening(decoder: Decoder, index: int, *, wanted: bool = True) -> Generator[list[tuple[int, FeedForwardIO]]]:
     """While open, what block ``index``'s feed-forwards see lands in the yielded list, each with its number."""
-    seen: list[tuple[int, Heard]] = []
+    seen: list[tuple[int, FeedForwardIO]] = []
 
-    def hear(first: int) -> Callable[[Heard], None]:
+    def hear(first: int) -> Callable[[FeedForwardIO], None]:
         return lambda heard: seen.append((first + heard.member, heard))
 
     with ExitStack() as stack:
         first = 0
         for group in decoder.groups(index) if wanted else ():
-            for bank in group.banks:
-                stack.enter_context(bank.watching(hear(first)))
-                first += len(bank.paths)
+            for module in group.modules:
+                stack.enter_context(module.watching(hear(first)))
+                first += len(module.paths)
         yield seen
 
 

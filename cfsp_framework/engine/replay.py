@@ -31,7 +31,7 @@ _TOKENS_PER_BATCH_GPU = 16384
 
 
 @dataclass(frozen=True)
-class Passage:
+class ForwardOptions:
     """How windows pass through the blocks, whatever is measured on the way."""
 
     batch_size: int | None = None
@@ -63,15 +63,15 @@ class Batch:
 
 
 @torch.no_grad()
-def embed(decoder: Decoder, windows: Tensor, passage: Passage | None = None) -> list[Batch]:
+def embed(decoder: Decoder, windows: Tensor, forward_options: ForwardOptions | None = None) -> list[Batch]:
     """This process's share of the windows ``(N, T)`` as they enter the first block, in batches, with every block's call.
 
     Where the hidden states of a family are more than ``(B, T, D)``, every batch keeps its own.
     """
-    passage = passage or Passage()
-    numbers = passage.ranks.share(len(windows))
+    forward_options = forward_options or ForwardOptions()
+    numbers = forward_options.ranks.share(len(windows))
     windows = windows[list(numbers)]
-    batch_size = passage.batch_size or max(1, tokens_per_batch(decoder.device) // windows.shape[1])
+    batch_size = forward_options.batch_size or max(1, tokens_per_batch(decoder.device) // windows.shape[1])
     padded = bool((windows == PADDING).any())
     batches: list[Batch] = []
     buffer: Tensor | None = (
@@ -89,7 +89,7 @@ def embed(decoder: Decoder, windows: Tensor, passage: Passage | None = None) -> 
             entering: Tensor = record[0][0][0]  # (B, T, D)
             if entering.ndim == 3 and entering.shape[:2] == ids.shape:
                 if buffer is None:
-                    buffer = allocate((len(windows), *entering.shape[1:]), entering, passage.spill)
+                    buffer = allocate((len(windows), *entering.shape[1:]), entering, forward_options.spill)
                 start = sum(len(batch.numbers) for batch in batches)
                 hidden = buffer[start : start + len(ids)].copy_(entering)
             else:
@@ -97,7 +97,7 @@ def embed(decoder: Decoder, windows: Tensor, passage: Passage | None = None) -> 
             calls = tuple(Call(arguments[1:], keywords) for arguments, keywords in record)
             if batches and _equal(calls, batches[-1].calls):
                 calls = batches[-1].calls  # windows of one length share masks and rotary tables: keep one copy
-            batches.append(Batch(hidden, calls, mine, _counted(ids, passage.skip)))
+            batches.append(Batch(hidden, calls, mine, _counted(ids, forward_options.skip)))
     return batches
 
 
@@ -122,9 +122,9 @@ def finish(decoder: Decoder, ids: Tensor, hidden: Tensor) -> Tensor:
 @torch.no_grad()
 def logits(decoder: Decoder, ids: Tensor) -> Tensor:
     """The logits ``(B, T, V)`` of the tokens ``ids (B, T)``, with one block resident at a time."""
-    batches = embed(decoder, ids, Passage(batch_size=len(ids)))
+    batches = embed(decoder, ids, ForwardOptions(batch_size=len(ids)))
     for index in range(len(decoder.blocks)):
-        with decoder.resident(index):
+        with decoder.loaded(index):
             pass_block(decoder, index, batches)
     return finish(decoder, ids, batches[0].hidden)
 

@@ -19,7 +19,7 @@ from cfsp_framework.host.selection import curve_of, stream_of, target_mix_of
 
 if TYPE_CHECKING:
     from cfsp_framework.config import RunConfig
-    from cfsp_framework.host.registry import Chosen
+    from cfsp_framework.host.registry import ConfiguredComponent
     from cfsp_framework.host.selection import Selection
 
 LISTENING = 1.08
@@ -161,7 +161,12 @@ def _second_pass(selection: Selection, windows: int) -> Pass:
 
 
 def _pass(
-    collectors: Iterable[Chosen[Collector]], windows: int, forwards: float, *, streams: int = 1, cubes: float = 0.0
+    collectors: Iterable[ConfiguredComponent[Collector]],
+    windows: int,
+    forwards: float,
+    *,
+    streams: int = 1,
+    cubes: float = 0.0,
 ) -> Pass:
     provided = [chosen.component.provides for chosen in collectors]
     shapes = [(statistic.shape, statistic.name.endswith("held_out")) for statistic in provided]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cfsp_framework.api.records import Perplexity
 from cfsp_framework.data.sources import mixture, read_text
 from cfsp_framework.data.windows import tokenize
-from cfsp_framework.engine.replay import Passage, embed, finish, pass_block
+from cfsp_framework.engine.replay import ForwardOptions, embed, finish, pass_block
 from cfsp_framework.errors import DataError, ModelError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.progress import Progress
@@ -54,24 +54,27 @@ def evaluation_set(spec: str, tokenizer: Any, seqlen: int, limit: int | None = N
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel | Decoder, data: EvaluationSet, progress: Progress, passage: Passage | None = None
+    model: PreTrainedModel | Decoder,
+    data: EvaluationSet,
+    progress: Progress,
+    forward_options: ForwardOptions | None = None,
 ) -> Perplexity:
     """``exp`` of the mean over windows of the mean cross-entropy of their T - 1 predictions, logits in float32.
 
     A ``Decoder`` is run with one block resident at a time. Several processes share the windows.
     """
-    passage = passage or Passage()
-    mine = data.windows[passage.ranks.rank :: passage.ranks.world]  # (n, T)
+    forward_options = forward_options or ForwardOptions()
+    mine = data.windows[forward_options.ranks.rank :: forward_options.ranks.world]  # (n, T)
     losses = torch.empty(len(data.windows), dtype=torch.float64)  # (N,)
     if isinstance(model, Decoder):
-        own = _losses_by_blocks(model, mine, progress, passage, data.spec)
+        own = _losses_by_blocks(model, mine, progress, forward_options, data.spec)
     else:
         own = _losses(model, mine, progress, data.spec)
-    gathered = passage.ranks.gather(own)
+    gathered = forward_options.ranks.gather(own)
     start = 0
-    for rank in range(passage.ranks.world):
-        places = range(rank, len(losses), passage.ranks.world)
-        losses[rank :: passage.ranks.world] = gathered[start : start + len(places)]
+    for rank in range(forward_options.ranks.world):
+        places = range(rank, len(losses), forward_options.ranks.world)
+        losses[rank :: forward_options.ranks.world] = gathered[start : start + len(places)]
         start += len(places)
     nll = losses.mean().item()
     if not math.isfinite(nll):
@@ -92,15 +95,17 @@ def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress, name: s
     return torch.cat(losses)
 
 
-def _losses_by_blocks(decoder: Decoder, windows: Tensor, progress: Progress, passage: Passage, name: str) -> Tensor:
+def _losses_by_blocks(
+    decoder: Decoder, windows: Tensor, progress: Progress, forward_options: ForwardOptions, name: str
+) -> Tensor:
     """The same with all windows passing one block after another, ``(N,)``."""
     if not len(windows):
         return torch.empty(0, dtype=torch.float64)
     size = _windows_per_batch(decoder.model, windows.shape[1])
-    batches = embed(decoder, windows, Passage(batch_size=size, spill=passage.spill))
+    batches = embed(decoder, windows, ForwardOptions(batch_size=size, spill=forward_options.spill))
     with progress.bar(f"perplexity on {name}", total=len(batches) * len(decoder.blocks)) as step:
         for index in range(len(decoder.blocks)):
-            with decoder.resident(index):
+            with decoder.loaded(index):
                 pass_block(decoder, index, batches, step)
     pairs = zip(batches, windows.split(size), strict=True)
     return torch.cat([_cross_entropy(finish(decoder, ids, batch.hidden), ids) for batch, ids in pairs])

@@ -17,9 +17,15 @@ from transformers.pytorch_utils import Conv1D
 
 from cfsp_framework.errors import ConfigError, ModelError
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank, matrix
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedForwards, FeedForwardModule, matrix
 from cfsp_framework.modeling.meta_init import without_weights
-from cfsp_framework.pruning.surgery import added_biases, describe_widths, dropped_attention, expert_step, tell_width
+from cfsp_framework.pruning.surgery import (
+    added_biases,
+    describe_widths,
+    dropped_attention,
+    expert_step,
+    set_width_attributes,
+)
 
 _BIAS_SETTING = "mlp_bias"
 """What the configurations that have a setting for biases of the feed-forward call it."""
@@ -37,7 +43,7 @@ def choose_widths(decoder: Decoder, width: int | None = None) -> dict[str, int]:
     widest, steps = dict[str, int](), dict[str, int]()
     for index in range(len(decoder.blocks)):
         for group in decoder.groups(index):
-            step = experts_need if any(bank.experts for bank in group.banks) else 1
+            step = experts_need if any(module.experts for module in group.modules) else 1
             steps[group.key] = max(step, steps.get(group.key, 1))
             widest[group.key] = max(widest.get(group.key, 0), group.width)
     widest = {key: steps[key] * math.ceil(least / steps[key]) for key, least in widest.items()}
@@ -61,8 +67,8 @@ def pad_model(decoder: Decoder, widths: Mapping[str, int]) -> None:
     _settle_biases(decoder)
     for index in range(len(decoder.blocks)):
         for group in decoder.groups(index):
-            for bank in group.banks:
-                _pad_bank(bank, widths[group.key] * bank.layout.times)
+            for module in group.modules:
+                _pad_module(module, widths[group.key] * module.layout.times)
     blocks = dropped_attention(decoder.config)
     decoder.config.__dict__.pop("dropped_attention", None)
     describe_widths(decoder)
@@ -84,8 +90,8 @@ def _settle_biases(decoder: Decoder) -> None:
     setattr(decoder.config, _BIAS_SETTING, True)
     decoder.config.__dict__.pop("added_biases", None)
     for index in range(len(decoder.blocks)):
-        for bank in decoder.banks(index):
-            for projection in bank.projections.values() if isinstance(bank, SingleBank) else ():
+        for module in decoder.feed_forward_modules(index):
+            for projection in module.projections.values() if isinstance(module, DenseFeedForward) else ():
                 if projection.bias is None:
                     projection.bias = nn.Parameter(torch.zeros_like(matrix(projection)[:, 0]))  # (out,)
 
@@ -104,20 +110,20 @@ def _restore_attention(decoder: Decoder, index: int) -> None:
     block.set_submodule(path, attention)
 
 
-def _pad_bank(bank: Bank, width: int) -> None:
-    """Append channels of zeros to every feed-forward of a bank until it is ``width`` wide."""
-    before = bank.width
+def _pad_module(module: FeedForwardModule, width: int) -> None:
+    """Append channels of zeros to every feed-forward of a module until it is ``width`` wide."""
+    before = module.width
     missing = width - before
-    if missing and isinstance(bank, SingleBank):
-        _pad_single(bank, missing)
-    elif missing and isinstance(bank, ExpertBank):
-        _pad_experts(bank, missing)
-    tell_width(bank.module, before, width)
+    if missing and isinstance(module, DenseFeedForward):
+        _pad_single(module, missing)
+    elif missing and isinstance(module, ExpertFeedForwards):
+        _pad_experts(module, missing)
+    set_width_attributes(module.module, before, width)
 
 
-def _pad_single(bank: SingleBank, missing: int) -> None:
-    layout = bank.layout
-    for name, projection in bank.projections.items():
+def _pad_single(module: DenseFeedForward, missing: int) -> None:
+    layout = module.layout
+    for name, projection in module.projections.items():
         parts = 2 if layout.fused and name != layout.down else 1  # [gate; up], each of which grows at its end
         wide = _longer(matrix(projection), missing, axis=1 if name == layout.down else 0, parts=parts)
         if projection.bias is not None and name != layout.down:
@@ -129,15 +135,15 @@ def _pad_single(bank: SingleBank, missing: int) -> None:
             projection.out_features, projection.in_features = projection.weight.shape
 
 
-def _pad_experts(bank: ExpertBank, missing: int) -> None:
-    layout, module = bank.layout, bank.module
+def _pad_experts(experts: ExpertFeedForwards, missing: int) -> None:
+    layout, module = experts.layout, experts.module
     both = 2 if layout.fused else 1
-    parts = both if bank.concatenated else 1  # alternating gates and ups grow together
+    parts = both if experts.concatenated else 1  # alternating gates and ups grow together
     more = missing * both // parts
-    up_axis, down_axis = (2, 1) if bank.transposed else (1, 2)  # (E, ...)
+    up_axis, down_axis = (2, 1) if experts.transposed else (1, 2)  # (E, ...)
     for name, axis, count, cut in (
         (layout.up, up_axis, more, parts),
-        *([(f"{layout.up}_bias", 1, more, parts)] if bank.biased else []),
+        *([(f"{layout.up}_bias", 1, more, parts)] if experts.biased else []),
         (layout.down, down_axis, missing, 1),
     ):
         parameter = module.get_parameter(name)

@@ -26,7 +26,7 @@ from cfsp_framework.host.registry import (
     Origin,
     Plugins,
 )
-from cfsp_framework.host.sandbox import contained
+from cfsp_framework.host.sandbox import sandboxed
 
 
 def load_plugins(specs: Sequence[str] = ()) -> Plugins:
@@ -58,7 +58,7 @@ def _register(
 ) -> None:
     if origin.plugin in origins:
         raise PluginError(f"Two plugins are called {origin.plugin!r}: {origins[origin.plugin]} and {origin}.")
-    with contained(origin, "its import", failed="could not be loaded", remedy=f" {remedy}"):
+    with sandboxed(origin, "its import", failed="could not be loaded", remedy=f" {remedy}"):
         plugin = load()
         if (loaded := manager.get_name(plugin)) is not None:
             raise PluginError(f"{origin} is loaded already, as {origins[loaded]}. {remedy}")

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from cfsp_framework.api.components import Observer
 from cfsp_framework.api.events import Event
 from cfsp_framework.errors import PluginError
-from cfsp_framework.host.registry import Chosen
-from cfsp_framework.host.sandbox import survived
+from cfsp_framework.host.registry import ConfiguredComponent
+from cfsp_framework.host.sandbox import warn_on_error
 
 
-def start_observing(observers: Sequence[Chosen[Observer]]) -> Callable[[Event], None]:
+def start_observing(observers: Sequence[ConfiguredComponent[Observer]]) -> Callable[[Event], None]:
     """Start them, and return what tells all of them an event.
 
     An observer that cannot start fails the run, before it has cost anything. One that fails later is warned about once
@@ -24,14 +24,14 @@ def start_observing(observers: Sequence[Chosen[Observer]]) -> Callable[[Event], 
 
     def tell(event: Event) -> None:
         for chosen, listener in listeners:
-            with survived(chosen.conduct), chosen.blamed(type(event).__name__):
+            with warn_on_error(chosen.usage), chosen.call_component(type(event).__name__):
                 listener(event)
 
     return tell
 
 
-def _started(chosen: Chosen[Observer]) -> Callable[[Event], None]:
-    with chosen.blamed("start()") as component:
+def _started(chosen: ConfiguredComponent[Observer]) -> Callable[[Event], None]:
+    with chosen.call_component("start()") as component:
         listener: object = component.start()
     if not callable(listener):
         raise PluginError(

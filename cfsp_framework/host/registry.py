@@ -23,7 +23,7 @@ from cfsp_framework.api.components import (
 )
 from cfsp_framework.api.data import Architecture, Site, Statistic
 from cfsp_framework.errors import ConfigError, PluginError, did_you_mean
-from cfsp_framework.host.sandbox import Conduct, contained, survived
+from cfsp_framework.host.sandbox import PluginUsage, sandboxed, warn_on_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,27 +53,27 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Chosen(Generic[C_co]):
+class ConfiguredComponent(Generic[C_co]):
     """A configured component and its origin, so that what goes wrong in it can be named."""
 
     component: C_co
     origin: Origin
-    conduct: Conduct = field(default_factory=Conduct, compare=False, repr=False)
+    usage: PluginUsage = field(default_factory=PluginUsage, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.component.kind} {self.component.name!r} ({self.origin})"
 
     @contextmanager
-    def blamed(
-        self, action: str, lent: Mapping[str, Tensor | None] | None = None, *, thorough: bool = True
+    def call_component(
+        self, action: str, read_only_inputs: Mapping[str, Tensor | None] | None = None, *, thorough: bool = True
     ) -> Generator[C_co]:
-        """Run the component's code, contained: see ``containment``. It may read the tensors it is ``lent``."""
-        with contained(self, action, conduct=self.conduct, lent=lent, thorough=thorough):
+        """Run the component's code, contained: see ``containment``. It may read the tensors it is ``read_only_inputs``."""
+        with sandboxed(self, action, usage=self.usage, read_only_inputs=read_only_inputs, thorough=thorough):
             yield self.component
 
     def required(self) -> frozenset[Statistic]:
         """What the component's ``required()`` says, checked."""
-        with self.blamed("required()") as component:
+        with self.call_component("required()") as component:
             found: object = component.required()
             required = frozenset(cast("Iterable[object]", found))
         for statistic in required:
@@ -105,12 +105,12 @@ class Registry(Mapping[str, type[C]]):
         """Who offers ``name``."""
         return self._offer(name)[1]
 
-    def create(self, name: str, options: Mapping[str, object]) -> Chosen[C]:
+    def create(self, name: str, options: Mapping[str, object]) -> ConfiguredComponent[C]:
         """The component called ``name`` with its options validated."""
         cls, origin = self._offer(name)
-        with contained(f"{self.kind} {name!r} ({origin})", "its options", failed="failed to take its options"):
+        with sandboxed(f"{self.kind} {name!r} ({origin})", "its options", failed="failed to take its options"):
             try:
-                return Chosen(cls.model_validate(dict(options)), origin)
+                return ConfiguredComponent(cls.model_validate(dict(options)), origin)
             except ValidationError as error:
                 known = ", ".join(cls.model_fields) or "none"
                 raise ConfigError(
@@ -172,12 +172,12 @@ class Plugins:
     def run_finished(self, result: RunResult) -> None:
         """Tell every plugin that wants to know. The result is in place by then: one that fails is a warning."""
         for implementation in self._manager.hook.cfsp_run_finished.get_hookimpls():
-            with survived():
+            with warn_on_error():
                 self._call(implementation, "cfsp_run_finished", result=result)
 
-    def collectors_for(self, required: Iterable[Statistic]) -> tuple[Chosen[Collector], ...]:
+    def collectors_for(self, required: Iterable[Statistic]) -> tuple[ConfiguredComponent[Collector], ...]:
         """Exactly one collector for every required statistic, in a stable order."""
-        chosen: list[Chosen[Collector]] = []
+        chosen: list[ConfiguredComponent[Collector]] = []
         for statistic in sorted(set(required)):
             names = [name for name, cls in self.collectors.items() if cls.provides == statistic]
             if not names:
@@ -220,12 +220,12 @@ class Plugins:
         origin = self.origins[implementation.plugin_name]
         if not isinstance(answer, Iterable):
             raise PluginError(f"{origin}: {hook}() returned {answer!r}; it must return a list of classes.")
-        with contained(origin, f"{hook}()"):  # a hook written as a generator runs here
+        with sandboxed(origin, f"{hook}()"):  # a hook written as a generator runs here
             return list(cast("Iterable[object]", answer))
 
     def _call(self, implementation: pluggy.HookImpl, hook: str, **arguments: object) -> object:
         wanted = {name: arguments[name] for name in (*implementation.argnames, *implementation.kwargnames)}
-        with contained(self.origins[implementation.plugin_name], f"{hook}()"):
+        with sandboxed(self.origins[implementation.plugin_name], f"{hook}()"):
             return implementation.function(**wanted)
 
 

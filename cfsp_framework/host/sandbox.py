@@ -27,7 +27,7 @@ _DRAWN = "torch's global random numbers"
 
 
 @dataclass
-class Conduct:
+class PluginUsage:
     """How a component behaved so far."""
 
     seconds: float = 0.0
@@ -37,26 +37,26 @@ class Conduct:
 
 
 @contextmanager
-def contained(
+def sandboxed(
     who: object,
     action: str,
     *,
-    conduct: Conduct | None = None,
-    lent: Mapping[str, Tensor | None] | None = None,
+    usage: PluginUsage | None = None,
+    read_only_inputs: Mapping[str, Tensor | None] | None = None,
     thorough: bool = True,
     failed: str | None = None,
     remedy: str = "",
 ) -> Generator[None]:
-    """Run a plugin's code as ``who`` doing ``action``; ``lent`` are tensors it may read but not write to.
+    """Run a plugin's code as ``who`` doing ``action``; ``read_only_inputs`` are tensors it may read but not write to.
 
     Unless ``thorough``, random numbers are not looked after, which is what takes longest: for calls in the inmost loop.
 
     Raises:
         PluginError: the code raised something, or wrote to what it was lent.
     """
-    conduct = conduct or Conduct()
+    usage = usage or PluginUsage()
     settings = _settings_now(thorough)
-    versions = {name: _version(tensor) for name, tensor in (lent or {}).items()}
+    versions = {name: _version(tensor) for name, tensor in (read_only_inputs or {}).items()}
     start = time.perf_counter()
     try:
         with redirect_stdout(sys.stderr):
@@ -71,25 +71,25 @@ def contained(
             raise
         raise PluginError(f"{who} {failed or f'failed in {action}'}: {cause(error)}{remedy}") from error
     finally:
-        conduct.seconds += time.perf_counter() - start
+        usage.seconds += time.perf_counter() - start
         changed = _put_back(settings)
-    for name, tensor in (lent or {}).items():
+    for name, tensor in (read_only_inputs or {}).items():
         if _version(tensor) != versions[name]:
             raise PluginError(f"{who} wrote to `{name}` in {action}, which it may only read; work on a clone().")
     for name in changed:
-        if name not in conduct.warned:
-            conduct.warned.add(name)
+        if name not in usage.warned:
+            usage.warned.add(name)
             advice = " Draw from feed_forward.generator(), or from a generator of your own." if name == _DRAWN else ""
             warnings.warn(PluginWarning(f"{who} changed {name} in {action}; put back.{advice}"), stacklevel=3)
 
 
 @contextmanager
-def survived(conduct: Conduct | None = None) -> Generator[None]:
-    """Run what nothing depends on: whatever it raises becomes a warning, one for each ``conduct``, and the run goes on."""
+def warn_on_error(usage: PluginUsage | None = None) -> Generator[None]:
+    """Run what nothing depends on: whatever it raises becomes a warning, one for each ``usage``, and the run goes on."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  (a plugin's)
-        warned = conduct.warned if conduct else set[str]()
+        warned = usage.warned if usage else set[str]()
         if "failed" not in warned:
             warned.add("failed")
             warnings.warn(PluginWarning(f"{error} The run goes on."), stacklevel=3)

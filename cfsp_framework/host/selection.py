@@ -18,7 +18,7 @@ from cfsp_framework.api.components import (
 from cfsp_framework.api.data import Statistic, Stream
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import PluginError
-from cfsp_framework.host.registry import Chosen, Plugins
+from cfsp_framework.host.registry import ConfiguredComponent, Plugins
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 
@@ -26,14 +26,14 @@ from cfsp_framework.statistics import DOWN_INPUT_GRAM
 class Selection:
     """The components of a run."""
 
-    criterion: Chosen[Criterion]
-    allocator: Chosen[Allocator]
-    compensator: Chosen[Compensator]
-    recovery: Chosen[RecoveryScheduler]
-    collectors: tuple[Chosen[Collector], ...]
-    second_pass: tuple[Chosen[Collector], ...]
+    criterion: ConfiguredComponent[Criterion]
+    allocator: ConfiguredComponent[Allocator]
+    compensator: ConfiguredComponent[Compensator]
+    recovery: ConfiguredComponent[RecoveryScheduler]
+    collectors: tuple[ConfiguredComponent[Collector], ...]
+    second_pass: tuple[ConfiguredComponent[Collector], ...]
     """What the compensator needs measured block by block while cutting; empty where the first pass suffices."""
-    observers: tuple[Chosen[Observer], ...] = ()
+    observers: tuple[ConfiguredComponent[Observer], ...] = ()
 
     @property
     def measures(self) -> bool:
@@ -48,7 +48,7 @@ class Selection:
         }
 
     @property
-    def chosen(self) -> tuple[Chosen[Component], ...]:
+    def chosen(self) -> tuple[ConfiguredComponent[Component], ...]:
         """All components that decide the result."""
         single = (self.criterion, self.allocator, self.compensator, self.recovery)
         return (*self.collectors, *self.second_pass, *single)
@@ -58,7 +58,7 @@ class Selection:
         spent: dict[str, float] = {}
         for chosen in (*self.chosen, *self.observers):
             name = f"{chosen.component.kind} {chosen.component.name}"
-            spent[name] = spent.get(name, 0.0) + chosen.conduct.seconds
+            spent[name] = spent.get(name, 0.0) + chosen.usage.seconds
         return dict(sorted(spent.items(), key=lambda one: -one[1]))
 
     def distributions(self) -> dict[str, str]:
@@ -86,27 +86,27 @@ def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Sel
     return Selection(criterion, allocator, compensator, recovery, first_pass, second_pass, observers)
 
 
-def curve_of(allocator: Chosen[Allocator]) -> Literal["plain", "compensated"] | None:
+def curve_of(allocator: ConfiguredComponent[Allocator]) -> Literal["plain", "compensated"] | None:
     """The removal-error curve the allocator asks for, checked."""
-    with allocator.blamed("curve()") as component:
+    with allocator.call_component("curve()") as component:
         curve = component.curve()
     if curve not in (None, "plain", "compensated"):
         raise PluginError(f"{allocator}: curve() returned {curve!r}, not 'plain', 'compensated' or None.")
     return curve
 
 
-def stream_of(compensator: Chosen[Compensator]) -> Stream:
+def stream_of(compensator: ConfiguredComponent[Compensator]) -> Stream:
     """The stream the compensator's statistics come from, checked."""
-    with compensator.blamed("stream()") as component:
+    with compensator.call_component("stream()") as component:
         stream: object = component.stream()
     if not isinstance(stream, Stream):
         raise PluginError(f"{compensator}: stream() returned {stream!r}, not Stream.DENSE or Stream.PRUNED.")
     return stream
 
 
-def target_mix_of(compensator: Chosen[Compensator]) -> float:
+def target_mix_of(compensator: ConfiguredComponent[Compensator]) -> float:
     """How far the compensator's target leans to the dense block's output, checked."""
-    with compensator.blamed("target_mix()") as component:
+    with compensator.call_component("target_mix()") as component:
         mix: object = component.target_mix()
     if not isinstance(mix, int | float) or not math.isfinite(mix):
         raise PluginError(f"{compensator}: target_mix() returned {mix!r}, not a finite number.")

@@ -13,21 +13,21 @@ from cfsp_framework.api.data import Architecture, FeedForward
 from cfsp_framework.errors import ModelError
 from cfsp_framework.host.registry import Plugins
 from cfsp_framework.modeling.detection import find_architecture
-from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank
-from cfsp_framework.modeling.streaming import InMemory, Residency
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedForwards, FeedForwardModule
+from cfsp_framework.modeling.streaming import InMemory, WeightLoading
 
 
 @dataclass(frozen=True)
 class WidthGroup:
-    """The banks of one block whose width one value of the configuration sets."""
+    """The modules of one block whose width one value of the configuration sets."""
 
     key: str
-    banks: tuple[Bank, ...]
+    modules: tuple[FeedForwardModule, ...]
 
     @property
     def width(self) -> int:
         """The configuration's value."""
-        return self.banks[0].width // self.banks[0].layout.times
+        return self.modules[0].width // self.modules[0].layout.times
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Decoder:
 
     model: PreTrainedModel
     architecture: Architecture
-    resident: Residency = field(default_factory=InMemory)
+    loaded: WeightLoading = field(default_factory=InMemory)
 
     @property
     def device(self) -> torch.device:
         """Where blocks run."""
-        return self.resident.device or self.model.device
+        return self.loaded.device or self.model.device
 
     @property
     def base(self) -> nn.Module:
@@ -62,20 +62,20 @@ class Decoder:
         """The part of the configuration that holds the decoder's widths."""
         return self.model.config.get_text_config()
 
-    def banks(self, index: int) -> tuple[Bank, ...]:
+    def feed_forward_modules(self, index: int) -> tuple[FeedForwardModule, ...]:
         """The modules of block ``index`` that hold its feed-forwards, in the architecture's order.
 
         Raises:
             AttributeError, TypeError: they are not where the architecture says.
         """
-        block, found = self.blocks[index], list[Bank]()
+        block, found = self.blocks[index], list[FeedForwardModule]()
         for layout in self.architecture.feed_forwards:
             module = _submodule(block, layout.path)
             if module is None or not hasattr(module, layout.down):
                 continue
             stacked = isinstance(getattr(module, layout.down), nn.Parameter)
             if stacked is layout.experts:
-                found.append((ExpertBank if stacked else SingleBank)(module, layout))
+                found.append((ExpertFeedForwards if stacked else DenseFeedForward)(module, layout))
         if not found:
             raise AttributeError(
                 f"block {index} has none of {[layout.path for layout in self.architecture.feed_forwards]}"
@@ -83,30 +83,32 @@ class Decoder:
         return tuple(found)
 
     def groups(self, index: int) -> tuple[WidthGroup, ...]:
-        """The banks of block ``index`` by the configuration's key for their width."""
-        banks = self.banks(index)
-        keys = dict.fromkeys(bank.layout.width_key for bank in banks)
-        return tuple(WidthGroup(key, tuple(bank for bank in banks if bank.layout.width_key == key)) for key in keys)
+        """The modules of block ``index`` by the configuration's key for their width."""
+        modules = self.feed_forward_modules(index)
+        keys = dict.fromkeys(module.layout.width_key for module in modules)
+        return tuple(
+            WidthGroup(key, tuple(module for module in modules if module.layout.width_key == key)) for key in keys
+        )
 
     def feed_forwards(self, index: int, seed: int = 0) -> tuple[FeedForward, ...]:
         """Block ``index``'s feed-forwards in the common convention, in the order of a plan; ``seed`` is for draws."""
         activation = _activation(self.config)
         return tuple(
-            bank.feed_forward(member, index, activation, seed)
+            module.feed_forward(member, index, activation, seed)
             for group in self.groups(index)
-            for bank in group.banks
-            for member in range(len(bank.paths))
+            for module in group.modules
+            for member in range(len(module.paths))
         )
 
     @property
     def places(self) -> tuple[tuple[int, str, int], ...]:
         """Block, path and width of every feed-forward, in the order of a plan; those of a pruned model differ."""
         return tuple(
-            (index, path, bank.width)
+            (index, path, module.width)
             for index in range(len(self.blocks))
             for group in self.groups(index)
-            for bank in group.banks
-            for path in bank.paths
+            for module in group.modules
+            for path in module.paths
         )
 
     @property
@@ -120,9 +122,9 @@ class Decoder:
         return sum(
             view.numel()
             for index in range(len(self.blocks))
-            for bank in self.banks(index)
-            for member in range(len(bank.paths))
-            for name, view in bank.weights(member).items()
+            for module in self.feed_forward_modules(index)
+            for member in range(len(module.paths))
+            for name, view in module.weights(member).items()
             if view is not None and name != "down_bias"
         )
 
@@ -138,7 +140,7 @@ class Decoder:
         return sum(parameter.numel() for parameter in attention.parameters())
 
 
-def open_decoder(model: PreTrainedModel, plugins: Plugins, resident: Residency | None = None) -> Decoder:
+def open_decoder(model: PreTrainedModel, plugins: Plugins, loaded: WeightLoading | None = None) -> Decoder:
     """See ``model`` through the architecture some plugin knows for its family, or that can be found in its modules.
 
     Raises:
@@ -146,7 +148,7 @@ def open_decoder(model: PreTrainedModel, plugins: Plugins, resident: Residency |
     """
     family = model.config.get_text_config().model_type
     architecture = plugins.architecture(model.config) or find_architecture(model)
-    decoder = Decoder(model, architecture, resident or InMemory())
+    decoder = Decoder(model, architecture, loaded or InMemory())
     try:
         modules = decoder.base, [decoder.feed_forwards(index) for index in range(len(decoder.blocks))]
     except (AttributeError, TypeError) as error:

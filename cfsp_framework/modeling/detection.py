@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from cfsp_framework.api.data import Architecture, FeedForwardLayout
 from cfsp_framework.errors import ModelError
-from cfsp_framework.modeling.feed_forwards import ExpertBank, Projection, matrix
+from cfsp_framework.modeling.feed_forwards import ExpertFeedForwards, Projection, matrix
 from cfsp_framework.modeling.meta_init import without_weights
 
 _NAMES = (
@@ -129,7 +129,7 @@ def _width_of(block: nn.Module, layout: FeedForwardLayout) -> int | None:
     down: Any = getattr(module, layout.down, None)
     if down is None or isinstance(down, nn.Parameter) is not layout.experts:
         return None
-    return ExpertBank(module, layout).width if layout.experts else matrix(down).shape[1]
+    return ExpertFeedForwards(module, layout).width if layout.experts else matrix(down).shape[1]
 
 
 def _with_key(

@@ -1,6 +1,6 @@
 """The modules that hold a block's feed-forwards, read and watched in one convention whatever their form.
 
-A *bank* is one such module: a single feed-forward of Linear or Conv1D projections, or the experts of a mixture in
+A *module* is one such module: a single feed-forward of Linear or Conv1D projections, or the experts of a mixture in
 parameters of three dimensions, all of one width.
 """
 
@@ -24,8 +24,8 @@ Projection = nn.Linear | Conv1D
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What one feed-forward of a bank saw in one forward: ``n`` tokens, in one dimension or in two."""
+class FeedForwardIO:
+    """What one feed-forward of a module saw in one forward: ``n`` tokens, in one dimension or in two."""
 
     member: int
     inputs: Tensor  # (n, D): of the gate and up projections
@@ -42,10 +42,10 @@ class Heard:
         return self.activations.flatten(0, -2), product.flatten(0, -2)
 
 
-Hear = Callable[[Heard], None]
+Hear = Callable[[FeedForwardIO], None]
 
 
-class Bank(ABC):
+class FeedForwardModule(ABC):
     """One module's feed-forwards, all ``width`` channels wide, and how to read and watch each of them."""
 
     experts: ClassVar[bool]
@@ -82,7 +82,7 @@ class Bank(ABC):
         )
 
 
-class SingleBank(Bank):
+class DenseFeedForward(FeedForwardModule):
     """One feed-forward of Linear or Conv1D projections."""
 
     experts: ClassVar[bool] = False
@@ -128,7 +128,7 @@ class SingleBank(Bank):
             entered[:] = [inputs[0]]
 
         def leave(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            hear(Heard(0, entered.pop(), inputs[0], output, down.bias))
+            hear(FeedForwardIO(0, entered.pop(), inputs[0], output, down.bias))
 
         with ExitStack() as hooks:
             hooks.callback(up.register_forward_hook(enter).remove)
@@ -136,7 +136,7 @@ class SingleBank(Bank):
             yield
 
 
-class ExpertBank(Bank):
+class ExpertFeedForwards(FeedForwardModule):
     """The experts of a mixture, in parameters ``(E, ...)`` whose form the module states.
 
     While it is watched it computes the experts one after another, which gives what its own implementation gives.
@@ -239,7 +239,7 @@ class ExpertBank(Bank):
             activations = up * module.act_fn(gate)  # (m, F)
         down_bias = self._parameter(f"{self.layout.down}_bias")[expert] if self.biased else None
         outputs = functional.linear(activations, self._matrix(self.layout.down, expert), down_bias)
-        hear(Heard(expert, inputs, activations, outputs, down_bias, tokens))
+        hear(FeedForwardIO(expert, inputs, activations, outputs, down_bias, tokens))
         return outputs
 
     def _parameter(self, name: str) -> nn.Parameter:

@@ -342,7 +342,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-class Residency(Protocol):
+class WeightLoading(Protocol):
     """Makes one block's parameters present."""
 
     device: torch.device | None

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from cfsp_framework.api.components import Collector, Compensator
 from cfsp_framework.api.data import BlockStatistics, FeedForward, Stream, Update
-from cfsp_framework.engine.measure import Teacher, lent, measure_block
-from cfsp_framework.engine.replay import Passage, embed, pass_block
+from cfsp_framework.engine.measure import Teacher, measure_block, read_only_inputs
+from cfsp_framework.engine.replay import ForwardOptions, embed, pass_block
 from cfsp_framework.errors import PluginError
-from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.host.selection import stream_of, target_mix_of
 from cfsp_framework.modeling.decoder import Decoder
@@ -25,7 +25,7 @@ from cfsp_framework.runtime.atomic_files import save_aside
 
 
 def compensate(
-    compensator: Chosen[Compensator], feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics
+    compensator: ConfiguredComponent[Compensator], feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics
 ) -> Update:
     """The compensator's answer for one feed-forward, checked: right shapes, all finite.
 
@@ -36,7 +36,10 @@ def compensate(
     down = feed_forward.down
     kept, seen = kept.to(down.device), statistics.only(compensator.required()).to(down.device)
     action = f"compensate() at block {feed_forward.block}, {feed_forward.path}"
-    with torch.no_grad(), compensator.blamed(action, {**lent(feed_forward, seen), "kept": kept}) as component:
+    with (
+        torch.no_grad(),
+        compensator.call_component(action, {**read_only_inputs(feed_forward, seen), "kept": kept}) as component,
+    ):
         found: object = component.compensate(feed_forward, kept, seen)
     if not isinstance(found, Update):
         raise PluginError(f"{compensator}: compensate() returned {type(found).__name__}, not an Update.")
@@ -70,7 +73,7 @@ class FirstPass:
         self,
         decoder: Decoder,
         statistics: Mapping[tuple[int, str], BlockStatistics],
-        compensator: Chosen[Compensator],
+        compensator: ConfiguredComponent[Compensator],
         *,
         seed: int,
     ) -> None:
@@ -86,7 +89,7 @@ class FirstPass:
             for one, mine in zip(self._decoder.feed_forwards(index, self._seed), kept, strict=True)
         ]
 
-    def leave(self, index: int) -> None:
+    def advance(self, index: int) -> None:
         """Nothing passes the blocks."""
 
 
@@ -142,11 +145,11 @@ class SecondPass:
         self,
         decoder: Decoder,
         windows: Tensor,
-        compensator: Chosen[Compensator],
-        collectors: Sequence[Chosen[Collector]],
+        compensator: ConfiguredComponent[Compensator],
+        collectors: Sequence[ConfiguredComponent[Collector]],
         *,
         seed: int,
-        passage: Passage | None = None,
+        forward_options: ForwardOptions | None = None,
         finished: FinishedBlocks | None = None,
     ) -> None:
         self._decoder = decoder
@@ -154,12 +157,12 @@ class SecondPass:
         self._collectors = collectors
         self._finished = finished
         self._seed = seed
-        self._ranks = (passage or Passage()).ranks
+        self._ranks = (forward_options or ForwardOptions()).ranks
         self._pruned = stream_of(compensator) is Stream.PRUNED
         additive = all(layout.additive and not layout.experts for layout in decoder.architecture.feed_forwards)
         mix = target_mix_of(compensator) if additive else 0.0
-        self._batches = embed(decoder, windows, passage)
-        self._teacher = Teacher(embed(decoder, windows, passage), mix) if self._pruned and mix else None
+        self._batches = embed(decoder, windows, forward_options)
+        self._teacher = Teacher(embed(decoder, windows, forward_options), mix) if self._pruned and mix else None
         self._passed = False
 
     def __call__(self, index: int, kept: Sequence[Tensor]) -> list[Update]:
@@ -185,7 +188,7 @@ class SecondPass:
             self._finished.store(index, updates)
         return updates
 
-    def leave(self, index: int) -> None:
+    def advance(self, index: int) -> None:
         """Move the streams on through block ``index`` as it is now."""
         if self._pruned or not self._passed:
             pass_block(self._decoder, index, self._batches)

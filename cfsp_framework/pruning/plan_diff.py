@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
-from cfsp_framework.api.records import BlockPlan, PruningPlan, bank_path
+from cfsp_framework.api.records import BlockPlan, PruningPlan, feed_forward_path
 from cfsp_framework.config import FrozenRecord
 from cfsp_framework.errors import PlanError
 
@@ -71,7 +71,7 @@ class Comparison(FrozenRecord):
 def compare(first: PruningPlan, second: PruningPlan, names: tuple[str, str], *, experts: bool = False) -> Comparison:
     """Compare what two plans keep; ``names`` is what they are called.
 
-    ``experts`` compares every expert of a mixture by itself; otherwise those of a bank are one.
+    ``experts`` compares every expert of a mixture by itself; otherwise those of a module are one.
 
     Raises:
         PlanError: they are for different models: not the same feed-forwards, or not of the same widths.
@@ -81,7 +81,7 @@ def compare(first: PruningPlan, second: PruningPlan, names: tuple[str, str], *, 
     pairs = [(entry, theirs[entry.block, entry.path]) for entry in first.blocks]
     together: dict[tuple[int, str], list[tuple[BlockPlan, BlockPlan]]] = {}
     for pair in pairs:
-        path = pair[0].path if experts else bank_path(pair[0].path)
+        path = pair[0].path if experts else feed_forward_path(pair[0].path)
         together.setdefault((pair[0].block, path), []).append(pair)
     same = all(one.kept == other.kept for one, other in pairs) and first.dropped_attention == second.dropped_attention
     return Comparison(

@@ -18,7 +18,7 @@ from cfsp_framework.errors import ConfigError, PlanError, PluginError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp_framework.host.registry import Chosen
+    from cfsp_framework.host.registry import ConfiguredComponent
 
 
 _ENDLESS = 100_000
@@ -62,9 +62,11 @@ def channel_ratio(ratio: float, parameters: int, prunable: int, gone: int = 0) -
     return wanted / prunable
 
 
-def allocate(allocator: Chosen[Allocator], summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
+def allocate(
+    allocator: ConfiguredComponent[Allocator], summaries: Sequence[BlockSummary], budget: Budget
+) -> list[float]:
     """The allocator's shares, checked: one per block, finite, in (0, 1]."""
-    with allocator.blamed("allocate()", _lent(summaries)) as component:
+    with allocator.call_component("allocate()", _read_only_inputs(summaries)) as component:
         shares = [float(share) for share in islice(component.allocate(summaries, budget), _ENDLESS)]
     _check_count(allocator, "shares", shares, summaries)
     for summary, share in zip(summaries, shares, strict=True):
@@ -73,9 +75,11 @@ def allocate(allocator: Chosen[Allocator], summaries: Sequence[BlockSummary], bu
     return shares
 
 
-def importance_of(allocator: Chosen[Allocator], summaries: Sequence[BlockSummary]) -> Sequence[float | None]:
+def importance_of(
+    allocator: ConfiguredComponent[Allocator], summaries: Sequence[BlockSummary]
+) -> Sequence[float | None]:
     """The allocator's coarse importance, checked: one finite number per block, or None for each."""
-    with allocator.blamed("importance()", _lent(summaries)) as component:
+    with allocator.call_component("importance()", _read_only_inputs(summaries)) as component:
         found = component.importance(summaries)
         values = None if found is None else [float(value) for value in islice(found, _ENDLESS)]
     if values is None:
@@ -88,13 +92,13 @@ def importance_of(allocator: Chosen[Allocator], summaries: Sequence[BlockSummary
 
 
 def _check_count(
-    allocator: Chosen[Allocator], what: str, values: Sequence[float], summaries: Sequence[BlockSummary]
+    allocator: ConfiguredComponent[Allocator], what: str, values: Sequence[float], summaries: Sequence[BlockSummary]
 ) -> None:
     if len(values) != len(summaries):
         raise PluginError(f"{allocator} returned {len(values)} {what} for {len(summaries)} blocks.")
 
 
-def _lent(summaries: Sequence[BlockSummary]) -> dict[str, Tensor | None]:
+def _read_only_inputs(summaries: Sequence[BlockSummary]) -> dict[str, Tensor | None]:
     """The tensors an allocator sees."""
     named = {f"block {summary.block} {summary.path} scores": summary.scores for summary in summaries}
     return {**named, **{f"block {summary.block} {summary.path} curve": summary.curve for summary in summaries}}
@@ -165,7 +169,11 @@ def keep_highest(scores: Tensor, count: int) -> tuple[int, ...]:
 
 
 def plan_blocks(
-    summaries: Sequence[BlockSummary], allocator: Chosen[Allocator], budget: Budget, *, rebalance: bool = True
+    summaries: Sequence[BlockSummary],
+    allocator: ConfiguredComponent[Allocator],
+    budget: Budget,
+    *,
+    rebalance: bool = True,
 ) -> tuple[BlockPlan, ...]:
     """Widths by the allocator, channels by the scores; one entry for every feed-forward."""
     shares = allocate(allocator, summaries, budget)

@@ -15,8 +15,8 @@ from cfsp_framework.api.data import Update
 from cfsp_framework.api.records import BlockPlan, PruningPlan
 from cfsp_framework.errors import ConfigError, ModelError, PlanError
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import Bank, ExpertBank, SingleBank, matrix
-from cfsp_framework.modeling.variable_width import StandIn
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedForwards, FeedForwardModule, matrix
+from cfsp_framework.modeling.variable_width import ZeroAttention
 
 Compensate = Callable[[int, Sequence[Tensor]], Sequence[Update]]
 """Answers ``(block, kept channels of each of its feed-forwards)`` with a change for each."""
@@ -42,7 +42,7 @@ def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
         raise PlanError(f"the plan has {len(plan.blocks)} feed-forwards; the model has {len(places)}.")
     for index, entries in _by_block(plan).items():
         for group in decoder.groups(index):
-            mine = [entries.pop(0) for bank in group.banks for _ in bank.paths]
+            mine = [entries.pop(0) for module in group.modules for _ in module.paths]
             if len({Fraction(len(entry.kept), entry.width) for entry in mine}) > 1:
                 raise PlanError(
                     f"the plan keeps different shares of {mine[0].path} and others in block {index}, whose width is one "
@@ -71,7 +71,11 @@ def _check_buildable(decoder: Decoder, plan: PruningPlan) -> None:
 
 def expert_step(decoder: Decoder) -> int:
     """What widths have to be multiples of: rows of experts' matrices start at multiples of 16 bytes (grouped_mm)."""
-    mixed = any(isinstance(bank, ExpertBank) for index in range(len(decoder.blocks)) for bank in decoder.banks(index))
+    mixed = any(
+        isinstance(module, ExpertFeedForwards)
+        for index in range(len(decoder.blocks))
+        for module in decoder.feed_forward_modules(index)
+    )
     return max(1, 16 // decoder.model.dtype.itemsize) if mixed else 1
 
 
@@ -84,11 +88,11 @@ def _by_block(plan: PruningPlan) -> dict[int, list[BlockPlan]]:
 
 
 def apply_plan(
-    decoder: Decoder, plan: PruningPlan, compensate: Compensate, leave: Callable[[int], None] = lambda index: None
+    decoder: Decoder, plan: PruningPlan, compensate: Compensate, advance: Callable[[int], None] = lambda index: None
 ) -> None:
     """Cut every block to its kept channels and write what ``compensate(block, kept)`` answers, block by block.
 
-    ``leave(block)`` is called while the block is still resident and is what it will be.
+    ``advance(block)`` is called while the block is still resident and is what it will be.
 
     Raises:
         PlanError: the plan is for a model of other shapes; nothing is changed.
@@ -96,13 +100,13 @@ def apply_plan(
     check_fits(decoder, plan)
     lacking = _lacking_biases(decoder)
     for index, entries in _by_block(plan).items():
-        with decoder.resident(index):
+        with decoder.loaded(index):
             if any(len(entry.kept) < entry.width for entry in entries):
                 kept = [torch.tensor(entry.kept) for entry in entries]  # (K,) each
                 updates = compensate(index, kept)
                 cut_block(decoder, index, kept)
                 apply_updates(decoder, index, updates)
-            leave(index)
+            advance(index)
     _align_biases(decoder, lacking)
     describe_widths(decoder)
 
@@ -113,7 +117,7 @@ def drop_attention(decoder: Decoder, blocks: Sequence[int]) -> None:
     if not blocks or path is None:
         return
     for block in blocks:
-        decoder.blocks[block].set_submodule(path, StandIn())
+        decoder.blocks[block].set_submodule(path, ZeroAttention())
     decoder.config.dropped_attention = {"path": path, "blocks": sorted({*blocks, *dropped_attention(decoder.config)})}
 
 
@@ -126,7 +130,7 @@ def without_attention(decoder: Decoder, blocks: Sequence[int]) -> Generator[None
     own = {block: decoder.blocks[block].get_submodule(path) for block in blocks}
     try:
         for block in blocks:
-            decoder.blocks[block].set_submodule(path, StandIn())
+            decoder.blocks[block].set_submodule(path, ZeroAttention())
         yield
     finally:
         for block, attention in own.items():
@@ -148,19 +152,19 @@ def cut_block(decoder: Decoder, index: int, kept: Sequence[Tensor]) -> None:
     """Keep the channels ``kept[i] (K,)`` of block ``index``'s feed-forward ``i``: ``F`` becomes ``K`` everywhere."""
     remaining = list(kept)
     for group in decoder.groups(index):
-        for bank in group.banks:
-            mine, width = remaining[: len(bank.paths)], bank.width
-            del remaining[: len(bank.paths)]
-            if isinstance(bank, SingleBank):
-                _cut_single(bank, mine[0])
-            elif isinstance(bank, ExpertBank):
-                _cut_experts(bank, mine)
-            tell_width(bank.module, width, len(mine[0]))
+        for module in group.modules:
+            mine, width = remaining[: len(module.paths)], module.width
+            del remaining[: len(module.paths)]
+            if isinstance(module, DenseFeedForward):
+                _cut_single(module, mine[0])
+            elif isinstance(module, ExpertFeedForwards):
+                _cut_experts(module, mine)
+            set_width_attributes(module.module, width, len(mine[0]))
 
 
-def _cut_single(bank: SingleBank, kept: Tensor) -> None:
-    layout, width = bank.layout, bank.width
-    for name, projection in bank.projections.items():
+def _cut_single(module: DenseFeedForward, kept: Tensor) -> None:
+    layout, width = module.layout, module.width
+    for name, projection in module.projections.items():
         where = kept.to(projection.weight.device)
         if name == layout.down:
             narrow = matrix(projection)[:, where]  # (D, K)
@@ -177,18 +181,18 @@ def _cut_single(bank: SingleBank, kept: Tensor) -> None:
             projection.out_features, projection.in_features = projection.weight.shape
 
 
-def _cut_experts(bank: ExpertBank, kept: Sequence[Tensor]) -> None:
-    layout, width, module = bank.layout, bank.width, bank.module
+def _cut_experts(experts: ExpertFeedForwards, kept: Sequence[Tensor]) -> None:
+    layout, width, module = experts.layout, experts.width, experts.module
     down = module.get_parameter(layout.down)
     where = torch.stack(list(kept)).to(down.device)  # (E, K)
     rows = where
     if layout.fused:
         rows = (
-            torch.cat([where, where + width], 1) if bank.concatenated else torch.stack([2 * where, 2 * where + 1], 2)
+            torch.cat([where, where + width], 1) if experts.concatenated else torch.stack([2 * where, 2 * where + 1], 2)
         ).flatten(1)  # (E, 2K)
-    up_axis, down_axis = (1, 0) if bank.transposed else (0, 1)  # of one expert's matrix
+    up_axis, down_axis = (1, 0) if experts.transposed else (0, 1)  # of one expert's matrix
     setattr(module, layout.up, _taken(module.get_parameter(layout.up), rows, up_axis))
-    if bank.biased:
+    if experts.biased:
         name = f"{layout.up}_bias"
         setattr(module, name, _taken(module.get_parameter(name), rows, 0))
     setattr(module, layout.down, _taken(down, where, down_axis))
@@ -204,7 +208,7 @@ def _taken(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
 _WIDTH_ATTRIBUTES = ("intermediate_size", "ffn_dim", "hidden_dim", "expert_dim", "intermediate_dim", "ffn_hidden_size")
 
 
-def tell_width(module: nn.Module, width: int, kept: int) -> None:
+def set_width_attributes(module: nn.Module, width: int, kept: int) -> None:
     """Where a module keeps its width as an attribute, that changes too."""
     for name in _WIDTH_ATTRIBUTES:
         if module.__dict__.get(name) == width:
@@ -216,36 +220,36 @@ def apply_updates(decoder: Decoder, index: int, updates: Sequence[Update]) -> No
     """Write a compensator's changes into block ``index``, which is cut already, in the model's dtype."""
     remaining = list(updates)
     for group in decoder.groups(index):
-        for bank in group.banks:
-            for member in range(len(bank.paths)):
-                _write(bank, member, remaining.pop(0))
+        for module in group.modules:
+            for member in range(len(module.paths)):
+                _write(module, member, remaining.pop(0))
 
 
-def _write(bank: Bank, member: int, update: Update) -> None:
+def _write(module: FeedForwardModule, member: int, update: Update) -> None:
     for name in ("down", "down_bias", "up", "gate", "up_bias", "gate_bias"):
         value: Tensor | None = getattr(update, name)
         if value is None:
             continue
-        if bank.weights(member).get(name) is None:
-            _give_bias(bank, name)
-        view = bank.weights(member)[name]
+        if module.weights(member).get(name) is None:
+            _give_bias(module, name)
+        view = module.weights(member)[name]
         assert view is not None, "biases were added, and the host checked that there is a gate"
         view.copy_(value)
 
 
-def _give_bias(bank: Bank, name: str) -> None:
+def _give_bias(module: FeedForwardModule, name: str) -> None:
     """Give a projection the bias ``name`` that its family lacks, of zeros."""
-    if not isinstance(bank, SingleBank):
+    if not isinstance(module, DenseFeedForward):
         raise ConfigError(
-            f"{bank.layout.path}: these experts have no biases and cannot be given any; choose a compensator without."
+            f"{module.layout.path}: these experts have no biases and cannot be given any; choose a compensator without."
         )
-    projection = bank.projections[_projection_of(bank, name)]
+    projection = module.projections[_projection_of(module, name)]
     projection.bias = nn.Parameter(torch.zeros_like(matrix(projection)[:, 0]))  # (out,)
 
 
-def _projection_of(bank: Bank, name: str) -> str:
+def _projection_of(module: FeedForwardModule, name: str) -> str:
     """The attribute of the projection that a bias called as in ``Update`` belongs to."""
-    attribute = {"down_bias": bank.layout.down, "up_bias": bank.layout.up}.get(name, bank.layout.gate)
+    attribute = {"down_bias": module.layout.down, "up_bias": module.layout.up}.get(name, module.layout.gate)
     assert attribute is not None, "a feed-forward without a gate has no gate bias"
     return attribute
 
@@ -253,11 +257,11 @@ def _projection_of(bank: Bank, name: str) -> str:
 def _lacking_biases(decoder: Decoder) -> set[tuple[str, str]]:
     """Path and attribute of every projection without a bias."""
     return {
-        (bank.layout.path, name)
+        (module.layout.path, name)
         for index in range(len(decoder.blocks))
-        for bank in decoder.banks(index)
-        if isinstance(bank, SingleBank)
-        for name, projection in bank.projections.items()
+        for module in decoder.feed_forward_modules(index)
+        if isinstance(module, DenseFeedForward)
+        for name, projection in module.projections.items()
         if projection.bias is None
     }
 
@@ -270,9 +274,9 @@ def _align_biases(decoder: Decoder, lacking: set[tuple[str, str]]) -> None:
     added = added_biases(decoder.config)
     for path, name in sorted(lacking - _lacking_everywhere(decoder, lacking)):
         for index in range(len(decoder.blocks)):
-            for bank in decoder.banks(index):
-                if isinstance(bank, SingleBank) and bank.layout.path == path:
-                    projection = bank.projections[name]
+            for module in decoder.feed_forward_modules(index):
+                if isinstance(module, DenseFeedForward) and module.layout.path == path:
+                    projection = module.projections[name]
                     if projection.bias is None:
                         rows = matrix(projection)[:, 0]  # (out,), perhaps of a block that is not resident
                         device = "cpu" if rows.is_meta else rows.device
@@ -284,11 +288,11 @@ def _align_biases(decoder: Decoder, lacking: set[tuple[str, str]]) -> None:
 
 def _lacking_everywhere(decoder: Decoder, lacking: set[tuple[str, str]]) -> set[tuple[str, str]]:
     there = {
-        (bank.layout.path, name)
+        (module.layout.path, name)
         for index in range(len(decoder.blocks))
-        for bank in decoder.banks(index)
-        if isinstance(bank, SingleBank)
-        for name, projection in bank.projections.items()
+        for module in decoder.feed_forward_modules(index)
+        if isinstance(module, DenseFeedForward)
+        for name, projection in module.projections.items()
         if projection.bias is not None
     }
     return lacking - there

@@ -22,12 +22,12 @@ from cfsp_framework.api.records import Perplexity, PruningPlan, RecoveryReport
 from cfsp_framework.data.training import TrainingData, training_data
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginError
-from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import fingerprint, open_model, resolve
 from cfsp_framework.recovery.targets import adapted, feed_forward_parameters, trainable_blocks, trained_precision
 from cfsp_framework.run.cache_keys import second_pass_key
-from cfsp_framework.run.context import Bench, sample_ids, sequence_length
+from cfsp_framework.run.context import RunContext, sample_ids, sequence_length
 
 if TYPE_CHECKING:
     from cfsp_framework.recovery.trainer import History, Teacher
@@ -72,16 +72,18 @@ class Training:
     outcome: Outcome
 
 
-def plan_recovery(bench: Bench, plan: PruningPlan, summaries: Sequence[BlockSummary] = ()) -> RecoveryTask | None:
+def plan_recovery(
+    context: RunContext, plan: PruningPlan, summaries: Sequence[BlockSummary] = ()
+) -> RecoveryTask | None:
     """Ask the scheduler what to train, and open the data; whatever cannot be done shows here.
 
     Raises:
         ConfigError, DataError, ModelError: what the user chose cannot be trained.
         PluginError: the scheduler's plan does not fit the model.
     """
-    config, decoder, chosen = bench.config, bench.decoder, bench.selection.recovery
+    config, decoder, chosen = context.config, context.decoder, context.selection.recovery
     blocks = trainable_blocks(decoder, plan)
-    with chosen.blamed("schedule()") as component:
+    with chosen.call_component("schedule()") as component:
         wanted: object = component.schedule(summaries, plan, blocks)
     if wanted is None:
         return None
@@ -89,30 +91,30 @@ def plan_recovery(bench: Bench, plan: PruningPlan, summaries: Sequence[BlockSumm
         raise PluginError(f"{chosen}: schedule() returned a {type(wanted).__name__}, not a RecoveryPlan or None.")
     if config.recovery_steps is not None:
         wanted = wanted.model_copy(update={"steps": config.recovery_steps})
-    check_options(bench, wanted)
+    check_options(context, wanted)
     check_schedule(chosen, wanted, blocks)
     matrices = {} if wanted.full else adapted(decoder, wanted, blocks)
     check_adaptable(decoder, matrices)
-    seqlen = sequence_length(config, bench.loaded)
-    with bench.progress.phase("calibrate"):
+    seqlen = sequence_length(config, context.loaded)
+    with context.progress.phase("calibrate"):
         data = training_data(
             config.recovery_data or calibrated_on(plan),
-            bench.loaded.tokenizer,
+            context.loaded.tokenizer,
             seqlen,
             wanted.steps * wanted.batch_tokens,
             hold_out=config.recovery_check_every is not None,
         )
-    teacher = teacher_folder(bench, plan) if wanted.distillation else None
+    teacher = teacher_folder(context, plan) if wanted.distillation else None
     return RecoveryTask(wanted, data, matrices, teacher, seqlen)
 
 
-def check_options(bench: Bench, wanted: RecoveryPlan) -> None:
+def check_options(context: RunContext, wanted: RecoveryPlan) -> None:
     """Refuse options that contradict each other or this machine.
 
     Raises:
         ConfigError: they do.
     """
-    config, device = bench.config, bench.loaded.device
+    config, device = context.config, context.loaded.device
     if config.report_to:
         from cfsp_framework.recovery.trainer import check_trackers
 
@@ -121,13 +123,13 @@ def check_options(bench: Bench, wanted: RecoveryPlan) -> None:
         raise ConfigError("--recovery-patience counts looks at held-out data; give --recovery-check-every too.")
     if config.keep_adapter and wanted.full:
         raise ConfigError("--keep-adapter: all weights are trained, there is no adapter; leave one of both out.")
-    if device.index and bench.ranks.world == 1:
+    if device.index and context.ranks.world == 1:
         raise ConfigError(
             f"--device {config.device}: training takes the first GPU it sees; set CUDA_VISIBLE_DEVICES={device.index}."
         )
 
 
-def check_schedule(chosen: Chosen[Any], wanted: RecoveryPlan, blocks: Sequence[TrainableBlock]) -> None:
+def check_schedule(chosen: ConfiguredComponent[Any], wanted: RecoveryPlan, blocks: Sequence[TrainableBlock]) -> None:
     """Refuse a plan that does not fit the model.
 
     Raises:
@@ -165,66 +167,66 @@ def check_adaptable(decoder: Decoder, matrices: Mapping[str, BlockRecovery]) -> 
     decoder.model.requires_grad_(True)
 
 
-def teacher_folder(bench: Bench, plan: PruningPlan) -> Path:
+def teacher_folder(context: RunContext, plan: PruningPlan) -> Path:
     """Where the dense model is that the plan was made for.
 
     Raises:
         ModelError: it is not there any more, or another one is.
     """
-    if bench.loaded.fingerprint == plan.model.fingerprint:
-        return bench.loaded.folder
+    if context.loaded.fingerprint == plan.model.fingerprint:
+        return context.loaded.folder
     folder = resolve(plan.model.source)
-    if bench.ranks.agree(fingerprint(folder) if bench.ranks.first else "") != plan.model.fingerprint:
+    if context.ranks.agree(fingerprint(folder) if context.ranks.first else "") != plan.model.fingerprint:
         raise ModelError(f"distillation: {plan.model.source!r} is not the model any more that was pruned.")
     return folder
 
 
-def train_model(bench: Bench, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Outcome:
+def train_model(context: RunContext, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Outcome:
     """Train the cut model.
 
     Afterwards it holds the result in the dtypes it had; with ``--keep-adapter`` it holds what it held, and
     ``folder/adapter`` an adapter for it.
     """
-    with bench.progress.phase("recover"):
-        torch.manual_seed(bench.config.seed)
-        bench.decoder.model.requires_grad_(False)
+    with context.progress.phase("recover"):
+        torch.manual_seed(context.config.seed)
+        context.decoder.model.requires_grad_(False)
         train = train_weights if task.plan.full else train_adapters
-        outcome = train(bench, plan, task, folder)
-        bench.decoder.model.requires_grad_(True)
+        outcome = train(context, plan, task, folder)
+        context.decoder.model.requires_grad_(True)
     return outcome
 
 
-def train_weights(bench: Bench, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Outcome:
+def train_weights(context: RunContext, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Outcome:
     """Train the feed-forwards' own weights."""
-    with trained_precision(bench.decoder, task.plan) as autocast:
-        parameters = feed_forward_parameters(bench.decoder, task.plan)
+    with trained_precision(context.decoder, task.plan) as autocast:
+        parameters = feed_forward_parameters(context.decoder, task.plan)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        history = run_training(bench, plan, task, bench.decoder.model, autocast)
-    told = tell_training(bench, task, sum(parameter.numel() for parameter in parameters), history)
-    return Outcome(logits(bench.decoder, sample_ids(bench)), told)
+        history = run_training(context, plan, task, context.decoder.model, autocast)
+    told = tell_training(context, task, sum(parameter.numel() for parameter in parameters), history)
+    return Outcome(logits(context.decoder, sample_ids(context)), told)
 
 
-def train_adapters(bench: Bench, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Outcome:
+def train_adapters(context: RunContext, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Outcome:
     """Train adapters and merge them, or write them into ``folder``."""
     from cfsp_framework.recovery import lora as adapters
 
-    kept = bench.config.keep_adapter
-    with trained_precision(bench.decoder, task.plan) as autocast:
-        learner = adapters.add_adapters(bench.decoder, task.matrices)
+    kept = context.config.keep_adapter
+    with trained_precision(context.decoder, task.plan) as autocast:
+        learner = adapters.add_adapters(context.decoder, task.matrices)
         count = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
-        told = tell_training(bench, task, count, run_training(bench, plan, task, learner, autocast))
+        told = tell_training(context, task, count, run_training(context, plan, task, learner, autocast))
         if not kept:
             adapters.merge(learner)
-    expected = logits(bench.decoder, sample_ids(bench))
+    expected = logits(context.decoder, sample_ids(context))
     if kept:
-        if bench.ranks.first:
+        if context.ranks.first:
             adapters.save_adapter(learner, folder / ADAPTER_FOLDER)
         adapters.remove_adapters(learner)
     return Outcome(expected, told)
 
 
-def tell_training(bench: Bench, task: RecoveryTask, parameters: int, history: History) -> RecoveryReport:
+def tell_training(context: RunContext, task: RecoveryTask, parameters: int, history: History) -> RecoveryReport:
     """What the report says of a training."""
     return RecoveryReport(
         data=task.data.spec,
@@ -233,13 +235,13 @@ def tell_training(bench: Bench, task: RecoveryTask, parameters: int, history: Hi
         parameters=parameters,
         ranks=() if task.plan.full else tuple(one.rank for one in task.plan.blocks),
         steps=history.steps,
-        tokens=history.steps * task.batch_sequences(bench.ranks.world) * task.seqlen,
-        adapter=bench.config.keep_adapter,
+        tokens=history.steps * task.batch_sequences(context.ranks.world) * task.seqlen,
+        adapter=context.config.keep_adapter,
         curve=history.curve,
     )
 
 
-def kept_plan(bench: Bench, folder: Path) -> RecoveryPlan:
+def kept_plan(context: RunContext, folder: Path) -> RecoveryPlan:
     """The plan beside an adapter that was kept.
 
     Raises:
@@ -249,31 +251,31 @@ def kept_plan(bench: Bench, folder: Path) -> RecoveryPlan:
         plan = RecoveryPlan.model_validate_json((folder / PLAN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"adapter {str(folder)!r} has no {PLAN_FILE} to tell which model it is for.") from error
-    if plan.base != bench.loaded.fingerprint:
+    if plan.base != context.loaded.fingerprint:
         raise ModelError(
-            f"adapter {str(folder)!r} is for another checkpoint than {bench.config.model!r}: fingerprint "
-            f"{(plan.base or 'none')[:12]} against {bench.loaded.fingerprint[:12]}."
+            f"adapter {str(folder)!r} is for another checkpoint than {context.config.model!r}: fingerprint "
+            f"{(plan.base or 'none')[:12]} against {context.loaded.fingerprint[:12]}."
         )
     return plan
 
 
-def merge_adapter(bench: Bench, folder: Path) -> Outcome:
+def merge_adapter(context: RunContext, folder: Path) -> Outcome:
     """Merge an adapter that was kept."""
     from cfsp_framework.recovery import lora as adapters
 
-    with bench.progress.phase("recover"), trained_precision(bench.decoder, kept_plan(bench, folder)):
-        adapters.merge(adapters.open_adapted(bench.decoder.model, folder))
-    return Outcome(logits(bench.decoder, sample_ids(bench)), None)
+    with context.progress.phase("recover"), trained_precision(context.decoder, kept_plan(context, folder)):
+        adapters.merge(adapters.open_adapted(context.decoder.model, folder))
+    return Outcome(logits(context.decoder, sample_ids(context)), None)
 
 
-def needed(bench: Bench, task: RecoveryTask | None) -> RecoveryTask:
+def needed(context: RunContext, task: RecoveryTask | None) -> RecoveryTask:
     """The task of a command that does nothing but train.
 
     Raises:
         ConfigError: there is none.
     """
     if task is None:
-        raise ConfigError(f"{bench.selection.recovery} trains nothing; choose another --recovery.")
+        raise ConfigError(f"{context.selection.recovery} trains nothing; choose another --recovery.")
     return task
 
 
@@ -284,13 +286,13 @@ def save_recovery_plan(plan: RecoveryPlan, folder: Path, *, kept: bool) -> None:
         (place / PLAN_FILE).write_text(told, encoding="utf-8")
 
 
-def open_with_adapter(bench: Bench, folder: Path) -> Decoder:
+def open_with_adapter(context: RunContext, folder: Path) -> Decoder:
     """The pruned checkpoint in ``folder`` with the adapter beside it, as the user opens them."""
     from cfsp_framework.recovery.lora import open_adapted
 
-    model = open_model(folder, device=bench.decoder.device)
+    model = open_model(folder, device=context.decoder.device)
     open_adapted(model, folder / ADAPTER_FOLDER)
-    return replace(bench.decoder, model=model.eval())
+    return replace(context.decoder, model=model.eval())
 
 
 def calibrated_on(plan: PruningPlan) -> str:
@@ -304,34 +306,38 @@ def calibrated_on(plan: PruningPlan) -> str:
     return plan.calibration.spec
 
 
-def run_training(bench: Bench, plan: PruningPlan, task: RecoveryTask, learner: nn.Module, autocast: bool) -> History:
+def run_training(
+    context: RunContext, plan: PruningPlan, task: RecoveryTask, learner: nn.Module, autocast: bool
+) -> History:
     """Train what takes gradients in ``learner``; with ``--resume`` from the last checkpoint on."""
-    from cfsp_framework.recovery.trainer import Course, train
+    from cfsp_framework.recovery.trainer import TrainerSettings, train
 
-    config = bench.config
+    config = context.config
     with tempfile.TemporaryDirectory(prefix="cfsp-recovery-") as scratch:
-        folder = config.resume / f"recovery-{recovery_key(bench, plan, task)[:32]}" if config.resume else Path(scratch)
-        course = Course(
-            folder=bench.ranks.agree(folder),
-            device=bench.decoder.device,
+        folder = (
+            config.resume / f"recovery-{recovery_key(context, plan, task)[:32]}" if config.resume else Path(scratch)
+        )
+        course = TrainerSettings(
+            folder=context.ranks.agree(folder),
+            device=context.decoder.device,
             keep=config.resume is not None,
             batch_size=config.batch_size,
             check_every=config.recovery_check_every,
             patience=config.recovery_patience,
             report_to=config.report_to,
             autocast=autocast,
-            batch_sequences=task.batch_sequences(bench.ranks.world),
+            batch_sequences=task.batch_sequences(context.ranks.world),
             seqlen=task.seqlen,
             seed=config.seed,
-            ranks=bench.ranks,
-            progress=bench.progress,
+            ranks=context.ranks,
+            progress=context.progress,
         )
-        history = train(learner, task.plan, task.data, course, _teacher(bench, task, autocast))
-        bench.ranks.wait()  # the first process's folder goes
+        history = train(learner, task.plan, task.data, course, _teacher(context, task, autocast))
+        context.ranks.wait()  # the first process's folder goes
     return history
 
 
-def _teacher(bench: Bench, task: RecoveryTask, autocast: bool) -> Teacher | None:
+def _teacher(context: RunContext, task: RecoveryTask, autocast: bool) -> Teacher | None:
     from cfsp_framework.recovery.trainer import Teacher
 
     if task.teacher is None or task.plan.distillation is None:
@@ -339,20 +345,20 @@ def _teacher(bench: Bench, task: RecoveryTask, autocast: bool) -> Teacher | None
     model = open_model(
         task.teacher,
         "auto" if autocast else "float32",
-        device=bench.decoder.device,
-        trust_remote_code=bench.config.trust_remote_code,
+        device=context.decoder.device,
+        trust_remote_code=context.config.trust_remote_code,
     )
     return Teacher(model.requires_grad_(False), task.plan.distillation)
 
 
-def recovery_key(bench: Bench, plan: PruningPlan, task: RecoveryTask) -> str:
+def recovery_key(context: RunContext, plan: PruningPlan, task: RecoveryTask) -> str:
     """A hash of all that decides what is learnt."""
     told = {
-        "model": bench.loaded.fingerprint,
-        "weights": second_pass_key(bench, plan),  # what decides them once they are cut and compensated
+        "model": context.loaded.fingerprint,
+        "weights": second_pass_key(context, plan),  # what decides them once they are cut and compensated
         "recovery": task.plan.model_dump(mode="json"),
         "data": task.data.fingerprint,
-        "checks": [bench.config.recovery_check_every, bench.config.recovery_patience],
+        "checks": [context.config.recovery_check_every, context.config.recovery_patience],
         "peft": importlib.metadata.version("peft"),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

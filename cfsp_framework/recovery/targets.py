@@ -12,7 +12,7 @@ from torch import nn
 from cfsp_framework.api.data import BlockRecovery, RecoveryPlan, TrainableBlock
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import Bank, Projection, SingleBank, matrix
+from cfsp_framework.modeling.feed_forwards import DenseFeedForward, FeedForwardModule, Projection, matrix
 
 
 def trainable_blocks(decoder: Decoder, plan: PruningPlan) -> tuple[TrainableBlock, ...]:
@@ -21,16 +21,16 @@ def trainable_blocks(decoder: Decoder, plan: PruningPlan) -> tuple[TrainableBloc
     found: list[TrainableBlock] = []
     for index, block in enumerate(decoder.blocks):
         feed_forward: dict[str, tuple[int, ...]] = {}
-        for bank in decoder.banks(index):
-            feed_forward |= _matrices(bank, kept[index, bank.paths[0]])
+        for module in decoder.feed_forward_modules(index):
+            feed_forward |= _matrices(module, kept[index, module.paths[0]])
         found.append(TrainableBlock(index, feed_forward, _attention(block, feed_forward)))
     return tuple(found)
 
 
-def _matrices(bank: Bank, width: int) -> dict[str, tuple[int, ...]]:
-    """The matrices of a bank whose feed-forwards have ``width`` channels, by path inside the block."""
-    layout, experts = bank.layout, (len(bank.paths),) if bank.experts else ()
-    down = bank.weights(0)["down"]
+def _matrices(module: FeedForwardModule, width: int) -> dict[str, tuple[int, ...]]:
+    """The matrices of a module whose feed-forwards have ``width`` channels, by path inside the block."""
+    layout, experts = module.layout, (len(module.paths),) if module.experts else ()
+    down = module.weights(0)["down"]
     assert down is not None
     hidden = down.shape[0]
     up = (*experts, width * (1 + layout.fused), hidden)
@@ -63,19 +63,19 @@ def feed_forward_parameters(decoder: Decoder, plan: RecoveryPlan) -> list[nn.Par
     """The parameters of the feed-forwards in the blocks that are trained."""
     found: dict[int, nn.Parameter] = {}
     for one in plan.blocks:
-        for bank in decoder.banks(one.block) if one.rank else ():
-            for parameter in _parameters(bank):
+        for module in decoder.feed_forward_modules(one.block) if one.rank else ():
+            for parameter in _parameters(module):
                 found[id(parameter)] = parameter
     return list(found.values())
 
 
-def _parameters(bank: Bank) -> Generator[nn.Parameter]:
-    if isinstance(bank, SingleBank):
-        for projection in bank.projections.values():
+def _parameters(module: FeedForwardModule) -> Generator[nn.Parameter]:
+    if isinstance(module, DenseFeedForward):
+        for projection in module.projections.values():
             yield from projection.parameters()
         return
-    names = {bank.layout.up, bank.layout.down, bank.layout.gate}
-    for name, parameter in bank.module.named_parameters(recurse=False):
+    names = {module.layout.up, module.layout.down, module.layout.gate}
+    for name, parameter in module.module.named_parameters(recurse=False):
         if name.removesuffix("_bias") in names:
             yield parameter
 

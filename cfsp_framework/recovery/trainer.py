@@ -39,7 +39,7 @@ _DECAYS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_wa
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainerSettings:
     """How a training runs; none of it but ``check_every`` and ``patience`` changes what is learnt."""
 
     folder: Path
@@ -94,7 +94,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def train(
-    model: nn.Module, plan: RecoveryPlan, data: TrainingData, course: Course, teacher: Teacher | None = None
+    model: nn.Module, plan: RecoveryPlan, data: TrainingData, course: TrainerSettings, teacher: Teacher | None = None
 ) -> History:
     """Train what takes gradients in ``model``, in place; with ``check_every`` it ends as it was at the best look.
 
@@ -204,7 +204,7 @@ class _Steps(TrainerCallback):
         self._step()
 
 
-def _arguments(plan: RecoveryPlan, course: Course) -> TrainingArguments:
+def _arguments(plan: RecoveryPlan, course: TrainerSettings) -> TrainingArguments:
     cpu = course.device.type == "cpu"
     mine = course.batch_sequences // course.ranks.world
     most = course.batch_size or max(1, (_TOKENS_AT_ONCE if cpu else _TOKENS_AT_ONCE_GPU) // course.seqlen)
@@ -247,7 +247,7 @@ def _arguments(plan: RecoveryPlan, course: Course) -> TrainingArguments:
     return arguments
 
 
-def _last_whole(course: Course) -> str | None:
+def _last_whole(course: TrainerSettings) -> str | None:
     """The newest checkpoint that was written to its end; what a killed process left of another is never used."""
     found: list[tuple[int, Path]] = []
     for path in course.folder.glob("checkpoint-*") if course.ranks.first else ():

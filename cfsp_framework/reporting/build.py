@@ -15,11 +15,11 @@ from cfsp_framework.reporting.html import html_report, model_card
 from cfsp_framework.reporting.metrics import block_reports, peak_memory
 from cfsp_framework.reporting.model_card import read_base
 from cfsp_framework.run.cache_keys import versions
-from cfsp_framework.run.context import Bench, sequence_length
+from cfsp_framework.run.context import RunContext, sequence_length
 
 
-def tell(
-    bench: Bench,
+def build_report(
+    context: RunContext,
     plan: PruningPlan,
     updates: Mapping[tuple[int, str], Update],
     perplexities: tuple[list[Perplexity], list[Perplexity]],
@@ -29,20 +29,20 @@ def tell(
     training: Training | None = None,
 ) -> Report:
     """Put what was measured into one report; ``perplexities`` are those of the dense model and of what was written."""
-    config, decoder = bench.config, bench.decoder
+    config, decoder = context.config, context.decoder
     after = measure_size(decoder.model)
     in_blocks = sum(parameter.numel() for block in decoder.blocks for parameter in block.parameters())
     return Report(
         model=config.model,
-        fingerprint=bench.loaded.fingerprint,
+        fingerprint=context.loaded.fingerprint,
         family=decoder.architecture.family,
         dtype=str(decoder.model.dtype).removeprefix("torch."),
         device=str(decoder.device),
-        processes=bench.ranks.world,
+        processes=context.ranks.world,
         streamed=config.stream,
         calibration=plan.calibration.spec if plan.calibration else None,
         samples=plan.calibration.samples if plan.calibration else 0,
-        seqlen=sequence_length(config, bench.loaded),
+        seqlen=sequence_length(config, context.loaded),
         seed=config.seed,
         components=plan.components,
         ratio_requested=plan.ratio,
@@ -58,21 +58,26 @@ def tell(
         pruned=after,
         evaluations=tuple(
             _evaluation(data, dense, written, training.pruned[number] if training else None)
-            for number, (data, dense, written) in enumerate(zip(bench.evaluation_sets, *perplexities, strict=True))
+            for number, (data, dense, written) in enumerate(zip(context.evaluation_sets, *perplexities, strict=True))
         ),
         recovery=training.outcome.report if training else None,
         blocks=block_reports(plan, updates),
         notes=notes,
         reload_difference=difference,
-        seconds=_rounded(bench.progress.seconds),
-        component_seconds=_rounded(bench.selection.seconds()),
+        seconds=_rounded(context.progress.seconds),
+        component_seconds=_rounded(context.selection.seconds()),
         peak_memory_bytes=peak_memory(),
-        versions=versions(bench.selection),
+        versions=versions(context.selection),
     )
 
 
-def tell_recovered(
-    bench: Bench, plan: PruningPlan, earlier: Report, written: list[Perplexity], difference: float, training: Training
+def update_report(
+    context: RunContext,
+    plan: PruningPlan,
+    earlier: Report,
+    written: list[Perplexity],
+    difference: float,
+    training: Training,
 ) -> Report:
     """The report of a pruned model, ``earlier``, brought up to what its training made of it."""
     found = training.outcome.report
@@ -81,19 +86,19 @@ def tell_recovered(
     dense = {(one.data, one.seqlen, one.windows): one.dense for one in earlier.evaluations}
     return earlier.model_copy(
         update={
-            "device": str(bench.decoder.device),
-            "processes": bench.ranks.world,
+            "device": str(context.decoder.device),
+            "processes": context.ranks.world,
             "components": plan.components,
             "evaluations": tuple(
                 _evaluation(data, dense.get((data.spec, data.windows.shape[1], len(data.windows))), last, pruned)
-                for data, last, pruned in zip(bench.evaluation_sets, written, training.pruned, strict=True)
+                for data, last, pruned in zip(context.evaluation_sets, written, training.pruned, strict=True)
             ),
             "recovery": found,
             "reload_difference": difference,
-            "seconds": _rounded(bench.progress.seconds),
-            "component_seconds": _rounded(bench.selection.seconds()),
+            "seconds": _rounded(context.progress.seconds),
+            "component_seconds": _rounded(context.selection.seconds()),
             "peak_memory_bytes": peak_memory(),
-            "versions": versions(bench.selection),
+            "versions": versions(context.selection),
         }
     )
 
@@ -119,12 +124,12 @@ def _evaluation(
     )
 
 
-def write_report(told: Report, folder: Path, base: Path | None = None) -> None:
+def write_report(report: Report, folder: Path, base: Path | None = None) -> None:
     """The report for programs and for people, and the model card; ``base`` is the folder of the model it came from."""
     code = (folder / CODE_FILE).exists()
     for name, text in (
-        (REPORT_FILE, told.to_json()),
-        (PAGE_FILE, html_report(told)),
-        (CARD_FILE, model_card(told, code=code, base=read_base(told.model, base) if base else None)),
+        (REPORT_FILE, report.to_json()),
+        (PAGE_FILE, html_report(report)),
+        (CARD_FILE, model_card(report, code=code, base=read_base(report.model, base) if base else None)),
     ):
         (folder / name).write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_IN
 
 if TYPE_CHECKING:
     from cfsp_framework.engine.collect import FeedForwardMeasurement
-    from cfsp_framework.run.context import Bench
+    from cfsp_framework.run.context import RunContext
 
 _ENOUGH_TOKENS = 10
 """Calibration tokens per channel below which second moments are not to be trusted."""
@@ -28,7 +28,7 @@ _NAMED = 8
 
 
 def gather_notes(
-    bench: Bench,
+    context: RunContext,
     plan: PruningPlan,
     measurements: Sequence[FeedForwardMeasurement],
     updates: Mapping[tuple[int, str], Update],
@@ -37,13 +37,13 @@ def gather_notes(
     """All notes of a run whose model is cut and compensated."""
     return (
         *_on_attention(plan),
-        *_on_tokens(bench, measurements),
+        *_on_tokens(context, measurements),
         *_on_experts(measurements),
         *_on_channels(measurements),
         *_on_blocks(measurements),
-        *_on_biases(bench, biases_before),
-        *_on_updates(bench, updates),
-        *_on_time(bench),
+        *_on_biases(context, biases_before),
+        *_on_updates(context, updates),
+        *_on_time(context),
     )
 
 
@@ -53,9 +53,9 @@ def _on_attention(plan: PruningPlan) -> list[str]:
     return [f"block {dropped} lost its attention"] if dropped else []
 
 
-def _on_biases(bench: Bench, before: Sequence[str]) -> list[str]:
+def _on_biases(context: RunContext, before: Sequence[str]) -> list[str]:
     """What a user should know about parameters the family does not have."""
-    decoder, name = bench.decoder, bench.selection.compensator.component.name
+    decoder, name = context.decoder, context.selection.compensator.component.name
     added = [path for path in surgery.added_biases(decoder.config) if path not in before]
     return [
         f"{name} gave {path} of every block a bias the family lacks: "
@@ -64,13 +64,13 @@ def _on_biases(bench: Bench, before: Sequence[str]) -> list[str]:
     ]
 
 
-def _on_tokens(bench: Bench, measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
+def _on_tokens(context: RunContext, measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
     """A warning where second moments are fitted on few tokens."""
-    chosen = (*bench.selection.collectors, *bench.selection.second_pass)
-    if not measurements or not any(c.component.provides.heavy for c in chosen) or bench.windows is None:
+    chosen = (*context.selection.collectors, *context.selection.second_pass)
+    if not measurements or not any(c.component.provides.heavy for c in chosen) or context.windows is None:
         return []
     tokens = min(
-        int((w != PADDING).sum()) for w in (bench.windows_to_select, bench.windows_to_compensate) if w is not None
+        int((w != PADDING).sum()) for w in (context.windows_to_select, context.windows_to_compensate) if w is not None
     )
     width = max(measured.width for measured in measurements)
     if tokens >= _ENOUGH_TOKENS * width:
@@ -141,14 +141,14 @@ def _some(names: Sequence[str]) -> str:
     return "; ".join(names[:_NAMED]) + more
 
 
-def _on_updates(bench: Bench, updates: Mapping[tuple[int, str], Update]) -> list[str]:
+def _on_updates(context: RunContext, updates: Mapping[tuple[int, str], Update]) -> list[str]:
     """Which blocks the compensator's guard left as they were."""
     refused = [
         str(block) + (f" ({path})" if path[-1:].isdigit() else "")
         for (block, path), update in updates.items()
         if update.error is not None and update.down is None and update.up is None
     ]
-    name = bench.selection.compensator.component.name
+    name = context.selection.compensator.component.name
     return (
         [f"{name} did not help on held-out tokens in block {', '.join(refused)}: plain pruning there"]
         if refused
@@ -156,12 +156,12 @@ def _on_updates(bench: Bench, updates: Mapping[tuple[int, str], Update]) -> list
     )
 
 
-def _on_time(bench: Bench) -> list[str]:
+def _on_time(context: RunContext) -> list[str]:
     """Whose code took most of the time."""
     seconds, share = _LONG
-    total = sum(bench.progress.seconds.values())
+    total = sum(context.progress.seconds.values())
     return [
-        f"{chosen} took {chosen.conduct.seconds:.0f} s of {total:.0f} s"
-        for chosen in bench.selection.chosen
-        if chosen.conduct.seconds > max(seconds, share * total)
+        f"{chosen} took {chosen.usage.seconds:.0f} s of {total:.0f} s"
+        for chosen in context.selection.chosen
+        if chosen.usage.seconds > max(seconds, share * total)
     ]

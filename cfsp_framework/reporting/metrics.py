@@ -18,7 +18,7 @@ from cfsp_framework.api.records import (
     BlockReport,
     PruningPlan,
     RecoveryReport,
-    bank_path,
+    feed_forward_path,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def block_reports(
     updates = updates or {}
     together: dict[tuple[int, str], list[BlockPlan]] = {}
     for entry in plan.blocks:
-        together.setdefault((entry.block, bank_path(entry.path)), []).append(entry)
+        together.setdefault((entry.block, feed_forward_path(entry.path)), []).append(entry)
     return tuple(
         BlockReport(
             block=block,

@@ -16,43 +16,43 @@ from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.engine.cache import identity_of
 from cfsp_framework.host.selection import Selection, curve_of
 from cfsp_framework.pruning import surgery
-from cfsp_framework.run.context import Bench
+from cfsp_framework.run.context import RunContext
 
 
-def collection_key(bench: Bench) -> str:
+def collection_key(context: RunContext) -> str:
     """A hash of all that decides what a block measures and scores; the ratio is not among it."""
-    selection, windows = bench.selection, bench.windows_to_select
+    selection, windows = context.selection, context.windows_to_select
     told = {
-        "model": bench.loaded.fingerprint,
+        "model": context.loaded.fingerprint,
         "windows": fingerprint_of(windows),
         "criterion": identity_of(selection.criterion),
         "collectors": [identity_of(chosen) for chosen in selection.collectors],
         "curve": curve_of(selection.allocator),
-        "dropped_attention": surgery.dropped_attention(bench.decoder.config),
+        "dropped_attention": surgery.dropped_attention(context.decoder.config),
         "versions": versions(selection),
-        "numerics": numerics(bench),
+        "numerics": numerics(context),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def numerics(bench: Bench) -> list[object]:
+def numerics(context: RunContext) -> list[object]:
     """What may change the last digits."""
-    model, config = bench.decoder.model, bench.config
-    passage = [config.batch_size, sorted(bench.passage.skip), bench.ranks.world]
-    return [config.seed, *passage, str(model.dtype), bench.decoder.device.type]
+    model, config = context.decoder.model, context.config
+    forward_options = [config.batch_size, sorted(context.forward_options.skip), context.ranks.world]
+    return [config.seed, *forward_options, str(model.dtype), context.decoder.device.type]
 
 
-def second_pass_key(bench: Bench, plan: PruningPlan) -> str:
+def second_pass_key(context: RunContext, plan: PruningPlan) -> str:
     """A hash of all that decides what the second pass answers."""
-    windows = bench.windows_to_compensate
+    windows = context.windows_to_compensate
     told = {
         "plan": plan.model_dump(mode="json", exclude={"components", "versions"}),
-        "components": bench.selection.describe(),
-        "versions": versions(bench.selection),
+        "components": context.selection.describe(),
+        "versions": versions(context.selection),
         "windows": fingerprint_of(windows),
-        "compensator": identity_of(bench.selection.compensator),
-        "collectors": [identity_of(chosen) for chosen in bench.selection.second_pass],
-        "numerics": numerics(bench),
+        "compensator": identity_of(context.selection.compensator),
+        "collectors": [identity_of(chosen) for chosen in context.selection.second_pass],
+        "numerics": numerics(context),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 

@@ -12,7 +12,7 @@ from cfsp_framework.api.data import Site
 from cfsp_framework.api.events import RunStarted
 from cfsp_framework.config import RunConfig
 from cfsp_framework.data.windows import PADDING, calibration_windows
-from cfsp_framework.engine.replay import Passage
+from cfsp_framework.engine.replay import ForwardOptions
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, evaluation_set
 from cfsp_framework.host.manager import load_plugins
@@ -30,7 +30,7 @@ from cfsp_framework.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class Bench:
+class RunContext:
     """What a run works on once everything is open: the model, its components, its data."""
 
     config: RunConfig
@@ -43,12 +43,12 @@ class Bench:
     windows: Tensor | None  # (N, T)
     evaluation_sets: tuple[EvaluationSet, ...]
     progress: Progress
-    passage: Passage
+    forward_options: ForwardOptions
 
     @property
     def ranks(self) -> Ranks:
         """The processes that share the work."""
-        return self.passage.ranks
+        return self.forward_options.ranks
 
     @property
     def windows_to_select(self) -> Tensor | None:
@@ -65,32 +65,34 @@ class Bench:
         return self.windows if self.config.reuse_windows or len(self.windows) < 2 else self.windows[1::2]
 
 
-def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, ranks: Ranks | None = None) -> Bench:
+def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, ranks: Ranks | None = None) -> RunContext:
     """Choose the components, open the model, read the data: whatever the user got wrong shows here."""
     ranks = ranks or join_ranks(config.device)
     plugins = load_plugins(config.plugins)
     selection = select(config, plugins, planned=planned)
     check_selection(config, selection, ranks)
     if ranks.first:
-        progress.tell = start_observing(selection.observers)
-    progress.tell(RunStarted(config))
-    bench = open_bench(config, plugins, selection, progress, ranks)
-    check_rounding(config, bench.decoder, planned=planned)
+        progress.notify = start_observing(selection.observers)
+    progress.notify(RunStarted(config))
+    context = open_context(config, plugins, selection, progress, ranks)
+    check_rounding(config, context.decoder, planned=planned)
     with progress.phase("calibrate"):
         measured = selection.measures or (config.drop_attention and not planned)
-        windows = open_windows(config, bench.loaded) if measured else None
-        return replace(bench, windows=windows, evaluation_sets=open_evaluation_sets(config, bench.loaded))
+        windows = open_windows(config, context.loaded) if measured else None
+        return replace(context, windows=windows, evaluation_sets=open_evaluation_sets(config, context.loaded))
 
 
-def open_bench(config: RunConfig, plugins: Plugins, selection: Selection, progress: Progress, ranks: Ranks) -> Bench:
+def open_context(
+    config: RunConfig, plugins: Plugins, selection: Selection, progress: Progress, ranks: Ranks
+) -> RunContext:
     """Open the model; there are no data yet."""
     torch.manual_seed(config.seed)
     with progress.phase("load"):
         loaded = load_model(config, ranks)
         decoder = open_streamed(config, loaded, plugins) if config.stream else open_decoder(loaded.model, plugins)
     parameters = measure_size(loaded.model).parameters
-    passage = Passage(config.batch_size, skipped_ids(config, loaded), config.spill, ranks)
-    return Bench(config, plugins, selection, loaded, decoder, parameters, None, (), progress, passage)
+    forward_options = ForwardOptions(config.batch_size, skipped_ids(config, loaded), config.spill, ranks)
+    return RunContext(config, plugins, selection, loaded, decoder, parameters, None, (), progress, forward_options)
 
 
 def check_selection(config: RunConfig, selection: Selection, ranks: Ranks) -> None:
@@ -135,8 +137,8 @@ def check_rounding(config: RunConfig, decoder: Decoder, *, planned: bool) -> Non
 def open_streamed(config: RunConfig, loaded: LoadedModel, plugins: Plugins, folder: Path | None = None) -> Decoder:
     """A model that is read block by block from its folder."""
     decoder = open_decoder(loaded.model, plugins)
-    resident = Streamed(loaded.model, folder or loaded.folder, decoder.architecture.blocks, loaded.device)
-    return replace(decoder, resident=resident)
+    streamed = Streamed(loaded.model, folder or loaded.folder, decoder.architecture.blocks, loaded.device)
+    return replace(decoder, loaded=streamed)
 
 
 def skipped_ids(config: RunConfig, loaded: LoadedModel) -> frozenset[int]:
@@ -172,9 +174,9 @@ def sequence_length(config: RunConfig, loaded: LoadedModel) -> int:
     return config.seqlen
 
 
-def sample_ids(bench: Bench) -> Tensor:
+def sample_ids(context: RunContext) -> Tensor:
     """Some tokens to compare logits on, ``(1, T)``: the first calibration window, or any valid ids."""
-    if bench.windows is not None:
-        return bench.windows[:1, bench.windows[0] != PADDING]
-    vocabulary = bench.decoder.config.vocab_size
-    return torch.randint(vocabulary, (1, 64), generator=torch.Generator().manual_seed(bench.config.seed))
+    if context.windows is not None:
+        return context.windows[:1, context.windows[0] != PADDING]
+    vocabulary = context.decoder.config.vocab_size
+    return torch.randint(vocabulary, (1, 64), generator=torch.Generator().manual_seed(context.config.seed))

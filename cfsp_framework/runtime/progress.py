@@ -23,7 +23,7 @@ class Progress:
 
     def __init__(self, visible: bool = False) -> None:
         self.seconds: dict[str, float] = {}
-        self.tell: Callable[[Event], None] = lambda event: None
+        self.notify: Callable[[Event], None] = lambda event: None
         """Tells the observers, once there are some."""
         self._console = Console(file=sys.stderr)
         self._visible = visible and self._console.is_terminal
@@ -37,14 +37,14 @@ class Progress:
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
         """Time what runs inside as the phase ``name``; the same name again adds up."""
-        self.tell(PhaseStarted(name))
+        self.notify(PhaseStarted(name))
         start = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self.tell(PhaseFinished(name, seconds))
+        self.notify(PhaseFinished(name, seconds))
 
     @contextmanager
     def failure_told(self) -> Generator[None]:
@@ -52,7 +52,7 @@ class Progress:
         try:
             yield
         except BaseException as error:
-            self.tell(RunFailed(error))
+            self.notify(RunFailed(error))
             raise
 
     @contextmanager

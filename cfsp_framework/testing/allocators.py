@@ -17,7 +17,7 @@ from cfsp_framework.testing.contract import (
     ComponentContract,
     ContractError,
     NotApplicable,
-    blamed,
+    call_component,
     explore,
     unwritten,
     usage,
@@ -62,7 +62,7 @@ class AllocatorContract(ComponentContract):
     def shares(self, component: Allocator, summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
         """The allocator's shares, checked as far as the host checks them."""
         on = f"{len(summaries)} blocks, {budget}"
-        with blamed("allocate()", on):
+        with call_component("allocate()", on):
             found: Any = component.allocate(summaries, budget)
             shares = [float(share) for share in found]
         if len(shares) != len(summaries):
@@ -145,7 +145,7 @@ class AllocatorContract(ComponentContract):
         tensors |= {f"[{i}].curve": one.curve for i, one in enumerate(found) if one.curve is not None}
         with unwritten("allocate()", tensors, "summaries"):
             self.shares(component, found, Budget(0.5))
-            with blamed("importance()", "summaries"):
+            with call_component("importance()", "summaries"):
                 component.importance(found)
 
     def test_reads_what_it_requires_and_nothing_else(self, component: Allocator) -> None:
@@ -157,7 +157,7 @@ class AllocatorContract(ComponentContract):
                 for one in self.summaries(component, case)
             ]
             for ratio in RATIOS:
-                with blamed("allocate()", case):
+                with call_component("allocate()", case):
                     try:
                         component.allocate(found, Budget(ratio))
                         component.importance(found)
@@ -182,7 +182,7 @@ class AllocatorContract(ComponentContract):
         """Reports show it, and recovery may go by it; None where there is none."""
         for case in CASES:
             found = self.summaries(component, case)
-            with blamed("importance()", case):
+            with call_component("importance()", case):
                 importance: Any = component.importance(found)
             if importance is None:
                 raise NotApplicable("it has no importance")
@@ -195,9 +195,9 @@ class AllocatorContract(ComponentContract):
 def summaries(component: Allocator, case: Blocks) -> list[BlockSummary]:
     """Blocks as the host summarises them: scores, required scalars, and the curve if it is asked for."""
     draw = torch.Generator().manual_seed(case.seed)
-    with blamed("required()", "nothing"):
+    with call_component("required()", "nothing"):
         required = sorted(component.required())
-    with blamed("curve()", "nothing"):
+    with call_component("curve()", "nothing"):
         curve: object = component.curve()
     if curve not in (None, "plain", "compensated"):
         raise ContractError(f"curve() returned {curve!r}; return 'plain', 'compensated' or None.")

@@ -15,7 +15,7 @@ from cfsp_framework.testing.contract import (
     ComponentContract,
     ContractError,
     NotApplicable,
-    blamed,
+    call_component,
     close,
     explore,
     mixed,
@@ -241,7 +241,7 @@ def rows(component: Collector, sample: Sample) -> Rows:
 
 
 def _started(component: Collector) -> Accumulator:
-    with blamed("start()", "nothing"):
+    with call_component("start()", "nothing"):
         running = component.start()
     for name in ("update", "value"):
         if not callable(getattr(running, name, None)):
@@ -255,7 +255,10 @@ def _started(component: Collector) -> Accumulator:
 
 
 def _update(running: Accumulator, inputs: Tensor, outputs: Tensor) -> None:
-    with torch.no_grad(), blamed("update()", f"inputs {tuple(inputs.shape)} and outputs {tuple(outputs.shape)}"):
+    with (
+        torch.no_grad(),
+        call_component("update()", f"inputs {tuple(inputs.shape)} and outputs {tuple(outputs.shape)}"),
+    ):
         running.update(inputs, outputs)
 
 
@@ -267,7 +270,7 @@ def _fed(component: Collector, windows: Rows) -> Accumulator:
 
 
 def _value(component: Collector, running: Accumulator, tokens: int) -> Tensor:
-    with torch.no_grad(), blamed("value()", f"{max(tokens, 1)} tokens"):
+    with torch.no_grad(), call_component("value()", f"{max(tokens, 1)} tokens"):
         value: Any = running.value(max(tokens, 1))
     if not isinstance(value, Tensor):
         raise ContractError(f"value() returned a {type(value).__name__}; return a tensor, torch.tensor(...).")

@@ -16,7 +16,7 @@ from cfsp_framework.testing.contract import (
     ComponentContract,
     ContractError,
     NotApplicable,
-    blamed,
+    call_component,
     close,
     for_each_case,
     other_device,
@@ -159,7 +159,7 @@ class CompensatorContract(ComponentContract):
 
     def test_stream_and_target_are_possible(self, component: Compensator) -> None:
         """``stream()`` and ``target_mix()`` return what the host can use."""
-        with blamed("stream() or target_mix()", "nothing"):
+        with call_component("stream() or target_mix()", "nothing"):
             stream: object = component.stream()
             mix: Any = component.target_mix()
         if not isinstance(stream, Stream):
@@ -194,7 +194,7 @@ def keep(channels: int, count: int | None = None) -> Tensor:
 def _called(component: Compensator, feed_forward: FeedForward, kept: Tensor, statistics: Any, on: object) -> object:
     with torch.no_grad():
         try:
-            with blamed("compensate()", on or feed_forward.path):
+            with call_component("compensate()", on or feed_forward.path):
                 return component.compensate(feed_forward, kept, statistics)
         except ContractError as error:
             if isinstance(error.__cause__, CfspError):  # it refuses what it cannot do, in words

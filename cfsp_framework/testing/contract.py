@@ -20,7 +20,7 @@ from cfsp_framework.config import Choice, parse_choice
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.testing.errors import ContractError, NotApplicable
 from cfsp_framework.testing.fake_device import DEVICE, DeviceMismatchError, Elsewhere, sent
-from cfsp_framework.testing.guards import WatchedStatistics, blamed, unwritten
+from cfsp_framework.testing.guards import WatchedStatistics, call_component, unwritten
 from cfsp_framework.testing.samples import CASES, FORMS, Case, Sample, neighbours, one_line
 
 _NAME = re.compile(r"[a-z0-9]+([-.][a-z0-9]+)*")
@@ -72,7 +72,7 @@ class ComponentContract:
 
     def measured(self, component: Component, sample: Sample) -> BlockStatistics:
         """What the component requires of a sample, and nothing else."""
-        with blamed("required()", "nothing"):
+        with call_component("required()", "nothing"):
             required: object = component.required()
         if not isinstance(required, frozenset | set) or not all(isinstance(one, Statistic) for one in required):
             raise ContractError(f"required() returned {required!r}; return a frozenset of Statistics.")
@@ -282,7 +282,7 @@ __all__ = [
     "ContractError",
     "NotApplicable",
     "away",
-    "blamed",
+    "call_component",
     "close",
     "describe",
     "explore",

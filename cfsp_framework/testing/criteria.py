@@ -13,7 +13,7 @@ from cfsp_framework.testing.contract import (
     ComponentContract,
     ContractError,
     NotApplicable,
-    blamed,
+    call_component,
     close,
     for_each_case,
     other_device,
@@ -137,7 +137,7 @@ class CriterionContract(ComponentContract):
 
 
 def _score(component: Criterion, feed_forward: FeedForward, statistics: BlockStatistics, on: object) -> Any:
-    with torch.no_grad(), blamed("score()", on):
+    with torch.no_grad(), call_component("score()", on):
         return component.score(feed_forward, statistics)
 
 

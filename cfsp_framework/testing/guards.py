@@ -95,7 +95,7 @@ def restored() -> Generator[None]:
 
 
 @contextmanager
-def blamed(method: str, on: object) -> Generator[None]:
+def call_component(method: str, on: object) -> Generator[None]:
     """Whatever a component raises while open becomes a ContractError that says on what."""
     try:
         yield

@@ -13,7 +13,7 @@ from torch import Tensor
 from cfsp_framework.api.components import Collector, Compensator, Criterion
 from cfsp_framework.api.data import Site, Update
 from cfsp_framework.errors import CfspError, ConfigError, did_you_mean
-from cfsp_framework.host.registry import Chosen, Origin
+from cfsp_framework.host.registry import ConfiguredComponent, Origin
 from cfsp_framework.testing.errors import ContractError, NotApplicable
 from cfsp_framework.testing.samples import built_ins, made, provider
 
@@ -95,7 +95,7 @@ def scores(criterion: Criterion, name: str, collectors: Sequence[type[Collector]
         ContractError: the host refuses something.
     """
     from cfsp_framework.engine.collect import collect
-    from cfsp_framework.engine.replay import Passage
+    from cfsp_framework.engine.replay import ForwardOptions
     from cfsp_framework.runtime.progress import Progress
 
     needed = [_chosen(made(provider(one, collectors))) for one in sorted(criterion.required())]
@@ -105,7 +105,7 @@ def scores(criterion: Criterion, name: str, collectors: Sequence[type[Collector]
             calibration_windows() if needed else None,
             {"scores": _chosen(criterion)},
             needed,
-            passage=Passage(batch_size),
+            forward_options=ForwardOptions(batch_size),
             seed=0,
             progress=Progress(visible=False),
         )
@@ -122,16 +122,16 @@ def statistics(collector: Collector, name: str, batch_size: int) -> list[Tensor]
     """
     from cfsp_framework.engine.gradients import measure_gradients
     from cfsp_framework.engine.measure import measure_block
-    from cfsp_framework.engine.replay import Passage, embed
+    from cfsp_framework.engine.replay import ForwardOptions, embed
     from cfsp_framework.runtime.progress import Progress
 
-    model, windows, passage = decoder(name), calibration_windows(), Passage(batch_size)
+    model, windows, forward_options = decoder(name), calibration_windows(), ForwardOptions(batch_size)
     chosen = [_chosen(collector)]
     try:
         if collector.site is Site.GRADIENT:
-            per_block = list(measure_gradients(model, windows, chosen, Progress(visible=False), passage))
+            per_block = list(measure_gradients(model, windows, chosen, Progress(visible=False), forward_options))
         else:
-            batches = embed(model, windows, passage)
+            batches = embed(model, windows, forward_options)
             with torch.no_grad():
                 per_block = [measure_block(model, index, batches, chosen) for index in range(len(model.blocks))]
     except CfspError as error:
@@ -172,8 +172,8 @@ def decoder(name: str) -> Decoder:
     return tiny_decoder(name)
 
 
-def _chosen(component: Any) -> Chosen[Any]:
-    return Chosen(component, Origin("under test"))
+def _chosen(component: Any) -> ConfiguredComponent[Any]:
+    return ConfiguredComponent(component, Origin("under test"))
 
 
 __all__ = ["TINY", "calibration_windows", "tiny_decoder", "tiny_model", "write_checkpoint"]

@@ -23,7 +23,7 @@ from cfsp_framework.api.records import BlockPlan, ModelIdentity, PruningPlan
 from cfsp_framework.config import RunConfig
 from cfsp_framework.testing.contract import ComponentContract
 from cfsp_framework.testing.errors import ContractError
-from cfsp_framework.testing.guards import blamed
+from cfsp_framework.testing.guards import call_component
 
 _BEGINNING: Sequence[Event] = (
     RunStarted(RunConfig(model="demo")),
@@ -56,7 +56,7 @@ class ObserverContract(ComponentContract):
             with _elsewhere():
                 listener = _started(component)
                 for event in (*_BEGINNING, end):
-                    with blamed(type(event).__name__, "an event"):
+                    with call_component(type(event).__name__, "an event"):
                         listener(event)
 
     def test_every_start_is_fresh(self, component: Observer) -> None:
@@ -64,13 +64,13 @@ class ObserverContract(ComponentContract):
         with _elsewhere():
             first, second = _started(component), _started(component)
             for event in (*_BEGINNING, RunFinished(_PLAN)):
-                with blamed("start() called twice", "listeners that hear different runs"):
+                with call_component("start() called twice", "listeners that hear different runs"):
                     first(event)
                     second(event)
 
 
 def _started(component: Observer) -> Callable[[Event], None]:
-    with blamed("start()", "nothing"):
+    with call_component("start()", "nothing"):
         listener: object = component.start()
     if not callable(listener):
         raise ContractError(f"start() returned {listener!r}; return a function that takes an event.")

@@ -13,7 +13,7 @@ from cfsp_framework.api.components import RecoveryScheduler
 from cfsp_framework.api.data import BlockSummary, RecoveryPlan, TrainableBlock
 from cfsp_framework.api.records import BlockPlan, ModelIdentity, PruningPlan
 from cfsp_framework.errors import CfspError
-from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, blamed
+from cfsp_framework.testing.contract import ComponentContract, ContractError, NotApplicable, call_component
 from cfsp_framework.testing.guards import unchanged_process
 
 Shapes = dict[str, tuple[int, ...]]
@@ -28,7 +28,7 @@ class RecoverySchedulerContract(ComponentContract):
     def schedule(self, component: RecoveryScheduler, case: Cut) -> RecoveryPlan | None:
         """The training after a cut; a refusal in words is none."""
         try:
-            with blamed("schedule()", case):
+            with call_component("schedule()", case):
                 found: object = component.schedule(case.summaries, case.plan, case.blocks)
         except ContractError as error:
             if isinstance(error.__cause__, CfspError):

@@ -16,7 +16,7 @@ from cfsp_framework.api.components import Collector, Component
 from cfsp_framework.api.data import BlockStatistics, FeedForward, Site, Statistic, Windows
 from cfsp_framework.errors import CfspError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.registry import Chosen, Origin, Plugins
+from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
 from cfsp_framework.testing.errors import ContractError
 
 if TYPE_CHECKING:
@@ -107,15 +107,17 @@ class Sample:
         Raises:
             ContractError: no collector provides what is required, or it fails.
         """
-        from cfsp_framework.engine.measure import BlockTallies
+        from cfsp_framework.engine.measure import BlockCollectors
         from cfsp_framework.engine.replay import Batch
 
         required = frozenset(required)
         if not required:
             return BlockStatistics({}, 0)
-        chosen = [Chosen(made(provider(one, collectors)), Origin("under test")) for one in sorted(required)]
+        chosen = [
+            ConfiguredComponent(made(provider(one, collectors)), Origin("under test")) for one in sorted(required)
+        ]
         try:
-            tallies = BlockTallies(chosen, [self.feed_forward.path])
+            tallies = BlockCollectors(chosen, [self.feed_forward.path])
             batch = Batch(self.before, (), tuple(range(len(self.before))), None)
             tallies.hear_block(batch, self.after)
             sites = sorted({one.component.site for one in chosen} - {Site.BLOCK}, key=lambda site: site.value)

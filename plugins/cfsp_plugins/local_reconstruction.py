@@ -71,7 +71,7 @@ class LocalReconstruction(Compensator):
             return Update(error_plain=before / whole, error=error / whole)
         return best.update(before / whole, error / whole)
 
-    def _least_squares(self, feed_forward: FeedForward, plain: Weights, kept: Tensor, tokens: Tokens) -> Tensor:
+    def _least_squares(self, feed_forward: FeedForward, plain: Weights, kept: Tensor, tokens: TokenCounts) -> Tensor:
         """The least-squares down weights ``(D, K)`` for the fitting tokens."""
         count = len(kept)
         gram = plain.down.new_zeros(count, count, dtype=torch.float64)  # (K, K)
@@ -84,7 +84,7 @@ class LocalReconstruction(Compensator):
             cross += (goal.mT @ activations).double()
         return least_squares(plain.down, gram, cross, torch.arange(count, device=kept.device), self.damping).float()
 
-    def _train(self, start: Weights, tokens: Tokens, generator: torch.Generator) -> tuple[Weights, float]:
+    def _train(self, start: Weights, tokens: TokenCounts, generator: torch.Generator) -> tuple[Weights, float]:
         """The weights of the best look at the held-out tokens, and their mean squared error there."""
         best, least = start, start.error(tokens.held_out_inputs, tokens.held_out_targets)
         weights = start.trainable()
@@ -109,7 +109,7 @@ class LocalReconstruction(Compensator):
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenCounts:
     """Feed-forward inputs and targets ``(n, D)``, to fit on and held out."""
 
     inputs: Tensor
@@ -118,9 +118,9 @@ class Tokens:
     held_out_targets: Tensor
 
 
-def _tokens(statistics: BlockStatistics) -> Tokens:
+def _tokens(statistics: BlockStatistics) -> TokenCounts:
     """The tokens to fit on and those to judge by; where none are held out the last tenth is."""
-    tokens = Tokens(
+    tokens = TokenCounts(
         statistics[FEED_FORWARD_INPUTS],
         statistics[FEED_FORWARD_TARGETS],
         statistics[FEED_FORWARD_INPUTS_HELD_OUT],
@@ -132,7 +132,7 @@ def _tokens(statistics: BlockStatistics) -> Tokens:
     targets = torch.cat([tokens.targets, tokens.held_out_targets])
     fit = max(1, len(inputs) - -(-len(inputs) // HELD_OUT_EVERY))
     held_out = slice(fit if fit < len(inputs) else 0, None)
-    return Tokens(inputs[:fit], targets[:fit], inputs[held_out], targets[held_out])
+    return TokenCounts(inputs[:fit], targets[:fit], inputs[held_out], targets[held_out])
 
 
 def _function(feed_forward: FeedForward) -> Callable[[Tensor], Tensor]:

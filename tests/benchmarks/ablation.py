@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfsp_framework.ablation.cells import Extras, Job, Workshop
+from cfsp_framework.ablation.cells import CellRunner, Extras, Job
 from cfsp_framework.ablation.grid import expand
 from cfsp_framework.ablation.measurements import Collection, CollectionFolder, want
 from cfsp_framework.api.records import PruningPlan
@@ -45,7 +45,7 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, found
 
 
-def open_collections(workshop: Workshop, jobs: Sequence[Job]) -> dict[str, Collection]:
+def open_collections(runner: CellRunner, jobs: Sequence[Job]) -> dict[str, Collection]:
     """Measure what the jobs need, in a folder of its own so that nothing is there already."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
@@ -53,18 +53,18 @@ def open_collections(workshop: Workshop, jobs: Sequence[Job]) -> dict[str, Colle
     found: dict[str, Collection] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, group in groups.items():
-            benches = [workshop.bench_of(job.config) for job in group]
-            folder = CollectionFolder(Path(scratch), benches[0], benches[0].windows_to_select)
-            found[name] = folder.open([want(bench.selection, bench.plugins) for bench in benches])
+            contexts = [runner.context_of(job.config) for job in group]
+            folder = CollectionFolder(Path(scratch), contexts[0], contexts[0].windows_to_select)
+            found[name] = folder.open([want(context.selection, context.plugins) for context in contexts])
     return found
 
 
-def make_plans(workshop: Workshop, jobs: Sequence[Job], collections: dict[str, Collection]) -> list[PruningPlan]:
+def make_plans(runner: CellRunner, jobs: Sequence[Job], collections: dict[str, Collection]) -> list[PruningPlan]:
     plans: list[PruningPlan] = []
     for job in jobs:
-        bench = workshop.bench_of(job.config)
-        measured = collections[job.collection].seen_by(want(bench.selection, bench.plugins), bench.selection)
-        plans.append(make_plan(bench, measured))
+        context = runner.context_of(job.config)
+        measured = collections[job.collection].seen_by(want(context.selection, context.plugins), context.selection)
+        plans.append(make_plan(context, measured))
     return plans
 
 
@@ -75,8 +75,8 @@ def masked(decoder: Decoder, plan: PruningPlan) -> Generator[None]:
     for entry in plan.blocks:
         keep = torch.zeros(entry.width)  # (F,)
         keep[list(entry.kept)] = 1
-        [bank] = decoder.banks(entry.block)
-        down: Any = bank
+        [module] = decoder.feed_forward_modules(entry.block)
+        down: Any = module
         hooks.append(down.down.register_forward_pre_hook(_mask(keep.to(decoder.model.dtype))))
     try:
         yield
@@ -114,26 +114,26 @@ def main() -> None:
     cells = expand(
         asked.model, {**options, "criterion": asked.criteria, "allocator": asked.allocators, "ratio": asked.ratios}
     )
-    workshop = Workshop(default[0].config, Extras())
+    runner = CellRunner(default[0].config, Extras())
 
     def job(config: Any, row: str) -> Job:
-        bench = workshop.bench_of(config)
-        return Job("", row, config, CollectionFolder(Path(), bench, bench.windows_to_select).key, "")
+        context = runner.context_of(config)
+        return Job("", row, config, CollectionFolder(Path(), context, context.windows_to_select).key, "")
 
     plain, grid = [[job(cell.config, cell.row) for cell in some] for some in (default, cells)]
     some = grid[:: max(1, len(grid) // asked.cells)]
     rounds: dict[str, list[float]] = {}
     for number in range(asked.rounds + 1):
         found: dict[str, float] = {}
-        found["collection_default"], _ = timed(lambda: open_collections(workshop, plain))
-        found["collection_union"], collections = timed(lambda: open_collections(workshop, grid))
-        found["plans"], plans = timed(partial(make_plans, workshop, grid, collections))
+        found["collection_default"], _ = timed(lambda: open_collections(runner, plain))
+        found["collection_union"], collections = timed(lambda: open_collections(runner, grid))
+        found["plans"], plans = timed(partial(make_plans, runner, grid, collections))
         cell_seconds, forward, mask = list[float](), list[float](), list[float]()
         for one in some:
-            cell_seconds.append(timed(partial(workshop.run, one, collections[one.collection]))[0])
-            forward.append(timed(lambda: evaluate(workshop.bench, workshop.bench.decoder))[0])
-            with masked(workshop.bench.decoder, plans[grid.index(one)]):
-                mask.append(timed(lambda: evaluate(workshop.bench, workshop.bench.decoder))[0])
+            cell_seconds.append(timed(partial(runner.run, one, collections[one.collection]))[0])
+            forward.append(timed(lambda: evaluate(runner.context, runner.context.decoder))[0])
+            with masked(runner.context.decoder, plans[grid.index(one)]):
+                mask.append(timed(lambda: evaluate(runner.context, runner.context.decoder))[0])
         found |= {
             "cell": statistics.mean(cell_seconds),
             "forward": statistics.mean(forward),

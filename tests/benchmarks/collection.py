@@ -27,43 +27,43 @@ from cfsp_framework import pipeline
 from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.engine.replay import tokens_per_batch
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.run.context import Bench, sequence_length, set_up
+from cfsp_framework.run.context import RunContext, sequence_length, set_up
 from cfsp_framework.runtime.progress import Progress
 
 
 @torch.no_grad()
-def plain_forward(bench: Bench, batch_size: int) -> float:
+def plain_forward(context: RunContext, batch_size: int) -> float:
     """Seconds of the base model over the calibration windows."""
-    assert bench.windows is not None
+    assert context.windows is not None
     start = time.perf_counter()
-    for ids in bench.windows.split(batch_size):  # (B, T)
-        bench.decoder.base(ids.to(bench.decoder.model.device), use_cache=False)
+    for ids in context.windows.split(batch_size):  # (B, T)
+        context.decoder.base(ids.to(context.decoder.model.device), use_cache=False)
     return time.perf_counter() - start
 
 
-def run(bench: Bench) -> float:
+def run(context: RunContext) -> float:
     """Seconds of collect + plan + cut, compensation included, on a copy of the model."""
-    model = copy.deepcopy(bench.decoder.model)
-    bench = replace(bench, decoder=Decoder(model, bench.decoder.architecture))
+    model = copy.deepcopy(context.decoder.model)
+    context = replace(context, decoder=Decoder(model, context.decoder.architecture))
     start = time.perf_counter()
-    run_in_place(bench)
+    run_in_place(context)
     return time.perf_counter() - start
 
 
-def run_in_place(bench: Bench) -> None:
+def run_in_place(context: RunContext) -> None:
     """Collect, plan and cut the model itself."""
-    measurements = pipeline.measure(bench)
-    pipeline.cut(bench, pipeline.make_plan(bench, measurements), measurements, folder=Path())  # nothing is written
+    measurements = pipeline.measure(context)
+    pipeline.cut(context, pipeline.make_plan(context, measurements), measurements, folder=Path())  # nothing is written
 
 
 def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:
-    bench = set_up(config, Progress())
-    seqlen = sequence_length(config, bench.loaded)
-    batch_size = config.batch_size or max(1, tokens_per_batch(bench.decoder.device) // seqlen)
+    context = set_up(config, Progress())
+    seqlen = sequence_length(config, context.loaded)
+    batch_size = config.batch_size or max(1, tokens_per_batch(context.decoder.device) // seqlen)
     forwards, runs = [], []
     for _ in range(rounds + 1):
-        forwards.append(plain_forward(bench, batch_size))
-        runs.append(run(bench))
+        forwards.append(plain_forward(context, batch_size))
+        runs.append(run(context))
     ratios = [after / before for before, after in zip(forwards[1:], runs[1:], strict=True)]  # the first round warms up
     return {
         "forward_seconds": statistics.median(forwards[1:]),
@@ -76,20 +76,20 @@ def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:
 
 def measure_memory(config: RunConfig) -> dict[str, float]:
     """Peak of one run over the interpreter's own memory, beside the model and the hidden states."""
-    bench = set_up(config.model_copy(update={"samples": 1}), Progress())  # imports, the tokenizer, the text
-    vocabulary = bench.decoder.config.vocab_size
-    seqlen = sequence_length(config, bench.loaded)
-    model = sum(p.numel() * p.element_size() for p in bench.decoder.model.parameters())
-    width = bench.decoder.feed_forwards(0)[0].hidden
-    hidden = config.samples * seqlen * width * bench.decoder.model.dtype.itemsize
-    run(bench)  # one window: the code pages of what runs belong to the interpreter
+    context = set_up(config.model_copy(update={"samples": 1}), Progress())  # imports, the tokenizer, the text
+    vocabulary = context.decoder.config.vocab_size
+    seqlen = sequence_length(config, context.loaded)
+    model = sum(p.numel() * p.element_size() for p in context.decoder.model.parameters())
+    width = context.decoder.feed_forwards(0)[0].hidden
+    hidden = config.samples * seqlen * width * context.decoder.model.dtype.itemsize
+    run(context)  # one window: the code pages of what runs belong to the interpreter
     windows = torch.randint(vocabulary, (config.samples, seqlen), generator=torch.Generator().manual_seed(0))
-    bench = replace(bench, windows=windows)
+    context = replace(context, windows=windows)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and kept by the allocator would hide what the run takes
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of tokenising the text
     before = _status("VmRSS") - model
-    run_in_place(bench)
+    run_in_place(context)
     peak = _status("VmHWM") - before
     return {"model_bytes": model, "hidden_bytes": hidden, "peak_bytes": peak, "peak_over_both": peak / (model + hidden)}
 

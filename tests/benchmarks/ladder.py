@@ -31,12 +31,12 @@ from cfsp_framework.api.components import Criterion
 from cfsp_framework.config import RunConfig
 from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
 from cfsp_framework.evaluation.perplexity import perplexity
-from cfsp_framework.host.registry import Chosen
+from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.host.selection import Selection, select
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.pipeline import CRITERION
-from cfsp_framework.run.context import Bench, set_up
+from cfsp_framework.run.context import RunContext, set_up
 from cfsp_framework.runtime.progress import Progress
 
 Row = Mapping[str, str]
@@ -64,17 +64,17 @@ def run_model(
     name: str, seed: int, options: Mapping[str, Any], rows: Mapping[str, Row], wanted: list[tuple[str, float]]
 ) -> Iterator[Cell]:
     """The wanted cells of one model and seed, from one collection."""
-    bench = set_up(RunConfig.build(seed=seed, **options), Progress())
-    selections = {row: select(RunConfig.build(model=name, **rows[row]), bench.plugins) for row, _ in wanted}
+    context = set_up(RunConfig.build(seed=seed, **options), Progress())
+    selections = {row: select(RunConfig.build(model=name, **rows[row]), context.plugins) for row, _ in wanted}
     start = time.perf_counter()
-    measurements = collect_all(bench, selections)
+    measurements = collect_all(context, selections)
     collected = time.perf_counter() - start
-    dense = [perplexity(bench.decoder.model, data, Progress()) for data in bench.evaluation_sets]
+    dense = [perplexity(context.decoder.model, data, Progress()) for data in context.evaluation_sets]
     for row, ratio in wanted:
         base = {"model": name, "row": row, "ratio": ratio, "seed": seed, "collect_seconds": round(collected, 2)}
-        cell = run_cell(bench, selections[row], only(measurements, row), ratio)
+        cell = run_cell(context, selections[row], only(measurements, row), ratio)
         pruned = cell.pop("perplexities")
-        for data, before, after in zip(bench.evaluation_sets, dense, pruned, strict=True):
+        for data, before, after in zip(context.evaluation_sets, dense, pruned, strict=True):
             label = Path(data.spec).stem
             cell |= {f"dense:{label}": before.perplexity, f"pruned:{label}": after.perplexity}
             cell |= {f"excess:{label}": after.nll - before.nll}
@@ -82,17 +82,19 @@ def run_model(
         yield {**base, **cell}
 
 
-def collect_all(bench: Bench, selections: Mapping[str, Selection]) -> tuple[FeedForwardMeasurement, ...]:
+def collect_all(context: RunContext, selections: Mapping[str, Selection]) -> tuple[FeedForwardMeasurement, ...]:
     """One pass that serves every row: the union of what they need, every criterion scored."""
     collectors = {c.component.name: c for selection in selections.values() for c in selection.collectors}
-    criteria: dict[str, Chosen[Criterion]] = {row: selection.criterion for row, selection in selections.items()}
+    criteria: dict[str, ConfiguredComponent[Criterion]] = {
+        row: selection.criterion for row, selection in selections.items()
+    }
     return collect(
-        bench.decoder,
-        bench.windows,
+        context.decoder,
+        context.windows,
         criteria,
         list(collectors.values()),
         curves={row: (row, "compensated") for row in selections},
-        seed=bench.config.seed,
+        seed=context.config.seed,
         progress=Progress(),
     )
 
@@ -105,15 +107,17 @@ def only(measurements: Iterable[FeedForwardMeasurement], row: str) -> list[FeedF
     ]
 
 
-def run_cell(bench: Bench, selection: Selection, measurements: list[FeedForwardMeasurement], ratio: float) -> Cell:
+def run_cell(
+    context: RunContext, selection: Selection, measurements: list[FeedForwardMeasurement], ratio: float
+) -> Cell:
     """Plan, cut and evaluate a copy of the model."""
-    decoder = Decoder(copy.deepcopy(bench.decoder.model), bench.decoder.architecture)
-    config = bench.config.model_copy(update={"ratio": ratio})
-    bench = replace(bench, config=config, selection=selection, decoder=decoder, progress=Progress())
+    decoder = Decoder(copy.deepcopy(context.decoder.model), context.decoder.architecture)
+    config = context.config.model_copy(update={"ratio": ratio})
+    context = replace(context, config=config, selection=selection, decoder=decoder, progress=Progress())
     held = forget_peak()
     start = time.perf_counter()
-    plan = pipeline.make_plan(bench, measurements)
-    updates = pipeline.cut(bench, plan, measurements, folder=Path()).updates  # nothing is written
+    plan = pipeline.make_plan(context, measurements)
+    updates = pipeline.cut(context, plan, measurements, folder=Path()).updates  # nothing is written
     seconds = time.perf_counter() - start
     peak = status("VmHWM") - held
     refused = [block for (block, _), update in updates.items() if update.error is not None and update.down is None]
@@ -124,7 +128,7 @@ def run_cell(bench: Bench, selection: Selection, measurements: list[FeedForwardM
         "seconds": round(seconds, 2),
         "peak_bytes": peak,
         "refused_blocks": refused,
-        "perplexities": [perplexity(decoder.model, data, Progress()) for data in bench.evaluation_sets],
+        "perplexities": [perplexity(decoder.model, data, Progress()) for data in context.evaluation_sets],
     }
 
 
