@@ -693,7 +693,9 @@ class Examination:
     @property
     def modules(self) -> list[FeedForwardModule]:
         """One module for every layout, from the first block that has it."""
-        modules = [module for index in range(len(self.dense.blocks)) for module in self.dense.feed_forward_modules(index)]
+        modules = [
+            module for index in range(len(self.dense.blocks)) for module in self.dense.feed_forward_modules(index)
+        ]
         return [
             next(module for module in modules if module.layout == layout)
             for layout in self.dense.architecture.feed_forwards
