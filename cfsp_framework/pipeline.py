@@ -79,7 +79,7 @@ def prune(
     """
     check_output(out, overwrite=overwrite)
     progress = progress or Progress()
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.model.device)
     with progress.failure_told(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
         context = set_up(config, progress, planned=plan is not None, ranks=ranks)
         if plan is not None:
@@ -87,7 +87,7 @@ def prune(
             ran = context.selection.describe()
             kinds = ("compensator", "recovery")  # these are this run's, whatever the plan was made with
             components = plan.components | {kind: ran[kind] for kind in kinds}
-            shared = math.lcm(plan.tensor_parallel, config.tensor_parallel)
+            shared = math.lcm(plan.tensor_parallel, config.budget.tensor_parallel)
             plan = plan.model_copy(update={"components": components, "tensor_parallel": shared})
         dense, before = evaluate(context, context.decoder), measure_size(context.decoder.model)
         drop_attention(context, plan)
@@ -100,7 +100,9 @@ def prune(
         training = train(context, plan, task, folder) if task else None
         save(context, plan, made, folder, training)
         expected = training.outcome.expected if training else made.expected
-        written, difference = reopen(context, expected, folder, adapter=training is not None and config.keep_adapter)
+        written, difference = reopen(
+            context, expected, folder, adapter=training is not None and config.recovery.keep_adapter
+        )
         after = evaluate(context, written)
         report = build_report(context, plan, made.updates, (dense, after), before, notes, difference, training)
         if ranks.first:
@@ -120,7 +122,7 @@ def recover(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> RunResult:
-    """Train a pruned checkpoint, ``config.model``, into another, ``out``; its plan and report are brought up to date.
+    """Train a pruned checkpoint, ``config.model.source``, into another, ``out``; its plan and report are brought up to date.
 
     With an ``adapter``, a folder that was kept, nothing is trained: it is merged.
 
@@ -129,12 +131,12 @@ def recover(
         ConfigError: there is nothing to train, or nothing to train on.
     """
     check_output(out, overwrite=overwrite)
-    if adapter and config.keep_adapter:
+    if adapter and config.recovery.keep_adapter:
         raise ConfigError("--adapter merges an adapter, --keep-adapter keeps one apart; leave one of both out.")
     progress = progress or Progress()
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.model.device)
     with progress.failure_told(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
-        plan, earlier = read_pruned(resolve(config.model))
+        plan, earlier = read_pruned(resolve(config.model.source))
         context = set_up(config, progress, planned=True, ranks=ranks)
         if adapter is None:
             ran = context.selection.describe()
@@ -145,7 +147,7 @@ def recover(
                 kept_plan(context, adapter), evaluate(context, context.decoder), merge_adapter(context, adapter)
             )
         save(context, plan, Cut({}, training.outcome.expected, None), folder, training)
-        written, difference = reopen(context, training.outcome.expected, folder, adapter=config.keep_adapter)
+        written, difference = reopen(context, training.outcome.expected, folder, adapter=config.recovery.keep_adapter)
         report = update_report(context, plan, earlier, evaluate(context, written), difference, training)
         if ranks.first:
             write_report(report, folder, context.loaded.folder)
@@ -163,9 +165,9 @@ def finished(context: RunContext, result: RunResult) -> RunResult:
 
 def plan_only(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
     """The plan ``prune`` would cut by."""
-    ranks, progress = join_ranks(config.device), progress or Progress()
+    ranks, progress = join_ranks(config.model.device), progress or Progress()
     with progress.failure_told():
-        context = set_up(config.model_copy(update={"evaluate": ()}), progress, ranks=ranks)
+        context = set_up(config.replace(evaluate=()), progress, ranks=ranks)
         drop_attention(context)
         plan = make_plan(context, measure(context))
     progress.notify(RunFinished(plan))
@@ -175,14 +177,14 @@ def plan_only(config: RunConfig, progress: Progress | None = None) -> PruningPla
 def evaluate_only(
     config: RunConfig, progress: Progress | None = None, loaded: LoadedModel | None = None
 ) -> list[tuple[EvaluationSet, Perplexity]]:
-    """Perplexity of a model as it is, on every data SPEC of ``config.evaluate``; ``loaded`` where it is open already."""
+    """Perplexity of a model as it is, on every data SPEC of ``config.evaluation.data``; ``loaded`` where it is open already."""
     progress = progress or Progress()
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.model.device)
     with progress.phase("load"):
         loaded = loaded or load_model(config, ranks)
-        decoder = open_streamed(config, loaded, load_plugins(config.plugins)) if config.stream else None
+        decoder = open_streamed(config, loaded, load_plugins(config.run.plugins)) if config.model.stream else None
         sets = open_evaluation_sets(config, loaded)
-    forward_options = ForwardOptions(spill=config.spill, ranks=ranks)
+    forward_options = ForwardOptions(spill=config.run.spill, ranks=ranks)
     with progress.phase("evaluate"):
         return [(data, perplexity(decoder or loaded.model, data, progress, forward_options)) for data in sets]
 
@@ -193,12 +195,16 @@ def drop_attention(context: RunContext, plan: PruningPlan | None = None) -> None
     if plan is not None:
         surgery.drop_attention(decoder, plan.dropped_attention)
         return
-    if config.drop_attention == 0 or context.windows is None:
+    if config.budget.drop_attention == 0 or context.windows is None:
         return
-    if config.drop_attention == "auto" and config.budget != "parameters":
+    if config.budget.drop_attention == "auto" and config.budget.unit != "parameters":
         raise ConfigError("--drop-attention auto needs --budget parameters: its rule is about all parameters.")
     with context.progress.phase("attention"):
-        count = count_to_drop(decoder, config.ratio) if config.drop_attention == "auto" else config.drop_attention
+        count = (
+            count_to_drop(decoder, config.budget.ratio)
+            if config.budget.drop_attention == "auto"
+            else config.budget.drop_attention
+        )
         surgery.drop_attention(decoder, choose_attentions(decoder, context.windows, count, context.progress))
 
 
@@ -207,8 +213,8 @@ def measure(context: RunContext, *, planned: bool = False) -> tuple[FeedForwardM
     config, selection = context.config, context.selection
     curve = None if planned else curve_of(selection.allocator)
     finished = None
-    if config.resume and not planned:
-        finished = MeasurementCache(config.resume, collection_key(context), context.ranks)
+    if config.run.resume and not planned:
+        finished = MeasurementCache(config.run.resume, collection_key(context), context.ranks)
     with context.progress.phase("collect"):
         return collect(
             context.decoder,
@@ -217,7 +223,7 @@ def measure(context: RunContext, *, planned: bool = False) -> tuple[FeedForwardM
             selection.collectors,
             curves={CRITERION: (CRITERION, curve)} if curve else {},
             forward_options=context.forward_options,
-            seed=config.seed,
+            seed=config.run.seed,
             progress=context.progress,
             finished=finished,
         )
@@ -226,34 +232,34 @@ def measure(context: RunContext, *, planned: bool = False) -> tuple[FeedForwardM
 def make_plan(context: RunContext, measurements: Sequence[FeedForwardMeasurement]) -> PruningPlan:
     """Spread the budget over the blocks and pick each block's channels; every process gets the first one's plan."""
     config, decoder = context.config, context.decoder
-    torch.manual_seed(config.seed)  # for allocators that draw
+    torch.manual_seed(config.run.seed)  # for allocators that draw
     with context.progress.phase("plan"):
-        ratio = config.ratio
-        if config.budget == "parameters":
+        ratio = config.budget.ratio
+        if config.budget.unit == "parameters":
             gone = context.parameters - measure_size(decoder.model).parameters
             ratio = channel_ratio(ratio, context.parameters, decoder.channel_parameters, gone)
         summaries = summarise(decoder, measurements, CRITERION)
         blocks = plan_blocks(
             summaries,
             context.selection.allocator,
-            Budget(ratio, width_step(config.round_to, config.tensor_parallel)),
-            rebalance=config.rebalance,
+            Budget(ratio, width_step(config.budget.round_to, config.budget.tensor_parallel)),
+            rebalance=config.budget.rebalance,
         )
         plan = PruningPlan(
             model=ModelIdentity(
-                source=config.model,
+                source=config.model.source,
                 family=decoder.architecture.family,
                 fingerprint=context.loaded.fingerprint,
                 parameters=context.parameters,
             ),
-            calibration=identify(config.calibration, context.windows, config.seed)
+            calibration=identify(config.calibration.data, context.windows, config.run.seed)
             if context.windows is not None
             else None,
-            ratio=config.ratio,
-            budget=config.budget,
-            round_to=config.round_to,
-            tensor_parallel=config.tensor_parallel,
-            seed=config.seed,
+            ratio=config.budget.ratio,
+            budget=config.budget.unit,
+            round_to=config.budget.round_to,
+            tensor_parallel=config.budget.tensor_parallel,
+            seed=config.run.seed,
             components=context.selection.describe(),
             versions=versions(context.selection),
             dropped_attention=tuple(surgery.dropped_attention(decoder.config)),
@@ -267,15 +273,15 @@ def check_plan(context: RunContext, plan: PruningPlan) -> None:
     surgery.check_fits(context.decoder, plan)
     if plan.model.fingerprint != context.loaded.fingerprint:
         raise PlanError(
-            f"the plan was made for another model than {context.config.model!r}: {plan.model.source!r}, "
+            f"the plan was made for another model than {context.config.model.source!r}: {plan.model.source!r}, "
             f"fingerprint {plan.model.fingerprint[:12]} against {context.loaded.fingerprint[:12]}."
         )
-    check_shared([(one.block, one.path, len(one.kept)) for one in plan.blocks], context.config.tensor_parallel)
+    check_shared([(one.block, one.path, len(one.kept)) for one in plan.blocks], context.config.budget.tensor_parallel)
 
 
 def evaluate(context: RunContext, decoder: Decoder) -> list[Perplexity]:
     """Perplexity of a model as it is now, on every evaluation set."""
-    model = decoder if context.config.stream else decoder.model
+    model = decoder if context.config.model.stream else decoder.model
     with context.progress.phase("evaluate"):
         return [perplexity(model, data, context.progress, context.forward_options) for data in context.evaluation_sets]
 
@@ -294,7 +300,7 @@ class Cut:
 def cut(context: RunContext, plan: PruningPlan, measurements: Sequence[FeedForwardMeasurement], folder: Path) -> Cut:
     """Narrow the model and compensate, block by block; a streamed block is written before the next one is read."""
     decoder = context.decoder
-    writer = ShardWriter(decoder.model, decoder.architecture.blocks, folder) if context.config.stream else None
+    writer = ShardWriter(decoder.model, decoder.architecture.blocks, folder) if context.config.model.stream else None
     sample: list[Batch] = embed(decoder, sample_ids(context), ForwardOptions(batch_size=1)) if writer else []
 
     def write(index: int) -> None:
@@ -323,7 +329,7 @@ def narrow(
     decoder = context.decoder
     updates: dict[tuple[int, str], Update] = {}
     phase = cutting_phase(context)
-    torch.manual_seed(context.config.seed)  # for compensators that draw and bring no generator
+    torch.manual_seed(context.config.run.seed)  # for compensators that draw and bring no generator
     with context.progress.bar(phase, total=len(decoder.blocks)) as step:
         answer = compensation(context, plan, measurements)
 
@@ -357,15 +363,15 @@ def compensation(
     config, selection = context.config, context.selection
     if context.windows_to_compensate is None:
         statistics = {(measured.block, measured.path): measured.statistics for measured in measurements}
-        return FirstPass(context.decoder, statistics, selection.compensator, seed=config.seed)
+        return FirstPass(context.decoder, statistics, selection.compensator, seed=config.run.seed)
     return SecondPass(
         context.decoder,
         context.windows_to_compensate,
         selection.compensator,
         selection.second_pass,
-        seed=config.seed,
+        seed=config.run.seed,
         forward_options=context.forward_options,
-        finished=FinishedBlocks(config.resume, second_pass_key(context, plan)) if config.resume else None,
+        finished=FinishedBlocks(config.run.resume, second_pass_key(context, plan)) if config.run.resume else None,
     )
 
 
@@ -393,7 +399,7 @@ def save(context: RunContext, plan: PruningPlan, made: Cut, folder: Path, traini
                 save_streamed(context.decoder, context.loaded, made.writer, folder)
             (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
             if training is not None:
-                save_recovery_plan(training.plan, folder, kept=context.config.keep_adapter)
+                save_recovery_plan(training.plan, folder, kept=context.config.recovery.keep_adapter)
         context.ranks.wait()
 
 

@@ -36,7 +36,7 @@ from cfsp_framework.ablation.tables import Entry, latex
 from cfsp_framework.api.records import PruningPlan, Report
 from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.prune import prune as prune_command_line
-from cfsp_framework.config import Choice, layered
+from cfsp_framework.config import OPTIONS, Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.runtime.progress import Progress
 
@@ -87,7 +87,9 @@ def test_what_is_no_list_of_choices_is_refused(text: str, problem: str) -> None:
 
 
 def rows(**options: object) -> list[tuple[str, float, int, int]]:
-    return [(c.row, c.config.ratio, c.config.samples, c.config.seed) for c in expand("demo", options)]
+    return [
+        (c.row, c.config.budget.ratio, c.config.calibration.samples, c.config.run.seed) for c in expand("demo", options)
+    ]
 
 
 def test_a_grid_crosses_every_component_with_every_other_at_every_amount() -> None:
@@ -96,8 +98,21 @@ def test_a_grid_crosses_every_component_with_every_other_at_every_amount() -> No
         {"criterion": "cfsp:variant=act,b=2,obs", "allocator": ["uniform", "owl"], "ratio": "0.2,0.5", "seeds": [0, 1]},
     )
     assert len(cells) == 2 * 2 * 2 * 2
-    assert len({(str(c.config.criterion), str(c.config.allocator), c.config.ratio, c.config.seed) for c in cells}) == 16
-    assert cells[0].config.criterion == Choice(name="cfsp", options={"variant": "act", "b": 2})
+    assert (
+        len(
+            {
+                (
+                    str(c.config.components.criterion),
+                    str(c.config.components.allocator),
+                    c.config.budget.ratio,
+                    c.config.run.seed,
+                )
+                for c in cells
+            }
+        )
+        == 16
+    )
+    assert cells[0].config.components.criterion == Choice(name="cfsp", options={"variant": "act", "b": 2})
     assert {c.row for c in cells} == {f"{c} + {a}" for c in ("cfsp:variant=act,b=2", "obs") for a in ("uniform", "owl")}
 
 
@@ -116,15 +131,15 @@ def test_named_rows_are_presets_with_changes_and_come_first() -> None:
             "rebalance": True,
         },
     )
-    assert [(c.row, c.config.ratio) for c in cells] == [
+    assert [(c.row, c.config.budget.ratio) for c in cells] == [
         ("flap-released", 0.3),
         ("flap-released", 0.5),
         ("ours", 0.4),
         ("obs + cfsp", 0.3),
         ("obs + cfsp", 0.5),
     ]
-    assert cells[2].config.allocator == Choice(name="cfsp", options={"released": True, "a": 2})
-    assert [c.config.rebalance for c in cells] == [False, False, False, True, True]
+    assert cells[2].config.components.allocator == Choice(name="cfsp", options={"released": True, "a": 2})
+    assert [c.config.budget.rebalance for c in cells] == [False, False, False, True, True]
 
 
 def test_included_grids_have_axes_of_their_own_and_take_the_others_amounts() -> None:
@@ -202,9 +217,7 @@ def test_the_command_of_a_cell_is_the_run_it_was(options: dict[str, object]) -> 
     cfsp, prune, *words = shlex.split(prune_command(config, "out"))
     assert (cfsp, prune, *words[:2]) == ("cfsp", "prune", "some model", "out")
     parsed = prune_command_line.make_context("prune", words, help_option_names=["-h", "--help"]).params
-    given = {
-        name: value for name, value in parsed.items() if name in RunConfig.model_fields and value not in (None, ())
-    }
+    given = {name: value for name, value in parsed.items() if name in OPTIONS and value not in (None, ())}
     assert layered(None, None, given) == config
 
 

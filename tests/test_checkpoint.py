@@ -455,8 +455,8 @@ FAILURES: dict[str, tuple[BaseException, type[BaseException]]] = {
     "full disk in safetensors": (RuntimeError("I/O error: No space left on device (os error 28)"), OutputError),
 }
 MOMENTS = {
-    "in the middle of saving": "cfsp_framework.checkpoint.save.save_model",
-    "while verifying": "cfsp_framework.checkpoint.save.verify",
+    "in the middle of saving": "cfsp_framework.pipeline.save_model",
+    "while verifying": "cfsp_framework.pipeline.verify",
     "once all is written": "cfsp_framework.runtime.atomic_files._make_readable",
 }
 

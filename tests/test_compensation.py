@@ -984,7 +984,7 @@ def test_heavy_statistics_of_a_compensator_are_measured_in_the_second_pass_only(
             ],
         ),
     ):
-        chosen = RunConfig.build(**{**config.model_dump(), "compensator": name})
+        chosen = config.replace(compensator=name)
         for planned in (False, True):
             selection = select(chosen, plugins, planned=planned)
             assert [collector.component.name for collector in selection.collectors] == first
@@ -999,7 +999,7 @@ def test_a_plan_needs_no_second_pass(make_model: Callable[..., Path], calibratio
     config = heavy_config(make_model("llama"), calibration_text, criterion="obs", allocator="error-curve", round_to=8)
     plan = plan_only(config)
     assert sum(plan.widths) == 96
-    compensated = plan_only(RunConfig.build(**{**config.model_dump(), "compensator": "sequential"}))
+    compensated = plan_only(config.replace(compensator="sequential"))
     assert [block.kept for block in compensated.blocks] == [block.kept for block in plan.blocks]
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cfsp_framework.config import CHOICES, PRESETS, Choice, RunConfig, layered, parse_choice, read_yaml
+from cfsp_framework.config import CHOICES, OPTIONS, PRESETS, Choice, RunConfig, layered, parse_choice, read_yaml
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.manager import load_plugins
 
@@ -73,7 +73,7 @@ def test_a_choice_reads_back_what_it_prints(options: dict[str, object]) -> None:
 
 def test_a_choice_is_also_a_mapping_without_extra_keys() -> None:
     config = RunConfig.build(model="m", criterion={"name": "cfsp", "options": {"b": 2}})
-    assert config.criterion == Choice(name="cfsp", options={"b": 2})
+    assert config.components.criterion == Choice(name="cfsp", options={"b": 2})
     with pytest.raises(ConfigError, match=r"criterion\.variant: Extra inputs are not permitted"):
         RunConfig.build(model="m", criterion={"name": "cfsp", "variant": "act"})
 
@@ -83,20 +83,24 @@ def test_a_choice_is_also_a_mapping_without_extra_keys() -> None:
 
 def test_the_defaults_need_a_model_only() -> None:
     config = RunConfig.build(model="demo")
-    assert (config.ratio, config.budget, config.round_to, config.seed) == (0.5, "channels", 128, 0)
-    assert [str(getattr(config, kind)) for kind in CHOICES] == ["cfsp", "cfsp", "none", "none"]
+    assert (config.budget.ratio, config.budget.unit, config.budget.round_to, config.run.seed) == (
+        0.5,
+        "channels",
+        128,
+        0,
+    )
+    assert [str(getattr(config.components, kind)) for kind in CHOICES] == ["cfsp", "cfsp", "none", "none"]
     with pytest.raises(ConfigError, match=r"^model: Field required"):
         RunConfig.build()
 
 
 def test_every_option_is_described_or_is_a_choice() -> None:
-    for name, option in RunConfig.model_fields.items():
-        assert option.description or name in CHOICES, name
+    assert all(option.field.description for option in OPTIONS.values())
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, 0.2, 0.999999])
 def test_a_ratio_in_range_is_accepted(ratio: float) -> None:
-    assert RunConfig.build(model="m", ratio=ratio).ratio == ratio
+    assert RunConfig.build(model="m", ratio=ratio).budget.ratio == ratio
 
 
 @pytest.mark.parametrize("ratio", [float("nan"), float("inf"), float("-inf"), 1, 1.0, -0.1, 50, "half", None])
@@ -139,15 +143,15 @@ def test_an_unknown_option_suggests_the_closest() -> None:
 
 @pytest.mark.parametrize("option", ["evaluate", "plugins"])
 def test_one_of_a_list_may_stand_alone(option: str) -> None:
-    assert getattr(RunConfig.build(model="m", **{option: "one"}), option) == ("one",)
-    assert getattr(RunConfig.build(model="m", **{option: ["one", "two"]}), option) == ("one", "two")
+    assert OPTIONS[option].read(RunConfig.build(model="m", **{option: "one"})) == ("one",)
+    assert OPTIONS[option].read(RunConfig.build(model="m", **{option: ["one", "two"]})) == ("one", "two")
 
 
 def test_a_configuration_is_frozen_and_survives_json() -> None:
     config = layered("flap-released", None, {"model": "m", "evaluate": ["demo"], "plugins": ["no:x"]})
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
     with pytest.raises(ValidationError, match="frozen"):
-        config.ratio = 0.1
+        config.budget.ratio = 0.1
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------
@@ -157,10 +161,10 @@ def test_a_configuration_is_frozen_and_survives_json() -> None:
 def test_every_preset_names_components_and_options_that_exist(preset: str) -> None:
     config = layered(preset, None, {"model": "m"})
     plugins = load_plugins()
-    plugins.criteria.create(config.criterion.name, config.criterion.options)
-    plugins.allocators.create(config.allocator.name, config.allocator.options)
-    plugins.compensators.create(config.compensator.name, config.compensator.options)
-    plugins.recovery_schedulers.create(config.recovery.name, config.recovery.options)
+    plugins.criteria.create(config.components.criterion.name, config.components.criterion.options)
+    plugins.allocators.create(config.components.allocator.name, config.components.allocator.options)
+    plugins.compensators.create(config.components.compensator.name, config.components.compensator.options)
+    plugins.recovery_schedulers.create(config.components.recovery.name, config.components.recovery.options)
 
 
 def test_the_preset_cfsp_is_the_default() -> None:
@@ -180,26 +184,31 @@ def test_an_unknown_preset_suggests_the_closest() -> None:
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     path = yaml_file(tmp_path, "model: from-file\nratio: 0.3\nseed: 4\nrebalance: true\n")
     config = layered("cfsp-released", path, {"ratio": 0.2})
-    assert (config.model, config.ratio, config.seed, config.rebalance) == ("from-file", 0.2, 4, True)
-    assert config.criterion.options == {"variant": "act"}
+    assert (config.model.source, config.budget.ratio, config.run.seed, config.budget.rebalance) == (
+        "from-file",
+        0.2,
+        4,
+        True,
+    )
+    assert config.components.criterion.options == {"variant": "act"}
 
 
 def test_the_same_component_keeps_its_options_and_gains_the_new_ones(tmp_path: Path) -> None:
     path = yaml_file(tmp_path, "allocator: cfsp:a=2,distance=mae\n")
     config = layered("cfsp-released", path, {"model": "m", "allocator": "cfsp:distance=mse"})
-    assert config.allocator == Choice(name="cfsp", options={"released": True, "a": 2, "distance": "mse"})
+    assert config.components.allocator == Choice(name="cfsp", options={"released": True, "a": 2, "distance": "mse"})
 
 
 def test_another_component_replaces_the_one_before_with_its_options() -> None:
     config = layered("cfsp-released", None, {"model": "m", "criterion": "wanda-sp", "allocator": "global-zscore"})
-    assert config.criterion == Choice(name="wanda-sp")
-    assert config.allocator == Choice(name="global-zscore")
+    assert config.components.criterion == Choice(name="wanda-sp")
+    assert config.components.allocator == Choice(name="global-zscore")
 
 
 def test_a_component_may_be_a_mapping_in_the_file(tmp_path: Path) -> None:
     path = yaml_file(tmp_path, "model: m\ncriterion:\n  name: cfsp\n  options:\n    b: 2\n")
-    assert layered(None, path, {}).criterion == Choice(name="cfsp", options={"b": 2})
-    merged = layered("cfsp-released", path, {"criterion": "cfsp:c=0"}).criterion
+    assert layered(None, path, {}).components.criterion == Choice(name="cfsp", options={"b": 2})
+    merged = layered("cfsp-released", path, {"criterion": "cfsp:c=0"}).components.criterion
     assert merged == Choice(name="cfsp", options={"variant": "act", "b": 2, "c": 0})
 
 
@@ -210,8 +219,8 @@ def test_layering_leaves_the_presets_as_they_were() -> None:
 
 def test_the_file_may_name_the_preset_and_the_command_line_another(tmp_path: Path) -> None:
     path = yaml_file(tmp_path, "model: m\npreset: magnitude-released\n")
-    assert layered(None, path, {}).criterion.name == "magnitude"
-    assert layered("wanda-sp-released", path, {}).criterion.name == "wanda-sp"
+    assert layered(None, path, {}).components.criterion.name == "magnitude"
+    assert layered("wanda-sp-released", path, {}).components.criterion.name == "wanda-sp"
 
 
 @pytest.mark.parametrize("preset", ["[cfsp]", "3", "nothing"])
@@ -245,7 +254,7 @@ def test_options_without_a_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_dashes_in_option_names_are_underscores(tmp_path: Path) -> None:
-    assert layered(None, yaml_file(tmp_path, "model: m\nround-to: 16\nbatch_size: 2\n"), {}).round_to == 16
+    assert layered(None, yaml_file(tmp_path, "model: m\nround-to: 16\nbatch_size: 2\n"), {}).budget.round_to == 16
 
 
 @pytest.mark.parametrize(

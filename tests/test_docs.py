@@ -30,7 +30,7 @@ from cfsp_framework.ablation.grid import expand
 from cfsp_framework.api import hookspecs
 from cfsp_framework.api.records import PruningPlan, Report
 from cfsp_framework.cli.main import cli
-from cfsp_framework.config import PRESETS, Choice, RunConfig, layered
+from cfsp_framework.config import OPTIONS, PRESETS, Choice, layered
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 from cfsp_framework.testing import CONTRACTS
@@ -161,7 +161,8 @@ def test_every_option_is_documented_with_the_commands_that_have_it() -> None:
 
 def test_the_defaults_documented_are_those_of_a_run() -> None:
     defaults = {code(cell)[0].split()[0]: default for cell, default, *_ in table(read(CLI), "option", "default")}
-    for name, field in RunConfig.model_fields.items():
+    for name, option in OPTIONS.items():
+        field = option.field
         if isinstance(field.default, str | int | float | Choice) and not isinstance(field.default, bool):
             assert defaults["--" + name.replace("_", "-")] == f"`{field.default}`"
 
@@ -212,40 +213,6 @@ def hooks() -> dict[str, str]:
         for node in tree.body
         if isinstance(node, ast.FunctionDef) and node.returns is not None
     }
-
-
-def test_imports_point_one_way() -> None:
-    """Each line of the list in docs/architecture.md imports from those below it alone, and every module is there."""
-    [listed] = [block for block in blocks(read(ARCHITECTURE), "text") if block.startswith("cli\n")]
-    lines = [line.split(", ") for line in listed.splitlines()]
-    place = {module: number for number, modules in enumerate(lines) for module in modules}
-    package = ROOT / "cfsp_framework"
-    files = {file: file.relative_to(package).with_suffix("").parts[0] for file in package.rglob("*.py")}
-    assert {*files.values()} - {"__init__", "__main__"} == {*place}
-    anywhere = len(lines) - 1
-    for file, module in files.items():
-        for used in imported(file) & {*place} - {module}:
-            if module in place and place[used] <= place[module] and place[used] != anywhere:
-                assert (module, used) == ("statistics", "api"), f"{file.relative_to(ROOT)} imports {used}"
-
-
-def imported(file: Path) -> set[str]:
-    """The modules of the host that a file imports when it runs, by the first part of their name."""
-    names: list[str] = []
-    folder = file.parent.relative_to(ROOT).parts
-    waiting: list[ast.AST] = [ast.parse(read(file))]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        waiting += ast.iter_child_nodes(node)
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            package = folder[: len(folder) - node.level + 1] if node.level else ()
-            module = ".".join([*package, *([node.module] if node.module else [])])
-            names += [f"{module}.{alias.name}" for alias in node.names]
-    return {name.split(".")[1] for name in names if name.startswith("cfsp_framework.")}
 
 
 def test_every_hook_is_in_the_table_of_the_architecture() -> None:

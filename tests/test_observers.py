@@ -318,10 +318,10 @@ def test_without_tensorboard_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_observers_are_chosen_like_other_components(tmp_path: Path) -> None:
     config = RunConfig.build(model="demo", observer="jsonl:path=a.jsonl")
-    assert [str(choice) for choice in config.observer] == ["jsonl:path=a.jsonl"]
-    assert RunConfig.build(model="demo", observer={"name": "jsonl"}).observer[0].name == "jsonl"
+    assert [str(choice) for choice in config.run.observers] == ["jsonl:path=a.jsonl"]
+    assert RunConfig.build(model="demo", observer={"name": "jsonl"}).run.observers[0].name == "jsonl"
     several = RunConfig.build(model="demo", observer=["jsonl", {"name": "tensorboard", "options": {"folder": "x"}}])
-    assert [choice.name for choice in several.observer] == ["jsonl", "tensorboard"]
+    assert [choice.name for choice in several.run.observers] == ["jsonl", "tensorboard"]
 
 
 @pytest.mark.parametrize(

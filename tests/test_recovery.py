@@ -295,8 +295,8 @@ def test_a_pattern_that_matches_nothing_is_noticed(
 def plan_recovery_on_text(context: RunContext, plan: PruningPlan) -> recovery_module.RecoveryTask:
     """What the bench's scheduler wants, on the text the model was calibrated on."""
     assert plan.calibration is not None
-    data = context.config.recovery_data or plan.calibration.spec
-    task = plan_recovery(replace(context, config=context.config.model_copy(update={"recovery_data": data})), plan)
+    data = context.config.recovery.data or plan.calibration.spec
+    task = plan_recovery(replace(context, config=context.config.replace(recovery_data=data)), plan)
     assert task is not None
     return task
 

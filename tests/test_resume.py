@@ -66,7 +66,6 @@ from cfsp_framework.pruning import surgery
 from cfsp_framework.modeling import streaming
 from cfsp_framework.engine import cache as resume
 from cfsp_framework.engine import collect
-from cfsp_framework.checkpoint import save as checkpoint
 from cfsp_framework.cli.main import cli
 
 passed = collections.Counter()
@@ -108,8 +107,8 @@ around(compensation, "compensate", "compensating")
 around(surgery, "cut_block", "cutting")
 around_writing(streaming, "save_file", "shard")
 around_writing(transformers.modeling_utils, "safe_save_file", "weights")
-around(checkpoint, "save_model", "saving")
-around(checkpoint, "verify", "verifying")
+around(pipeline, "save_model", "saving")
+around(pipeline, "verify", "verifying")
 around(pipeline, "perplexity", "evaluating")
 around(pipeline, "write_report", "reporting")
 around(Path, "rename", "renaming")

@@ -22,7 +22,7 @@ from cfsp_framework.ablation.measurements import Collection, one_line, want
 from cfsp_framework.ablation.results import CellResult, CellSpec, Latency, Quality
 from cfsp_framework.ablation.snapshot import ModelState, restored
 from cfsp_framework.api.records import Perplexity, PruningPlan
-from cfsp_framework.config import RunConfig
+from cfsp_framework.config import OPTIONS, RunConfig
 from cfsp_framework.engine.cache import identity_of
 from cfsp_framework.engine.replay import tokens_per_batch
 from cfsp_framework.errors import ConfigError
@@ -40,7 +40,7 @@ from cfsp_framework.runtime.distributed import SOLO
 from cfsp_framework.runtime.progress import Progress
 
 _LONG_TEXT = 1 << 16
-_OF_TRAINING = set(TRAINING) | {"calibration", "seqlen"}
+_OF_TRAINING = (*TRAINING, "calibration", "seqlen")
 LEAST_ROUNDS = 7
 LATENCY_SECONDS = 1.0
 """Both models run in turn at least so often, and for at least so long."""
@@ -114,7 +114,7 @@ class CellRunner:
     def __init__(
         self, config: RunConfig, extras: Extras, progress: Progress | None = None, plugins: Plugins | None = None
     ) -> None:
-        plugins = plugins or load_plugins(config.plugins)
+        plugins = plugins or load_plugins(config.run.plugins)
         progress = progress or Progress()
         context = open_context(config, plugins, select(config, plugins), progress, SOLO)
         with progress.phase("calibrate"):
@@ -131,7 +131,7 @@ class CellRunner:
         selection = select(config, self.context.plugins)
         windows: Tensor | None = None
         if selection.measures:
-            place = config.seed, config.samples
+            place = config.run.seed, config.calibration.samples
             if place not in self._windows:
                 with self.context.progress.phase("calibrate"):
                     self._windows[place] = open_windows(config, self._drawing)  # (N, T)
@@ -205,7 +205,13 @@ def failed(selection: Selection, job: Job, error: str) -> CellResult:
 
 def spec_of(row: str, config: RunConfig, selection: Selection) -> CellSpec:
     """What distinguishes a cell."""
-    return CellSpec(row=row, ratio=config.ratio, samples=config.samples, seed=config.seed, **selection.describe())
+    return CellSpec(
+        row=row,
+        ratio=config.budget.ratio,
+        samples=config.calibration.samples,
+        seed=config.run.seed,
+        **selection.describe(),
+    )
 
 
 def qualities(data: Sequence[EvaluationSet], found: Sequence[Perplexity]) -> tuple[Quality, ...]:
@@ -230,7 +236,7 @@ def score_tasks(context: RunContext, extras: Extras) -> dict[str, dict[str, floa
             task_data=extras.task_data,
             limit=extras.limit,
             fewshot=extras.fewshot,
-            batch_size=context.config.batch_size,
+            batch_size=context.config.calibration.batch_size,
         )
     return {task.task: {name: metric.value for name, metric in task.metrics.items()} for task in found.tasks}
 
@@ -303,9 +309,14 @@ def cell_key(context: RunContext, extras: Extras) -> str:
         "model": context.loaded.fingerprint,
         "windows": [fingerprint_of(context.windows_to_select), fingerprint_of(context.windows_to_compensate)],
         "components": [identity_of(one) for one in (*chosen, *selection.collectors, *selection.second_pass)],
-        "budget": [config.ratio, config.budget, config.round_to, config.rebalance],
-        "samples": config.samples,
-        "recovery": [config.model_dump(include=_OF_TRAINING), version("peft")] if trains(selection) else None,
+        "budget": [config.budget.ratio, config.budget.unit, config.budget.round_to, config.budget.rebalance],
+        "samples": config.calibration.samples,
+        "recovery": [
+            {name: OPTIONS[name].read(config) for name in _OF_TRAINING},
+            version("peft"),
+        ]
+        if trains(selection)
+        else None,
         "latency": extras.latency,
         "versions": versions(selection),
         "numerics": numerics(context),
@@ -320,10 +331,10 @@ def trains(selection: Selection) -> bool:
 
 def prune_command(config: RunConfig, out: str) -> str:
     """The ``cfsp prune`` that gives this cell alone, with every option that is not the default."""
-    words = ["cfsp", "prune", config.model, out, "--ratio", repr(config.ratio)]
-    for name, field in RunConfig.model_fields.items():
-        value = getattr(config, name)
-        if name in ("model", "ratio") or value == field.default:
+    words = ["cfsp", "prune", config.model.source, out, "--ratio", repr(config.budget.ratio)]
+    for name, option in OPTIONS.items():
+        value = option.read(config)
+        if name in ("model", "ratio") or value == option.field.default:
             continue
         flag = "-p" if name == "plugins" else "--" + name.replace("_", "-")
         if isinstance(value, bool):

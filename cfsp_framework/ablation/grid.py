@@ -115,8 +115,10 @@ def _crossed(grid: Options, top: Options, shared: Options) -> Iterator[Cell]:
 
 def row_name(config: RunConfig, own: Options) -> str:
     """What a table calls cells that have no name: their components, and the options that are theirs alone."""
-    optional = [choice for choice in (config.compensator, config.recovery) if choice.name != "none"]
-    words = [str(choice) for choice in (config.criterion, config.allocator, *optional)]
+    optional = [
+        choice for choice in (config.components.compensator, config.components.recovery) if choice.name != "none"
+    ]
+    words = [str(choice) for choice in (config.components.criterion, config.components.allocator, *optional)]
     return " + ".join([*words, *(f"{name}={value}" for name, value in own.items())])
 
 
@@ -200,10 +202,15 @@ def _number(value: object, where: str) -> float:
 def _matches(cell: Cell, exclusion: Mapping[str, Sequence[object]]) -> bool:
     """Whether a cell has one of the values for every name; a component matches if it has at least those options."""
     config = cell.config
-    own: dict[str, object] = {"row": cell.row, "seeds": config.seed, "samples": config.samples, "ratio": config.ratio}
+    own: dict[str, object] = {
+        "row": cell.row,
+        "seeds": config.run.seed,
+        "samples": config.calibration.samples,
+        "ratio": config.budget.ratio,
+    }
     for name, values in exclusion.items():
         if name in CHOICES:
-            choice: Choice = getattr(config, name)
+            choice: Choice = getattr(config.components, name)
             wanted = cast("Sequence[Choice]", values)
             if not any(one.name == choice.name and one.options.items() <= choice.options.items() for one in wanted):
                 return False

@@ -206,7 +206,7 @@ class CollectionFolder:
                 collectors,
                 curves=missing.curves,
                 forward_options=context.forward_options,
-                seed=context.config.seed,
+                seed=context.config.run.seed,
                 progress=context.progress,
                 finished=MeasurementCache(folder, key, context.ranks, labels=frozenset(missing.criteria)),
                 failures=failed,

@@ -68,7 +68,7 @@ def ablate(
         ConfigError, ModelError, DataError, OutputError, PluginError: nothing could be run.
     """
     executor, progress = executor or Executor(), progress or Progress()
-    plugins = load_plugins(sweep.cells[0].config.plugins)
+    plugins = load_plugins(sweep.cells[0].config.run.plugins)
     check_sweep(sweep, executor, plugins)
     check_folder(out)
     runner = CellRunner(sweep.cells[0].config, sweep.extras, progress, plugins)
@@ -94,7 +94,7 @@ def check_sweep(sweep: Sweep, executor: Executor, plugins: Plugins) -> None:
         ConfigError: an option or a component's name is wrong, or this way of running cannot be.
         PluginError: a component's plugin is at fault.
     """
-    if join_ranks(sweep.cells[0].config.device).world > 1:
+    if join_ranks(sweep.cells[0].config.model.device).world > 1:
         raise ConfigError("torchrun: a sweep's cells are shared out with --executor, in one process.")
     executor.check(sweep.extras)
     if sweep.extras.tasks:
@@ -168,7 +168,7 @@ def gather(jobs: Sequence[Job], runner: CellRunner, store: Store, dense: DenseMo
         seconds[phase] = round(seconds.get(phase, 0.0) + value, 3)
     store.note("seconds", seconds)
     return SweepResults(
-        model=config.model,
+        model=config.model.source,
         fingerprint=context.loaded.fingerprint,
         family=context.decoder.architecture.family,
         dtype=str(context.decoder.model.dtype).removeprefix("torch."),
@@ -176,9 +176,9 @@ def gather(jobs: Sequence[Job], runner: CellRunner, store: Store, dense: DenseMo
         parameters=context.parameters,
         widths=tuple(width for _, _, width in places),
         places=tuple((block, path) for block, path, _ in places),
-        budget=config.budget,
-        round_to=config.round_to,
-        calibration=config.calibration,
+        budget=config.budget.unit,
+        round_to=config.budget.round_to,
+        calibration=config.calibration.data,
         seqlen=sequence_length(config, context.loaded),
         dense=dense.qualities,
         dense_tasks=dense.tasks,
@@ -197,12 +197,14 @@ def told(cell: CellResult, job: Job) -> CellResult:
 
 def compare_criteria(jobs: Sequence[Job], runner: CellRunner, out: Path) -> tuple[Agreement, ...]:
     """How alike the criteria of each seed rank, on its largest calibration set that scored them."""
-    ratios = sorted({job.config.ratio for job in jobs})
+    ratios = sorted({job.config.budget.ratio for job in jobs})
     parts: dict[str, list[Part]] = {}
     found: list[Agreement] = []
-    for seed in sorted({job.config.seed for job in jobs}):
+    for seed in sorted({job.config.run.seed for job in jobs}):
         there: dict[str, tuple[str, Sequence[FeedForwardMeasurement]]] = {}
-        for job in sorted((job for job in jobs if job.config.seed == seed), key=lambda job: -job.config.samples):
+        for job in sorted(
+            (job for job in jobs if job.config.run.seed == seed), key=lambda job: -job.config.calibration.samples
+        ):
             context = runner.context_of(job.config)
             name = context.selection.describe()["criterion"]
             if name in there:

@@ -25,17 +25,17 @@ def race(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Benchmark:
-    """Time ``config.model``, the checkpoints ``pruned`` from it and ``cuts`` of it in memory against each other.
+    """Time ``config.model.source``, the checkpoints ``pruned`` from it and ``cuts`` of it in memory against each other.
 
     Raises:
         ModelError: one of them cannot be opened.
         ConfigError: they cannot be compared, or an allocator is unknown.
     """
     progress = progress or Progress()
-    plugins = load_plugins(config.plugins)
+    plugins = load_plugins(config.run.plugins)
     with _threads(threads):
-        names = short_names([config.model, *pruned])
-        dense = open_contestant(config.model, config, plugins, random_weights=random_weights, name=names[0])
+        names = short_names([config.model.source, *pruned])
+        dense = open_contestant(config.model.source, config, plugins, random_weights=random_weights, name=names[0])
         contestants: list[Contestant] = [dense]
         for source, name in zip(pruned, names[1:], strict=True):
             contestants.append(open_contestant(source, config, plugins, random_weights=random_weights, name=name))

@@ -65,30 +65,30 @@ def open_contestant(
     Raises:
         ModelError: it cannot be opened.
     """
-    device = device_of(config.device)
-    config = config.model_copy(update={"model": source})
+    device = device_of(config.model.device)
+    config = config.replace(model=source)
     if random_weights:
         model = random_model(config, device)
     else:
         quiet()
         folder = resolve(source)
-        check_checkpoint(folder, trust_remote_code=config.trust_remote_code)
-        model = open_model(folder, config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+        check_checkpoint(folder, trust_remote_code=config.model.trust_remote_code)
+        model = open_model(folder, config.model.dtype, device=device, trust_remote_code=config.model.trust_remote_code)
     return Contestant(name or source, model, open_decoder(model, plugins).widths)
 
 
 def random_model(config: RunConfig, device: torch.device) -> PreTrainedModel:
-    """A model of ``config.model``'s shape with random matrices, which are small, as before training.
+    """A model of ``config.model.source``'s shape with random matrices, which are small, as before training.
 
-    The configuration is enough: of a Hub id only that is fetched, and ``config.model`` may be the file itself.
+    The configuration is enough: of a Hub id only that is fetched, and ``config.model.source`` may be the file itself.
     """
     sketch, stored = sketch_model(config)
-    dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = stored if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     family: Any = type(sketch)
     with without_weights():
         model: PreTrainedModel = family._from_config(sketch.config, dtype=dtype)
     model.tie_weights()  # without weights, each got a parameter of its own
-    draw = torch.Generator().manual_seed(config.seed)
+    draw = torch.Generator().manual_seed(config.run.seed)
     # One draw over and over: a million values are as slow to multiply with as a billion, and drawn in no time.
     values = (0.02 * torch.randn(1 << 20, generator=draw)).to(device, dtype)
     made: dict[int, nn.Parameter] = {}  # tied parameters stay one
@@ -138,10 +138,15 @@ def _plan(
     decoder: Decoder, config: RunConfig, plugins: Plugins, ratio: float, allocator: str, step: int
 ) -> PruningPlan:
     settings = RunConfig.build(
-        model=config.model, criterion="magnitude", allocator=allocator, ratio=ratio, round_to=step, seed=config.seed
+        model=config.model.source,
+        criterion="magnitude",
+        allocator=allocator,
+        ratio=ratio,
+        round_to=step,
+        seed=config.run.seed,
     )
     selection = select(settings, plugins)
-    draw = torch.Generator().manual_seed(config.seed)
+    draw = torch.Generator().manual_seed(config.run.seed)
     windows = torch.randint(decoder.config.vocab_size, (_WINDOWS, _TOKENS), generator=draw)  # (N, T)
     curve = curve_of(selection.allocator)
     measured = collect(
@@ -150,17 +155,19 @@ def _plan(
         {"criterion": selection.criterion},
         selection.collectors,
         curves={"criterion": ("criterion", curve)} if curve else {},
-        seed=config.seed,
+        seed=config.run.seed,
         progress=Progress(),
     )
     summaries = summarise(decoder, measured, "criterion")
     return PruningPlan(
-        model=ModelIdentity(source=config.model, family=decoder.architecture.family, fingerprint="", parameters=0),
+        model=ModelIdentity(
+            source=config.model.source, family=decoder.architecture.family, fingerprint="", parameters=0
+        ),
         calibration=None,
         ratio=ratio,
         budget="channels",
         round_to=step,
-        seed=config.seed,
+        seed=config.run.seed,
         components=selection.describe(),
         versions={},
         blocks=plan_blocks(summaries, selection.allocator, Budget(ratio, step)),

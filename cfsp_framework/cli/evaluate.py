@@ -80,7 +80,7 @@ def evaluate(
         loaded, found = harness.score(
             config, names, task_data=task_data, limit=limit, fewshot=fewshot, progress=progress
         )
-    measured = pipeline.evaluate_only(config, progress, loaded) if config.evaluate else []
+    measured = pipeline.evaluate_only(config, progress, loaded) if config.evaluation.data else []
     if not is_first():
         return
     if as_json:
@@ -89,11 +89,11 @@ def evaluate(
             for data, told in measured
         ]
         scores = found.model_dump(mode="json") if found else None
-        click.echo(json.dumps({"model": config.model, "evaluations": rows, "tasks": scores}, indent=2))
+        click.echo(json.dumps({"model": config.model.source, "evaluations": rows, "tasks": scores}, indent=2))
         return
     if measured:
-        console.show_perplexities(config.model, measured)
+        console.show_perplexities(config.model.source, measured)
     if found:
         from cfsp_framework.cli.tables import show_tasks
 
-        show_tasks(config.model, found)
+        show_tasks(config.model.source, found)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 import click
 from pydantic import ValidationError
 
-from cfsp_framework.config import PRESETS, RunConfig
+from cfsp_framework.config import OPTIONS, PRESETS, Choice, RunConfig
 from cfsp_framework.errors import PlanError
 
 if TYPE_CHECKING:
@@ -24,12 +24,6 @@ RECOVERY = ("recovery_data", "recovery_steps", "recovery_check_every", "recovery
 CALIBRATION = ("calibration", "samples", "reuse_windows", "seqlen", "pack", "skip_bos", "batch_size", "seed")
 EVALUATION = ("evaluate", "evaluate_windows")
 
-_COMPONENT_HELP = {
-    "criterion": "Fine importance: which channels stay.",
-    "allocator": "Coarse importance: what each block keeps.",
-    "compensator": "How the kept weights change.",
-    "recovery": "What is trained afterwards.",
-}
 _METAVARS = {
     "calibration": "SPEC",
     "recovery_data": "SPEC",
@@ -57,11 +51,17 @@ def config_options(*names: str) -> Callable[[Command], Command]:
     return decorate
 
 
+class _ComponentType(click.ParamType["Choice"]):
+    """Parse ``NAME:option=value,...`` into a ``Choice``."""
+
+    name = "component"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Choice:
+        return value if isinstance(value, Choice) else Choice.model_validate(value)
+
+
 def _option(name: str) -> Callable[[Command], Command]:
-    field, flag = RunConfig.model_fields[name], "--" + name.replace("_", "-")
-    if name in COMPONENTS:
-        help_text = f"{_COMPONENT_HELP[name]} [default: {field.default}]"
-        return click.option(flag, metavar="NAME[:k=v,...]", help=help_text)
+    field, flag = OPTIONS[name].field, "--" + name.replace("_", "-")
     if field.annotation is bool:
         both = f"{flag}/--no-{flag[2:]}" if field.default else flag
         default = f" [default: {flag[2:]}]" if field.default else ""
@@ -72,17 +72,26 @@ def _option(name: str) -> Callable[[Command], Command]:
         flag,
         type=kind,
         multiple=multiple,
-        metavar=_METAVARS.get(name, "N" if kind is int else "NUMBER" if kind is float else None),
+        metavar=_metavar(name, kind),
         callback=_validated,
         help=f"{field.description}{default}",
     )
 
 
+def _metavar(name: str, kind: object) -> str | None:
+    if isinstance(kind, _ComponentType):
+        return "NAME[:k=v,...]"
+    return _METAVARS.get(name, "N" if kind is int else "NUMBER" if kind is float else None)
+
+
 def _click_type(annotation: Any) -> tuple[Any, bool]:
+    """Return the click type of a field, and whether the option may be repeated."""
+    if annotation is Choice:
+        return _ComponentType(), False
     if get_origin(annotation) is Literal:
         return click.Choice(get_args(annotation)), False
     if get_origin(annotation) is tuple:
-        return get_args(annotation)[0], True
+        return _click_type(get_args(annotation)[0])[0], True
     if get_origin(annotation) in (Union, types.UnionType):
         first = get_args(annotation)[0]
         return str if get_origin(first) is Literal else first, False
@@ -94,7 +103,7 @@ def _validated(ctx: click.Context, parameter: click.Parameter, value: Any) -> An
     if value is None or value == () or parameter.name is None:
         return value
     try:
-        RunConfig.model_validate({"model": "demo", parameter.name: value})
+        RunConfig.validate_option(parameter.name, value)
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
         raise click.BadParameter(f"{problem[0].lower()}{problem[1:]}, not {value}.") from error
@@ -127,11 +136,7 @@ config_option = click.option(
     help="A YAML file of these options; those given here come after it.",
 )
 
-
-observer_option = click.option(
-    "--observer", multiple=True, metavar="NAME[:k=v,...]",
-    help="Who is told what happens while it happens: jsonl, tensorboard ... May be repeated.",
-)  # fmt: skip
+observer_option = config_options("observer")
 
 
 def given(options: dict[str, Any]) -> dict[str, object]:

@@ -125,18 +125,20 @@ def plan_workload(config: RunConfig, selection: Selection, context: int | None) 
     Raises:
         ConfigError: windows longer than that were asked for.
     """
-    if config.seqlen is not None and context is not None and config.seqlen > context:
-        raise ConfigError(f"--seqlen {config.seqlen} is longer than the model's context of {context}.")
+    if config.calibration.seqlen is not None and context is not None and config.calibration.seqlen > context:
+        raise ConfigError(f"--seqlen {config.calibration.seqlen} is longer than the model's context of {context}.")
     twice = bool(selection.second_pass)
-    split = twice and not config.reuse_windows and config.samples > 1
-    first = -(-config.samples // 2) if split else config.samples
+    split = twice and not config.calibration.reuse_windows and config.calibration.samples > 1
+    first = -(-config.calibration.samples // 2) if split else config.calibration.samples
     return Workload(
-        seqlen=config.seqlen or min(1024, context or 1024),
+        seqlen=config.calibration.seqlen or min(1024, context or 1024),
         select=_first_pass(selection, first),
-        compensate=_second_pass(selection, config.samples - first if split else config.samples) if twice else Pass(),
-        ratio=config.ratio,
-        of_all_parameters=config.budget == "parameters",
-        batch_size=config.batch_size,
+        compensate=_second_pass(selection, config.calibration.samples - first if split else config.calibration.samples)
+        if twice
+        else Pass(),
+        ratio=config.budget.ratio,
+        of_all_parameters=config.budget.unit == "parameters",
+        batch_size=config.calibration.batch_size,
         notes=tuple(_not_counted(config, selection)),
     )
 
@@ -192,7 +194,7 @@ def _not_counted(config: RunConfig, selection: Selection) -> Iterable[str]:
     ordered = [c.component.name for c in (*selection.collectors, *selection.second_pass) if c.component.ordered]
     if ordered:
         yield f"{ordered[0]} depends on the order of all windows: only one process can run"
-    if config.drop_attention:
+    if config.budget.drop_attention:
         yield "choosing the attentions to drop is not counted"
 
 
@@ -470,11 +472,11 @@ def estimate_run(config: RunConfig) -> Estimate:
     from cfsp_framework.host.selection import select
     from cfsp_framework.modeling.loading import pick_device, sketch_model
 
-    selection = select(config, load_plugins(config.plugins))
-    device = pick_device(config.device)
+    selection = select(config, load_plugins(config.run.plugins))
+    device = pick_device(config.model.device)
     shape = measure_shape(*sketch_model(config))
     workload = plan_workload(config, selection, shape.context)
     algebra = {"float64"} if workload.select.cubes + workload.compensate.cubes else set[str]()
     machines = (this_machine(device, {shape.dtype, *algebra}), *NOMINAL)
     ways = tuple(way for machine in machines for way in estimate(shape, workload, machine))
-    return Estimate(config.model, shape, workload, machines, ways)
+    return Estimate(config.model.source, shape, workload, machines, ways)

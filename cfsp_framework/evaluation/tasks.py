@@ -143,7 +143,7 @@ def score(
     fewshot: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[LoadedModel, TaskResults]:
-    """Open ``config.model`` and score it; what is wrong with the tasks shows before the model is read.
+    """Open ``config.model.source`` and score it; what is wrong with the tasks shows before the model is read.
 
     Raises:
         ConfigError: as of ``run_tasks``, or the model is to be streamed or shared out.
@@ -151,9 +151,9 @@ def score(
         ModelError: the model cannot be opened.
     """
     progress = progress or Progress()
-    if config.stream:
+    if config.model.stream:
         raise ConfigError("--stream: the tasks run the whole model; leave one of both out.")
-    ranks = join_ranks(config.device)
+    ranks = join_ranks(config.model.device)
     if ranks.world > 1:
         raise ConfigError("--tasks: the harness's requests are not shared out; run one process.")
     with _harness_kept_quiet(bars=False):
@@ -168,8 +168,8 @@ def score(
             task_data=task_data,
             limit=limit,
             fewshot=fewshot,
-            batch_size=config.batch_size,
-            seed=config.seed,
+            batch_size=config.calibration.batch_size,
+            seed=config.run.seed,
             bars=progress.visible,
         )
     return loaded, found

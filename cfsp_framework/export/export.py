@@ -58,7 +58,7 @@ class Exported:
 
 
 def export_padded(config: RunConfig, out: Path, *, width: int | None = None, overwrite: bool = False) -> Exported:
-    """Write ``config.model`` as a plain checkpoint of one width, which Transformers opens without any code.
+    """Write ``config.model.source`` as a plain checkpoint of one width, which Transformers opens without any code.
 
     Raises:
         ConfigError: ``width`` is too small, or the model has several.
@@ -67,7 +67,7 @@ def export_padded(config: RunConfig, out: Path, *, width: int | None = None, ove
     """
     check_output(out, overwrite=overwrite)
     loaded = load_model(config)
-    decoder = open_decoder(loaded.model, load_plugins(config.plugins))
+    decoder = open_decoder(loaded.model, load_plugins(config.run.plugins))
     widths, ids = decoder.widths, sample_ids(decoder)
     expected = logits(decoder, ids)  # (1, T, V)
     pad_model(decoder, choose_widths(decoder, width))
@@ -77,7 +77,7 @@ def export_padded(config: RunConfig, out: Path, *, width: int | None = None, ove
         difference = verify(written, expected, ids, loaded.model.dtype)
         made = Exported(
             format="padded",
-            source=config.model,
+            source=config.model.source,
             path=str(out),
             widths=widths,
             written_widths=written.widths,
@@ -91,7 +91,7 @@ def export_padded(config: RunConfig, out: Path, *, width: int | None = None, ove
 def export_gguf(
     config: RunConfig, out: Path, *, kind: str = "auto", pre_tokenizer: str | None = None, overwrite: bool = False
 ) -> Exported:
-    """Write ``config.model`` as a GGUF file for llama.cpp; one tensor is in memory at a time.
+    """Write ``config.model.source`` as a GGUF file for llama.cpp; one tensor is in memory at a time.
 
     ``kind`` is the type of the matrices: ``auto`` is what the checkpoint has. ``pre_tokenizer`` is llama.cpp's name for
     how the tokenizer splits text, where it cannot be told.
@@ -107,18 +107,20 @@ def export_gguf(
 
     check_file(out, overwrite=overwrite)
     quiet()
-    folder = resolve(config.model)
-    check_checkpoint(folder, trust_remote_code=config.trust_remote_code)
-    decoder = open_decoder(open_skeleton(folder), load_plugins(config.plugins))
+    folder = resolve(config.model.source)
+    check_checkpoint(folder, trust_remote_code=config.model.trust_remote_code)
+    decoder = open_decoder(open_skeleton(folder), load_plugins(config.run.plugins))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {config.model!r} has no tokenizer that opens, and llama.cpp needs one.") from error
+        raise ModelError(
+            f"model {config.model.source!r} has no tokenizer that opens, and llama.cpp needs one."
+        ) from error
     with staged_file(out) as path:
         written = write_gguf(decoder, folder, tokenizer, path, kind=kind, pre_tokenizer=pre_tokenizer)
         return Exported(
             format="gguf",
-            source=config.model,
+            source=config.model.source,
             path=str(out),
             widths=decoder.widths,
             written_widths=decoder.widths,
@@ -129,7 +131,7 @@ def export_gguf(
 
 
 def export_onnx(config: RunConfig, out: Path, *, overwrite: bool = False) -> Exported:
-    """Write ``config.model`` as a folder with ``model.onnx`` in float32, its configuration and its tokenizer.
+    """Write ``config.model.source`` as a folder with ``model.onnx`` in float32, its configuration and its tokenizer.
 
     Raises:
         ConfigError: a package is not installed.
@@ -140,8 +142,8 @@ def export_onnx(config: RunConfig, out: Path, *, overwrite: bool = False) -> Exp
 
     check_output(out, overwrite=overwrite)
     check_packages()
-    loaded = load_model(config.model_copy(update={"dtype": "float32"}))
-    decoder = open_decoder(loaded.model, load_plugins(config.plugins))
+    loaded = load_model(config.replace(dtype="float32"))
+    decoder = open_decoder(loaded.model, load_plugins(config.run.plugins))
     with staged_folder(out) as folder:
         write_onnx(loaded.model, context_length(loaded.model), folder)
         difference = compare_onnx(loaded.model, folder)
@@ -149,7 +151,7 @@ def export_onnx(config: RunConfig, out: Path, *, overwrite: bool = False) -> Exp
         loaded.tokenizer.save_pretrained(folder)
         made = Exported(
             format="onnx",
-            source=config.model,
+            source=config.model.source,
             path=str(out),
             widths=decoder.widths,
             written_widths=decoder.widths,

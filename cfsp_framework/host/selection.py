@@ -70,10 +70,10 @@ class Selection:
 
 def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Selection:
     """Choose and configure what ``config`` names; with a plan at hand only the compensator's statistics are needed."""
-    criterion = plugins.criteria.create(config.criterion.name, config.criterion.options)
-    allocator = plugins.allocators.create(config.allocator.name, config.allocator.options)
-    compensator = plugins.compensators.create(config.compensator.name, config.compensator.options)
-    recovery = plugins.recovery_schedulers.create(config.recovery.name, config.recovery.options)
+    criterion = plugins.criteria.create(config.components.criterion.name, config.components.criterion.options)
+    allocator = plugins.allocators.create(config.components.allocator.name, config.components.allocator.options)
+    compensator = plugins.compensators.create(config.components.compensator.name, config.components.compensator.options)
+    recovery = plugins.recovery_schedulers.create(config.components.recovery.name, config.components.recovery.options)
     wanted = compensator.required()
     twice = any(statistic.heavy for statistic in wanted)
     required: set[Statistic] = set() if twice else set(wanted)
@@ -81,7 +81,7 @@ def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Sel
         required |= criterion.required() | allocator.required() | recovery.required()
         required |= {DOWN_INPUT_GRAM} if curve_of(allocator) else set()
     second_pass = plugins.collectors_for(wanted) if twice else ()
-    observers = tuple(plugins.observers.create(choice.name, choice.options) for choice in config.observer)
+    observers = tuple(plugins.observers.create(choice.name, choice.options) for choice in config.run.observers)
     first_pass = plugins.collectors_for(required)
     return Selection(criterion, allocator, compensator, recovery, first_pass, second_pass, observers)
 

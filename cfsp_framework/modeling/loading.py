@@ -58,26 +58,28 @@ class LoadedModel:
 
 
 def load_model(config: RunConfig, ranks: Ranks = SOLO) -> LoadedModel:
-    """Open ``config.model`` on the chosen device, in the chosen dtype.
+    """Open ``config.model.source`` on the chosen device, in the chosen dtype.
 
     Raises:
         ModelError: it cannot be found, is no causal LM, has no safetensors, or needs code that was not allowed.
     """
     quiet()
-    folder = resolve(config.model)
-    device = pick_device(config.device)
-    check_checkpoint(folder, trust_remote_code=config.trust_remote_code)
-    with _opening(f"model {config.model!r}"):
-        if config.stream:
-            model = open_skeleton(folder, config.dtype, trust_remote_code=config.trust_remote_code)
-        elif config.device_map == "auto":
-            model = open_spread(folder, config.dtype, trust_remote_code=config.trust_remote_code)
+    folder = resolve(config.model.source)
+    device = pick_device(config.model.device)
+    check_checkpoint(folder, trust_remote_code=config.model.trust_remote_code)
+    with _opening(f"model {config.model.source!r}"):
+        if config.model.stream:
+            model = open_skeleton(folder, config.model.dtype, trust_remote_code=config.model.trust_remote_code)
+        elif config.model.device_map == "auto":
+            model = open_spread(folder, config.model.dtype, trust_remote_code=config.model.trust_remote_code)
         else:
-            model = open_model(folder, config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+            model = open_model(
+                folder, config.model.dtype, device=device, trust_remote_code=config.model.trust_remote_code
+            )
         identity = ranks.agree(fingerprint(folder) if ranks.first else "")
-    with _opening(f"the tokenizer of model {config.model!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    return LoadedModel(model, tokenizer, config.model, folder, identity, device)
+    with _opening(f"the tokenizer of model {config.model.source!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    return LoadedModel(model, tokenizer, config.model.source, folder, identity, device)
 
 
 @contextmanager
@@ -158,24 +160,24 @@ def _auto_class(config: Any, *, own_code: bool) -> Any:
 
 
 def sketch_model(config: RunConfig) -> tuple[PreTrainedModel, torch.dtype]:
-    """``config.model`` without its weights, on the meta device, and the dtype they are stored in.
+    """``config.model.source`` without its weights, on the meta device, and the dtype they are stored in.
 
-    A configuration is enough: ``config.model`` may also be its file, or a folder that holds nothing else.
+    A configuration is enough: ``config.model.source`` may also be its file, or a folder that holds nothing else.
 
     Raises:
         ModelError: it cannot be found, is no causal LM, or needs code that was not allowed.
     """
     quiet()
-    given = Path(config.model).expanduser()
-    path = given if given.is_file() else resolve(config.model, ("config.json",))
-    check_config(path, trust_remote_code=config.trust_remote_code)
-    trusted: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    with _opening(f"model {config.model!r}"):
+    given = Path(config.model.source).expanduser()
+    path = given if given.is_file() else resolve(config.model.source, ("config.json",))
+    check_config(path, trust_remote_code=config.model.trust_remote_code)
+    trusted: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
+    with _opening(f"model {config.model.source!r}"):
         settings: Any = AutoConfig.from_pretrained(path, **trusted)
         stored = stored_dtype(settings)
-        auto = _auto_class(settings, own_code=config.trust_remote_code and hasattr(settings, "auto_map"))
+        auto = _auto_class(settings, own_code=config.model.trust_remote_code and hasattr(settings, "auto_map"))
         with torch.device("meta"):
-            dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+            dtype = stored if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
             model: PreTrainedModel = auto.from_config(settings, dtype=dtype, **trusted)
     return model, stored
 

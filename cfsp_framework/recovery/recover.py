@@ -89,8 +89,8 @@ def plan_recovery(
         return None
     if not isinstance(wanted, RecoveryPlan):
         raise PluginError(f"{chosen}: schedule() returned a {type(wanted).__name__}, not a RecoveryPlan or None.")
-    if config.recovery_steps is not None:
-        wanted = wanted.model_copy(update={"steps": config.recovery_steps})
+    if config.recovery.steps is not None:
+        wanted = wanted.model_copy(update={"steps": config.recovery.steps})
     check_options(context, wanted)
     check_schedule(chosen, wanted, blocks)
     matrices = {} if wanted.full else adapted(decoder, wanted, blocks)
@@ -98,11 +98,11 @@ def plan_recovery(
     seqlen = sequence_length(config, context.loaded)
     with context.progress.phase("calibrate"):
         data = training_data(
-            config.recovery_data or calibrated_on(plan),
+            config.recovery.data or calibrated_on(plan),
             context.loaded.tokenizer,
             seqlen,
             wanted.steps * wanted.batch_tokens,
-            hold_out=config.recovery_check_every is not None,
+            hold_out=config.recovery.check_every is not None,
         )
     teacher = teacher_folder(context, plan) if wanted.distillation else None
     return RecoveryTask(wanted, data, matrices, teacher, seqlen)
@@ -115,17 +115,17 @@ def check_options(context: RunContext, wanted: RecoveryPlan) -> None:
         ConfigError: they do.
     """
     config, device = context.config, context.loaded.device
-    if config.report_to:
+    if config.recovery.report_to:
         from cfsp_framework.recovery.trainer import check_trackers
 
-        check_trackers(config.report_to)
-    if config.recovery_patience and not config.recovery_check_every:
+        check_trackers(config.recovery.report_to)
+    if config.recovery.patience and not config.recovery.check_every:
         raise ConfigError("--recovery-patience counts looks at held-out data; give --recovery-check-every too.")
-    if config.keep_adapter and wanted.full:
+    if config.recovery.keep_adapter and wanted.full:
         raise ConfigError("--keep-adapter: all weights are trained, there is no adapter; leave one of both out.")
     if device.index and context.ranks.world == 1:
         raise ConfigError(
-            f"--device {config.device}: training takes the first GPU it sees; set CUDA_VISIBLE_DEVICES={device.index}."
+            f"--device {config.model.device}: training takes the first GPU it sees; set CUDA_VISIBLE_DEVICES={device.index}."
         )
 
 
@@ -188,7 +188,7 @@ def train_model(context: RunContext, plan: PruningPlan, task: RecoveryTask, fold
     ``folder/adapter`` an adapter for it.
     """
     with context.progress.phase("recover"):
-        torch.manual_seed(context.config.seed)
+        torch.manual_seed(context.config.run.seed)
         context.decoder.model.requires_grad_(False)
         train = train_weights if task.plan.full else train_adapters
         outcome = train(context, plan, task, folder)
@@ -211,7 +211,7 @@ def train_adapters(context: RunContext, plan: PruningPlan, task: RecoveryTask, f
     """Train adapters and merge them, or write them into ``folder``."""
     from cfsp_framework.recovery import lora as adapters
 
-    kept = context.config.keep_adapter
+    kept = context.config.recovery.keep_adapter
     with trained_precision(context.decoder, task.plan) as autocast:
         learner = adapters.add_adapters(context.decoder, task.matrices)
         count = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
@@ -236,7 +236,7 @@ def tell_training(context: RunContext, task: RecoveryTask, parameters: int, hist
         ranks=() if task.plan.full else tuple(one.rank for one in task.plan.blocks),
         steps=history.steps,
         tokens=history.steps * task.batch_sequences(context.ranks.world) * task.seqlen,
-        adapter=context.config.keep_adapter,
+        adapter=context.config.recovery.keep_adapter,
         curve=history.curve,
     )
 
@@ -253,7 +253,7 @@ def kept_plan(context: RunContext, folder: Path) -> RecoveryPlan:
         raise ModelError(f"adapter {str(folder)!r} has no {PLAN_FILE} to tell which model it is for.") from error
     if plan.base != context.loaded.fingerprint:
         raise ModelError(
-            f"adapter {str(folder)!r} is for another checkpoint than {context.config.model!r}: fingerprint "
+            f"adapter {str(folder)!r} is for another checkpoint than {context.config.model.source!r}: fingerprint "
             f"{(plan.base or 'none')[:12]} against {context.loaded.fingerprint[:12]}."
         )
     return plan
@@ -315,20 +315,22 @@ def run_training(
     config = context.config
     with tempfile.TemporaryDirectory(prefix="cfsp-recovery-") as scratch:
         folder = (
-            config.resume / f"recovery-{recovery_key(context, plan, task)[:32]}" if config.resume else Path(scratch)
+            config.run.resume / f"recovery-{recovery_key(context, plan, task)[:32]}"
+            if config.run.resume
+            else Path(scratch)
         )
         course = TrainerSettings(
             folder=context.ranks.agree(folder),
             device=context.decoder.device,
-            keep=config.resume is not None,
-            batch_size=config.batch_size,
-            check_every=config.recovery_check_every,
-            patience=config.recovery_patience,
-            report_to=config.report_to,
+            keep=config.run.resume is not None,
+            batch_size=config.calibration.batch_size,
+            check_every=config.recovery.check_every,
+            patience=config.recovery.patience,
+            report_to=config.recovery.report_to,
             autocast=autocast,
             batch_sequences=task.batch_sequences(context.ranks.world),
             seqlen=task.seqlen,
-            seed=config.seed,
+            seed=config.run.seed,
             ranks=context.ranks,
             progress=context.progress,
         )
@@ -346,7 +348,7 @@ def _teacher(context: RunContext, task: RecoveryTask, autocast: bool) -> Teacher
         task.teacher,
         "auto" if autocast else "float32",
         device=context.decoder.device,
-        trust_remote_code=context.config.trust_remote_code,
+        trust_remote_code=context.config.model.trust_remote_code,
     )
     return Teacher(model.requires_grad_(False), task.plan.distillation)
 
@@ -358,7 +360,7 @@ def recovery_key(context: RunContext, plan: PruningPlan, task: RecoveryTask) -> 
         "weights": second_pass_key(context, plan),  # what decides them once they are cut and compensated
         "recovery": task.plan.model_dump(mode="json"),
         "data": task.data.fingerprint,
-        "checks": [context.config.recovery_check_every, context.config.recovery_patience],
+        "checks": [context.config.recovery.check_every, context.config.recovery.patience],
         "peft": importlib.metadata.version("peft"),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -33,17 +33,17 @@ def build_report(
     after = measure_size(decoder.model)
     in_blocks = sum(parameter.numel() for block in decoder.blocks for parameter in block.parameters())
     return Report(
-        model=config.model,
+        model=config.model.source,
         fingerprint=context.loaded.fingerprint,
         family=decoder.architecture.family,
         dtype=str(decoder.model.dtype).removeprefix("torch."),
         device=str(decoder.device),
         processes=context.ranks.world,
-        streamed=config.stream,
+        streamed=config.model.stream,
         calibration=plan.calibration.spec if plan.calibration else None,
         samples=plan.calibration.samples if plan.calibration else 0,
         seqlen=sequence_length(config, context.loaded),
-        seed=config.seed,
+        seed=config.run.seed,
         components=plan.components,
         ratio_requested=plan.ratio,
         budget=plan.budget,

@@ -38,8 +38,8 @@ def collection_key(context: RunContext) -> str:
 def numerics(context: RunContext) -> list[object]:
     """What may change the last digits."""
     model, config = context.decoder.model, context.config
-    forward_options = [config.batch_size, sorted(context.forward_options.skip), context.ranks.world]
-    return [config.seed, *forward_options, str(model.dtype), context.decoder.device.type]
+    forward_options = [config.calibration.batch_size, sorted(context.forward_options.skip), context.ranks.world]
+    return [config.run.seed, *forward_options, str(model.dtype), context.decoder.device.type]
 
 
 def second_pass_key(context: RunContext, plan: PruningPlan) -> str:

@@ -53,7 +53,7 @@ class RunContext:
     @property
     def windows_to_select(self) -> Tensor | None:
         """The windows of the first pass: all, or every other one where the rest is kept for the second pass."""
-        if self.windows is None or self.config.reuse_windows or not self.selection.second_pass:
+        if self.windows is None or self.config.calibration.reuse_windows or not self.selection.second_pass:
             return self.windows
         return self.windows[::2] if len(self.windows) > 1 else self.windows
 
@@ -62,13 +62,13 @@ class RunContext:
         """The windows of the second pass; None where there is none."""
         if self.windows is None or not self.selection.second_pass:
             return None
-        return self.windows if self.config.reuse_windows or len(self.windows) < 2 else self.windows[1::2]
+        return self.windows if self.config.calibration.reuse_windows or len(self.windows) < 2 else self.windows[1::2]
 
 
 def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, ranks: Ranks | None = None) -> RunContext:
     """Choose the components, open the model, read the data: whatever the user got wrong shows here."""
-    ranks = ranks or join_ranks(config.device)
-    plugins = load_plugins(config.plugins)
+    ranks = ranks or join_ranks(config.model.device)
+    plugins = load_plugins(config.run.plugins)
     selection = select(config, plugins, planned=planned)
     check_selection(config, selection, ranks)
     if ranks.first:
@@ -77,7 +77,7 @@ def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, rank
     context = open_context(config, plugins, selection, progress, ranks)
     check_rounding(config, context.decoder, planned=planned)
     with progress.phase("calibrate"):
-        measured = selection.measures or (config.drop_attention and not planned)
+        measured = selection.measures or (config.budget.drop_attention and not planned)
         windows = open_windows(config, context.loaded) if measured else None
         return replace(context, windows=windows, evaluation_sets=open_evaluation_sets(config, context.loaded))
 
@@ -86,12 +86,14 @@ def open_context(
     config: RunConfig, plugins: Plugins, selection: Selection, progress: Progress, ranks: Ranks
 ) -> RunContext:
     """Open the model; there are no data yet."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     with progress.phase("load"):
         loaded = load_model(config, ranks)
-        decoder = open_streamed(config, loaded, plugins) if config.stream else open_decoder(loaded.model, plugins)
+        decoder = open_streamed(config, loaded, plugins) if config.model.stream else open_decoder(loaded.model, plugins)
     parameters = measure_size(loaded.model).parameters
-    forward_options = ForwardOptions(config.batch_size, skipped_ids(config, loaded), config.spill, ranks)
+    forward_options = ForwardOptions(
+        config.calibration.batch_size, skipped_ids(config, loaded), config.run.spill, ranks
+    )
     return RunContext(config, plugins, selection, loaded, decoder, parameters, None, (), progress, forward_options)
 
 
@@ -99,14 +101,14 @@ def check_selection(config: RunConfig, selection: Selection, ranks: Ranks) -> No
     """Refuse what the chosen way of running cannot do."""
     chosen = (*selection.collectors, *selection.second_pass)
     backward = [one.component.provides.name for one in chosen if one.component.site is Site.GRADIENT]
-    if config.stream and backward:
+    if config.model.stream and backward:
         raise ConfigError(f"--stream: {backward[0]} needs a backward pass through the whole model; leave --stream out.")
-    if config.stream and config.drop_attention:
+    if config.model.stream and config.budget.drop_attention:
         raise ConfigError("--stream: which attention to drop is found with the whole model; leave one of both out.")
-    if config.stream and config.device_map == "auto":
+    if config.model.stream and config.model.device_map == "auto":
         raise ConfigError("--stream reads blocks one by one, --device-map spreads them all; leave one of both out.")
     recovery = selection.recovery.component.name
-    if config.stream and recovery != "none":
+    if config.model.stream and recovery != "none":
         raise ConfigError(
             f"--stream: {recovery} trains the whole model, not one block at a time; prune first, then `cfsp recover`."
         )
@@ -119,17 +121,17 @@ def check_selection(config: RunConfig, selection: Selection, ranks: Ranks) -> No
 
 def check_rounding(config: RunConfig, decoder: Decoder, *, planned: bool) -> None:
     """Refuse a rounding that experts could not be run with, and a model that cannot be shared out as asked for."""
-    if config.tensor_parallel > 1:
+    if config.budget.tensor_parallel > 1:
         heads = decoder.config.num_attention_heads
-        if heads % config.tensor_parallel:
+        if heads % config.budget.tensor_parallel:
             raise ConfigError(
-                f"--tensor-parallel {config.tensor_parallel}: so many processes cannot share {heads} attention heads alike."
+                f"--tensor-parallel {config.budget.tensor_parallel}: so many processes cannot share {heads} attention heads alike."
             )
-        check_shared(decoder.places, config.tensor_parallel)
+        check_shared(decoder.places, config.budget.tensor_parallel)
     step = surgery.expert_step(decoder)
-    if config.round_to % step and not planned:
+    if config.budget.round_to % step and not planned:
         raise ConfigError(
-            f"--round-to {config.round_to}: the products of experts need widths that are multiples of {step} in "
+            f"--round-to {config.budget.round_to}: the products of experts need widths that are multiples of {step} in "
             f"{str(decoder.model.dtype).removeprefix('torch.')}."
         )
 
@@ -143,7 +145,7 @@ def open_streamed(config: RunConfig, loaded: LoadedModel, plugins: Plugins, fold
 
 def skipped_ids(config: RunConfig, loaded: LoadedModel) -> frozenset[int]:
     """The tokens left out of the statistics."""
-    if not config.skip_bos:
+    if not config.calibration.skip_bos:
         return frozenset()
     if loaded.tokenizer.bos_token_id is None:
         raise ConfigError("--skip-bos: this model's tokenizer has no beginning-of-sequence token.")
@@ -154,24 +156,31 @@ def open_windows(config: RunConfig, loaded: LoadedModel) -> Tensor:
     """The calibration windows, ``(N, T)``."""
     seqlen = sequence_length(config, loaded)
     return calibration_windows(
-        config.calibration, loaded.tokenizer, config.samples, seqlen, config.seed, pack=config.pack
+        config.calibration.data,
+        loaded.tokenizer,
+        config.calibration.samples,
+        seqlen,
+        config.run.seed,
+        pack=config.calibration.pack,
     )
 
 
 def open_evaluation_sets(config: RunConfig, loaded: LoadedModel) -> tuple[EvaluationSet, ...]:
     """The windows of every data SPEC to evaluate on."""
     seqlen = sequence_length(config, loaded)
-    return tuple(evaluation_set(spec, loaded.tokenizer, seqlen, config.evaluate_windows) for spec in config.evaluate)
+    return tuple(
+        evaluation_set(spec, loaded.tokenizer, seqlen, config.evaluation.windows) for spec in config.evaluation.data
+    )
 
 
 def sequence_length(config: RunConfig, loaded: LoadedModel) -> int:
     """Tokens per window: what was asked for, else 1024 or the model's context where that is shorter."""
     context = context_length(loaded.model)
-    if config.seqlen is None:
+    if config.calibration.seqlen is None:
         return min(1024, context or 1024)
-    if context is not None and config.seqlen > context:
-        raise ConfigError(f"--seqlen {config.seqlen} is longer than the model's context of {context}.")
-    return config.seqlen
+    if context is not None and config.calibration.seqlen > context:
+        raise ConfigError(f"--seqlen {config.calibration.seqlen} is longer than the model's context of {context}.")
+    return config.calibration.seqlen
 
 
 def sample_ids(context: RunContext) -> Tensor:
@@ -179,4 +188,4 @@ def sample_ids(context: RunContext) -> Tensor:
     if context.windows is not None:
         return context.windows[:1, context.windows[0] != PADDING]
     vocabulary = context.decoder.config.vocab_size
-    return torch.randint(vocabulary, (1, 64), generator=torch.Generator().manual_seed(context.config.seed))
+    return torch.randint(vocabulary, (1, 64), generator=torch.Generator().manual_seed(context.config.run.seed))

@@ -26,7 +26,7 @@ from cfsp_framework.testing.errors import ContractError
 from cfsp_framework.testing.guards import call_component
 
 _BEGINNING: Sequence[Event] = (
-    RunStarted(RunConfig(model="demo")),
+    RunStarted(RunConfig.build(model="demo")),
     PhaseStarted("collect"),
     BlockFinished("collect", 0, 2),
     BlockFinished("collect", 1, 2),

@@ -49,7 +49,7 @@ def _told(event: Event) -> dict[str, Any]:
     """An event's own fields, as JSON."""
     match event:
         case RunStarted(config):
-            return {"config": config.model_dump(mode="json")}
+            return {"config": config.to_json_options()}
         case PhaseStarted(phase):
             return {"phase": phase}
         case PhaseFinished(phase, seconds):
@@ -90,7 +90,7 @@ class TensorBoard(Observer):
 def _draw(writer: Any, event: Event) -> None:
     match event:
         case RunStarted(config):
-            writer.add_text("config", f"```json\n{config.model_dump_json(indent=2)}\n```")
+            writer.add_text("config", f"```json\n{json.dumps(config.to_json_options(), indent=2)}\n```")
         case PhaseFinished(phase, seconds):
             writer.add_scalar(f"seconds/{phase}", seconds)
         case BlockFinished(phase, block):

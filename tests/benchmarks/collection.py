@@ -59,7 +59,7 @@ def run_in_place(context: RunContext) -> None:
 def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:
     context = set_up(config, Progress())
     seqlen = sequence_length(config, context.loaded)
-    batch_size = config.batch_size or max(1, tokens_per_batch(context.decoder.device) // seqlen)
+    batch_size = config.calibration.batch_size or max(1, tokens_per_batch(context.decoder.device) // seqlen)
     forwards, runs = [], []
     for _ in range(rounds + 1):
         forwards.append(plain_forward(context, batch_size))
@@ -76,14 +76,16 @@ def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:
 
 def measure_memory(config: RunConfig) -> dict[str, float]:
     """Peak of one run over the interpreter's own memory, beside the model and the hidden states."""
-    context = set_up(config.model_copy(update={"samples": 1}), Progress())  # imports, the tokenizer, the text
+    context = set_up(config.replace(samples=1), Progress())  # imports, the tokenizer, the text
     vocabulary = context.decoder.config.vocab_size
     seqlen = sequence_length(config, context.loaded)
     model = sum(p.numel() * p.element_size() for p in context.decoder.model.parameters())
     width = context.decoder.feed_forwards(0)[0].hidden
-    hidden = config.samples * seqlen * width * context.decoder.model.dtype.itemsize
+    hidden = config.calibration.samples * seqlen * width * context.decoder.model.dtype.itemsize
     run(context)  # one window: the code pages of what runs belong to the interpreter
-    windows = torch.randint(vocabulary, (config.samples, seqlen), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(
+        vocabulary, (config.calibration.samples, seqlen), generator=torch.Generator().manual_seed(0)
+    )
     context = replace(context, windows=windows)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and kept by the allocator would hide what the run takes

@@ -94,7 +94,7 @@ def collect_all(context: RunContext, selections: Mapping[str, Selection]) -> tup
         criteria,
         list(collectors.values()),
         curves={row: (row, "compensated") for row in selections},
-        seed=context.config.seed,
+        seed=context.config.run.seed,
         progress=Progress(),
     )
 
@@ -112,7 +112,7 @@ def run_cell(
 ) -> Cell:
     """Plan, cut and evaluate a copy of the model."""
     decoder = Decoder(copy.deepcopy(context.decoder.model), context.decoder.architecture)
-    config = context.config.model_copy(update={"ratio": ratio})
+    config = context.config.replace(ratio=ratio)
     context = replace(context, config=config, selection=selection, decoder=decoder, progress=Progress())
     held = forget_peak()
     start = time.perf_counter()
