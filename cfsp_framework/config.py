@@ -260,7 +260,8 @@ class Option:
 
 def _options() -> Iterator[tuple[str, Option]]:
     for group, holder in RunConfig.model_fields.items():
-        assert isinstance(holder.annotation, type) and issubclass(holder.annotation, OptionGroup)
+        assert isinstance(holder.annotation, type)
+        assert issubclass(holder.annotation, OptionGroup)
         for attribute, field in holder.annotation.model_fields.items():
             yield str(field.validation_alias or attribute), Option(group, attribute, field)
 

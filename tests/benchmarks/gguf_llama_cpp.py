@@ -34,7 +34,7 @@ from cfsp_framework.pruning.surgery import apply_plan, drop_attention
 from cfsp_framework.runtime.atomic_files import staged_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import families
+from helpers import families
 
 PROMPT = "Once upon a time"
 LENGTH = 30

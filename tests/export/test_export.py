@@ -26,10 +26,8 @@ from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.loading import load_model, open_model
 from cfsp_framework.pruning.surgery import apply_plan, drop_attention
 from cfsp_framework.runtime.atomic_files import staged_folder
-
-sys.path.insert(0, str(Path(__file__).parent))
-import families
-from families import FAMILIES, IDS, PRUNED, Reader, agree, digest
+from helpers import families
+from helpers.families import FAMILIES, IDS, PRUNED, Reader, agree, digest
 
 PLUGINS = load_plugins()
 # A product over 8 channels adds up in another order than one over 24: these models have such small shared experts.

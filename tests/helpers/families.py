@@ -1,6 +1,6 @@
 """Tiny random models of many families, what is checked with every one of them, and the tables of docs/architectures.md.
 
-``python tests/families.py`` runs the checks on all families and rewrites the tables.
+``python tests/helpers/families.py`` runs the checks on all families and rewrites the tables.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from cfsp_plugins.recovery import unit_of_rank
 
 CUT_TOLERANCE = 1e-5
 """How far, of the largest logit, a cut model may be from a masked one."""
-DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 ADAPTER_TOLERANCE = 1e-5
 """How far, of the largest logit, a model may be from itself with its adapters merged, or written and opened again."""
 VOCABULARY = 320

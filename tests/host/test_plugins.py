@@ -26,8 +26,8 @@ from cfsp_framework.statistics import ANGULAR_DISTANCE, DOWN_INPUT_SQUARES
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FIXTURES = Path(__file__).parent / "fixtures"
-EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "cfsp-peak" / "src" / "cfsp_peak" / "__init__.py"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "cfsp-peak" / "src" / "cfsp_peak" / "__init__.py"
 SHELVES = {"cfsp_criteria", "cfsp_allocators", "cfsp_plugins"}
 BUILT_IN = ("cfsp-allocators", "cfsp-criteria", "cfsp-defaults")
 NO_BUILT_IN = tuple(f"no:{name}" for name in BUILT_IN)

@@ -39,10 +39,8 @@ from cfsp_framework.recovery.trainer import TrainerSettings, divergence, train
 from cfsp_framework.run.context import RunContext, set_up
 from cfsp_framework.runtime.progress import Progress
 from cfsp_plugins.recovery import Full, IgLora, UniformLora, spread_ranks, unit_of_rank
-
-sys.path.insert(0, str(Path(__file__).parent))
-import families
-from conftest import TINY_MODELS
+from helpers import families
+from helpers.tiny_models import TINY_MODELS
 
 MakeModel = Callable[..., Path]
 IDS = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -25,10 +24,8 @@ from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedFo
 from cfsp_framework.pipeline import prune
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_SQUARES
-
-sys.path.insert(0, str(Path(__file__).parent))
-import families
-from families import BASE, FAMILIES, IDS, MIXTURES, PRUNED, REFUSED, Examination, Reader
+from helpers import families
+from helpers.families import BASE, FAMILIES, IDS, MIXTURES, PRUNED, REFUSED, Examination, Reader
 
 PLUGINS = load_plugins()
 # One family of every form, for the dtype most models have.

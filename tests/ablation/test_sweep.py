@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*changed torch's global random 
 """``loose`` does so, and is told to draw from a generator of its own."""
 
 MakeModel = Callable[..., Path]
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 # --- which cells ------------------------------------------------------------------------------------------------------
 

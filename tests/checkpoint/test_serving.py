@@ -33,9 +33,7 @@ from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.pruning.planning import check_shared, round_widths, width_step
 from cfsp_framework.pruning.surgery import apply_plan
 from cfsp_framework.runtime.atomic_files import staged_folder
-
-sys.path.insert(0, str(Path(__file__).parent))
-import families
+from helpers import families
 
 WIDTHS = (48, 40, 56)
 FAMILIES = ("llama", "qwen2", "mistral", "phi3")

@@ -808,7 +808,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     return lambda *words: CliRunner().invoke(cli, ["plugins", "check", *map(str, words)])
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 BROKEN = '''
 import torch
 from cfsp_framework import Criterion, hookimpl

@@ -42,9 +42,7 @@ from cfsp_framework.modeling.decoder import open_decoder
 from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.pruning.surgery import apply_plan, drop_attention
 from cfsp_framework.runtime.atomic_files import staged_folder
-
-sys.path.insert(0, str(Path(__file__).parent))
-import families
+from helpers import families
 
 PLUGINS = load_plugins()
 WIDTHS = (48, 40, 56)

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.cli.main import COMMANDS, cli
 
-FIXTURES = Path(__file__).parent / "fixtures"
-EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "cfsp-peak" / "src" / "cfsp_peak" / "__init__.py"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "cfsp-peak" / "src" / "cfsp_peak" / "__init__.py"
 MakeModel = Callable[..., Path]
 
 PLUGIN = """
@@ -188,7 +188,7 @@ def test_every_option_is_explained() -> None:
 def test_a_recovery_of_somebody_elses_is_carried_out(
     run: Callable[..., Result], model: Path, small: tuple[object, ...], tmp_path: Path
 ) -> None:
-    plugin = Path(__file__).parent / "fixtures/eager_recovery.py"
+    plugin = Path(__file__).parents[1] / "fixtures/eager_recovery.py"
     result = run("prune", model, tmp_path / "out", *small, "-p", plugin, "--recovery", "eager", "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)["recovery"]

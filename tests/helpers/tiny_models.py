@@ -1,0 +1,88 @@
+"""Make tiny random models of several families, with a tokenizer."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 320
+_BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SLIDING = {"head_dim": 8, "sliding_window": 16}
+_GEMMA = {**_SLIDING, "query_pre_attn_scalar": 8}
+
+TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-bias": ("llama", {"mlp_bias": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "gemma": ("gemma", {"head_dim": 8}),
+    "gemma2": ("gemma2", _GEMMA),
+    "gemma3_text": ("gemma3_text", {**_GEMMA, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
+    "phi3": ("phi3", {}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"residual_multiplier": 0.5}),
+    "smollm3": ("smollm3", {}),
+}
+"""Model type and settings by the name tests call them."""
+
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+"""Models with experts, for tests that name them."""
+
+
+def make_random_model(name: str, settings: dict[str, Any]) -> PreTrainedModel:
+    """Weights large enough for a difference to show in the logits; norms stay as they are initialised."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, own = (TINY_MODELS | MIXTURES)[name]
+    config = AutoConfig.for_model(family, **{**_BASE, **own, **settings})
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.ndim > 1 or path.endswith(".bias"):
+                parameter.normal_(0, 0.15)
+    model.generation_config.update(bos_token_id=1, eos_token_id=[2, 5], pad_token_id=0, max_new_tokens=7)
+    return model
+
+
+@cache
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, with a few merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog", "hello world, this is a test"], trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
