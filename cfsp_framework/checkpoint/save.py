@@ -24,7 +24,7 @@ from cfsp_framework.errors import CfspError, ModelError, OutputError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.modeling.streaming import ShardWriter
-from cfsp_framework.modeling.variable_width import ZeroAttention, finish_block
+from cfsp_framework.modeling.variable_width import ZeroResidual, finish_block
 from cfsp_framework.runtime.atomic_files import licence_files
 
 PLAN_FILE = "pruning_plan.json"
@@ -131,7 +131,7 @@ def _modeling_code(decoder: Decoder) -> str:
         module=_native(head).__module__,
         head=head.__name__,
         base=base.__name__,
-        stand_in=inspect.getsource(ZeroAttention),
+        stand_in=inspect.getsource(ZeroResidual),
         finish_block=inspect.getsource(finish_block),
     )
 

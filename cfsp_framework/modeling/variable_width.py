@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 _INDEX_ARGUMENTS = ("layer_idx", "layer_id", "layer_number")
 
 
-class ZeroAttention(nn.Module):
+class ZeroResidual(nn.Module):
     """Stands where a block's attention was dropped: it adds nothing to the residual stream.
 
     Without "Attention" in its name: Transformers ignores set_attn_implementation on a model whose file defines a module
@@ -41,7 +41,7 @@ def finish_block(block: nn.Module, index: int, layer_config: Any, config: Any) -
         linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
     dropped = config.to_dict().get("dropped_attention")
     if dropped and index in dropped["blocks"]:
-        block.set_submodule(dropped["path"], ZeroAttention())
+        block.set_submodule(dropped["path"], ZeroResidual())
 
 
 def install() -> None:

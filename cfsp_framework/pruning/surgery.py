@@ -16,7 +16,7 @@ from cfsp_framework.api.records import BlockPlan, PruningPlan
 from cfsp_framework.errors import ConfigError, ModelError, PlanError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedForwards, FeedForwardModule, matrix
-from cfsp_framework.modeling.variable_width import ZeroAttention
+from cfsp_framework.modeling.variable_width import ZeroResidual
 
 Compensate = Callable[[int, Sequence[Tensor]], Sequence[Update]]
 """Answers ``(block, kept channels of each of its feed-forwards)`` with a change for each."""
@@ -117,7 +117,7 @@ def drop_attention(decoder: Decoder, blocks: Sequence[int]) -> None:
     if not blocks or path is None:
         return
     for block in blocks:
-        decoder.blocks[block].set_submodule(path, ZeroAttention())
+        decoder.blocks[block].set_submodule(path, ZeroResidual())
     decoder.config.dropped_attention = {"path": path, "blocks": sorted({*blocks, *dropped_attention(decoder.config)})}
 
 
@@ -130,7 +130,7 @@ def without_attention(decoder: Decoder, blocks: Sequence[int]) -> Generator[None
     own = {block: decoder.blocks[block].get_submodule(path) for block in blocks}
     try:
         for block in blocks:
-            decoder.blocks[block].set_submodule(path, ZeroAttention())
+            decoder.blocks[block].set_submodule(path, ZeroResidual())
         yield
     finally:
         for block, attention in own.items():

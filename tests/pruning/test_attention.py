@@ -18,7 +18,7 @@ from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.loading import open_model
-from cfsp_framework.modeling.variable_width import ZeroAttention
+from cfsp_framework.modeling.variable_width import ZeroResidual
 from cfsp_framework.pipeline import prune
 from cfsp_framework.pruning.attention import choose_attentions, count_to_drop
 from cfsp_framework.pruning.surgery import without_attention
@@ -53,7 +53,7 @@ def test_a_block_without_attention_equals_one_whose_attention_gives_zero(make_mo
     assert isinstance(projection, nn.Linear)
     nn.init.zeros_(projection.weight)
     torch.testing.assert_close(dropped, logits(decoder.model))
-    assert not any(isinstance(module, ZeroAttention) for module in decoder.model.modules())
+    assert not any(isinstance(module, ZeroResidual) for module in decoder.model.modules())
 
 
 def test_the_rule_drops_more_the_more_has_to_go(make_model: MakeModel) -> None:
@@ -94,7 +94,7 @@ def test_a_checkpoint_without_some_attention_reloads_and_generates(
     assert result.report.parameter_ratio == pytest.approx(0.3, abs=0.05)
     assert any("lost its attention" in note for note in result.report.notes)
     model = open_model(out)
-    assert sum(isinstance(module, ZeroAttention) for module in model.modules()) == 1
+    assert sum(isinstance(module, ZeroResidual) for module in model.modules()) == 1
     assert not any(f"layers.{result.plan.dropped_attention[0]}.self_attn" in name for name in model.state_dict())
     cached = model.generate(IDS, max_new_tokens=4, do_sample=False)  # type: ignore[operator]  # pyright: ignore
     uncached = model.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=False)  # type: ignore[operator]  # pyright: ignore
