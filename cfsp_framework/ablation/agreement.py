@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cfsp_framework.ablation.results import Agreement
 from cfsp_framework.api.records import feed_forward_path
-from cfsp_framework.engine.collect import FeedForwardMeasurement
+from cfsp_framework.engine.measurements import FeedForwardMeasurement
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,11 @@ from cfsp_framework.host.registry import Plugins
 from cfsp_framework.host.selection import Selection, select
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.size import measure_size
-from cfsp_framework.pipeline import cutting_phase, evaluate, make_plan, narrow, schedule
+from cfsp_framework.pipeline import schedule
 from cfsp_framework.recovery.recover import train_model
 from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics, versions
 from cfsp_framework.run.context import RunContext, open_context, open_evaluation_sets, open_windows, sequence_length
+from cfsp_framework.run.steps import cutting_phase, evaluate, make_plan, narrow
 from cfsp_framework.runtime.distributed import SOLO
 from cfsp_framework.runtime.progress import Progress
 

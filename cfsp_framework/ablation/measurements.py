@@ -15,13 +15,14 @@ from torch import Tensor
 from cfsp_framework.api.components import Collector, Criterion
 from cfsp_framework.api.data import BlockStatistics, Statistic
 from cfsp_framework.engine.cache import MeasurementCache, identity_of
-from cfsp_framework.engine.collect import CurveKind, FeedForwardMeasurement, collect
+from cfsp_framework.engine.collect import CurveKind, collect
+from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.errors import CfspError, OutputError
 from cfsp_framework.host.registry import ConfiguredComponent, Plugins
 from cfsp_framework.host.selection import Selection, curve_of
-from cfsp_framework.pipeline import CRITERION
 from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics
 from cfsp_framework.run.context import RunContext
+from cfsp_framework.run.steps import CRITERION
 from cfsp_framework.runtime.atomic_files import write_text
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
@@ -208,7 +209,7 @@ class CollectionFolder:
                 forward_options=context.forward_options,
                 seed=context.config.run.seed,
                 progress=context.progress,
-                finished=MeasurementCache(folder, key, context.ranks, labels=frozenset(missing.criteria)),
+                cache=MeasurementCache(folder, key, context.ranks, labels=frozenset(missing.criteria)),
                 failures=failed,
             )
         failures |= {label: one_line(error) for label, error in failed.items()}

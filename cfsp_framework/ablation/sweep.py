@@ -26,14 +26,15 @@ from cfsp_framework.ablation.measurements import Collection, CollectionFolder, P
 from cfsp_framework.ablation.results import Agreement, CellResult, Quality, SweepResults
 from cfsp_framework.ablation.store import COLLECTIONS, PLANS, Store, check_folder, open_store
 from cfsp_framework.ablation.tables import write_tables
-from cfsp_framework.engine.collect import FeedForwardMeasurement
+from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import Plugins
 from cfsp_framework.host.selection import select
-from cfsp_framework.pipeline import evaluate
 from cfsp_framework.run.cache_keys import library_versions
-from cfsp_framework.run.context import check_rounding, check_selection, sequence_length
+from cfsp_framework.run.checks import check_model, check_options
+from cfsp_framework.run.context import sequence_length
+from cfsp_framework.run.steps import evaluate
 from cfsp_framework.runtime.atomic_files import write_text
 from cfsp_framework.runtime.distributed import SOLO, join_ranks
 from cfsp_framework.runtime.progress import Progress
@@ -102,12 +103,12 @@ def check_sweep(sweep: Sweep, executor: Executor, plugins: Plugins) -> None:
 
         check_names(sweep.extras.tasks, local=sweep.extras.task_data is not None)
     for cell in sweep.cells:
-        check_selection(cell.config, select(cell.config, plugins), SOLO)
+        check_options(cell.config, select(cell.config, plugins), SOLO)
 
 
 def make_jobs(sweep: Sweep, runner: CellRunner, out: Path) -> tuple[Job, ...]:
     """The cells under their keys; of cells that are the same the first row has it."""
-    check_rounding(sweep.cells[0].config, runner.context.decoder, planned=False)
+    check_model(sweep.cells[0].config, runner.context.decoder, planned=False)
     jobs: dict[str, Job] = {}
     for cell in sweep.cells:
         context = runner.context_of(cell.config)

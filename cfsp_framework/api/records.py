@@ -99,6 +99,13 @@ class PruningPlan(FrozenRecord):
             raise ValueError(f"dropped_attention {list(dropped)}: not ascending blocks between 1 and {last}")
         return self
 
+    def by_block(self) -> dict[int, list[BlockPlan]]:
+        """Return the entries of every block, in order."""
+        entries: dict[int, list[BlockPlan]] = {}
+        for entry in self.blocks:
+            entries.setdefault(entry.block, []).append(entry)
+        return entries
+
     @property
     def last_block(self) -> int:
         """The last block with an entry."""

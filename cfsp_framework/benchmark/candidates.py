@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cfsp_framework.api.data import Budget, Update
+from cfsp_framework.api.data import Budget
 from cfsp_framework.api.records import ModelIdentity, PruningPlan
 from cfsp_framework.config import RunConfig
-from cfsp_framework.engine.collect import collect, summarise
+from cfsp_framework.engine.collect import collect
+from cfsp_framework.engine.measurements import summarise
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.registry import Plugins
 from cfsp_framework.host.selection import curve_of, select
@@ -28,7 +29,7 @@ from cfsp_framework.modeling.loading import (
     sketch_model,
 )
 from cfsp_framework.modeling.meta_init import without_weights
-from cfsp_framework.pruning import surgery
+from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.pruning.planning import plan_blocks
 from cfsp_framework.runtime.progress import Progress
 
@@ -124,7 +125,7 @@ def cut_in_memory(dense: Contestant, cuts: Cuts, config: RunConfig, plugins: Plu
     for allocator, step in cuts:
         narrow = open_decoder(_sharing_copy(dense.model), plugins)
         plan = _plan(narrow, config, plugins, cuts.ratio, allocator, step)
-        surgery.apply_plan(narrow, plan, lambda index, kept: [Update() for _ in kept])
+        cut_model(narrow, plan)
         yield Contestant(f"{allocator}/{step}", narrow.model, narrow.widths)
 
 

@@ -1,4 +1,4 @@
-"""What a collection finds out, kept block by block, so that a killed run goes on and another ratio needs no forward."""
+"""Cache of a collection's measurements, block by block: a killed run goes on, and another ratio needs no forward."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch import Tensor
 
 from cfsp_framework.api.components import Component
 from cfsp_framework.api.data import BlockStatistics, Statistic
-from cfsp_framework.engine.collect import FeedForwardMeasurement
+from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import Batch
 from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.runtime.atomic_files import save_aside
 from cfsp_framework.runtime.distributed import SOLO, Ranks
 
 HIDDEN_SHARE = 0.05
-"""The share of the time that may go into keeping hidden states."""
+"""Largest share of the time that may go into writing hidden states."""
 _BYTES_PER_SECOND = 2e8
 """Writing speed assumed before one was measured."""
-_NOT_WHOLE = (FileNotFoundError, SafetensorError, KeyError, ValueError)
-"""What reading raises where nothing was written, or not all of it survived."""
+_INCOMPLETE = (FileNotFoundError, SafetensorError, KeyError, ValueError)
+"""Errors of reading a file that was not written, or not completely."""
 
 
 class MeasurementCache:
-    """Measurements of finished blocks in a folder, and the hidden states some block left, filed under a key.
+    """Keep the measurements of finished blocks, and the hidden states after one of them, in a folder under a key.
 
-    The key is a hash of all that decides a measurement: another model, data, seed, plugin or option finds nothing.
-    Hidden states are written so rarely that it costs less than a twentieth of the time. A block without scores under
-    one of the ``labels`` counts as not finished.
+    The key is a hash of everything that decides a measurement: another model, data, seed, plugin or option has another
+    folder. Hidden states are written so rarely that it costs less than ``share`` of the time. A block that lacks scores
+    under one of the ``labels`` counts as unfinished.
     """
 
     def __init__(
@@ -55,24 +55,24 @@ class MeasurementCache:
         self._measured = 0
 
     def load(self, count: int) -> Sequence[list[FeedForwardMeasurement]]:
-        """The measurements of the first blocks of ``count``, as far as there are any without a gap."""
+        """Return the measurements of the first blocks of ``count``, up to the first that is missing."""
         self._count = count
-        found: list[list[FeedForwardMeasurement]] = []
-        while self._ranks.first and len(found) < count:
-            measured = _read(self._path(len(found)), len(found))
-            if measured is None or any(not self._labels <= one.scores.keys() for one in measured):
+        blocks: list[list[FeedForwardMeasurement]] = []
+        while self._ranks.first and len(blocks) < count:
+            block = _read(self._path(len(blocks)), len(blocks))
+            if block is None or any(not self._labels <= measurement.scores.keys() for measurement in block):
                 break
-            found.append(measured)
-        found = self._ranks.agree(found)
-        self._measured = len(found)
+            blocks.append(block)
+        blocks = self._ranks.agree(blocks)
+        self._measured = len(blocks)
         if self._measured == count:
-            self._hidden.unlink(missing_ok=True)  # left by a run that was killed when it had measured everything
-        return found
+            self._hidden.unlink(missing_ok=True)  # of a run that was killed when it had measured everything
+        return blocks
 
     def resume(self, batches: Sequence[Batch]) -> int:
-        """Bring the batches as far as their hidden states were kept, and return the block they enter there.
+        """Load the kept hidden states into ``batches`` and return the block they enter; 0 if there are none.
 
-        What is not whole, or enters a block behind one that has to be measured again, is not used.
+        Hidden states that are incomplete, or that enter a block behind one that must be measured, are not used.
         """
         self._since = time.monotonic()
         try:
@@ -83,15 +83,15 @@ class MeasurementCache:
                     return 0
                 for number, batch in enumerate(batches):
                     batch.hidden.copy_(file.get_tensor(str(number)))
-        except _NOT_WHOLE:
+        except _INCOMPLETE:
             return 0
         return entering
 
-    def store(self, index: int, measured: list[FeedForwardMeasurement], batches: Sequence[Batch]) -> None:
-        """Keep what block ``index`` measured; the batches have passed it."""
+    def store(self, index: int, measurements: list[FeedForwardMeasurement], batches: Sequence[Batch]) -> None:
+        """Keep the measurements of block ``index``, and the hidden states after it if that is cheap enough."""
         if self._ranks.first:
-            _write(self._path(index), measured)
-        if batches and index + 1 < self._count and self._ranks.agree(self._worth_it(batches)):
+            _write(self._path(index), measurements)
+        if batches and index + 1 < self._count and self._ranks.agree(self._is_cheap(batches)):
             start = time.monotonic()
             tensors = {str(number): batch.hidden.contiguous().cpu() for number, batch in enumerate(batches)}
             save_aside(self._hidden, tensors, {"entering": str(index + 1)})
@@ -100,7 +100,7 @@ class MeasurementCache:
         elif index + 1 == self._count:
             self._hidden.unlink(missing_ok=True)
 
-    def _worth_it(self, batches: Sequence[Batch]) -> bool:
+    def _is_cheap(self, batches: Sequence[Batch]) -> bool:
         size = sum(batch.hidden.numel() * batch.hidden.element_size() for batch in batches)
         cost = size / _BYTES_PER_SECOND if self._cost is None else self._cost
         return cost <= self._share * (time.monotonic() - self._since)
@@ -109,54 +109,64 @@ class MeasurementCache:
         return self._folder / f"block_{index}.safetensors"
 
 
-def identity_of(chosen: ConfiguredComponent[Component]) -> dict[str, str]:
-    """What decides how a component behaves: its options, the version of its distribution, and its source."""
-    component = chosen.component
+def identity_of(configured: ConfiguredComponent[Component]) -> dict[str, str]:
+    """Return what decides how a component behaves: its options, the version of its distribution, its source."""
+    component = configured.component
     source = inspect.getsourcefile(type(component))
     digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source and Path(source).exists() else ""
     return {
         "name": f"{component.kind}:{component.name}",
         "options": component.model_dump_json(),
-        "distribution": f"{chosen.origin.distribution} {chosen.origin.version}",
+        "distribution": f"{configured.origin.distribution} {configured.origin.version}",
         "source": digest,
     }
 
 
-def _write(path: Path, measured: Sequence[FeedForwardMeasurement]) -> None:
+def _write(path: Path, measurements: Sequence[FeedForwardMeasurement]) -> None:
     tensors: dict[str, Tensor] = {}
-    told: list[dict[str, object]] = []
-    for number, one in enumerate(measured):
+    headers: list[dict[str, object]] = []
+    for number, measurement in enumerate(measurements):
+        statistics = measurement.statistics
         # Cloned: some are the same tensors, such as experts' statistics of their block; safetensors refuses those.
-        tensors |= {f"{number}/statistics/{s.name}": value.clone() for s, value in one.statistics.items()}
-        tensors |= {f"{number}/scores/{label}": value.clone() for label, value in one.scores.items()}
-        tensors |= {f"{number}/curves/{label}": value.clone() for label, value in one.curves.items()}
-        seen = one.statistics
-        tokens = 0 if seen.unseen else seen.tokens
-        told.append({"path": one.path, "width": one.width, "tokens": tokens, "held_out": seen.held_out_tokens})
-    save_aside(path, tensors, {"feed_forwards": json.dumps(told)})
+        tensors |= {f"{number}/statistics/{s.name}": value.clone() for s, value in statistics.items()}
+        tensors |= {f"{number}/scores/{label}": value.clone() for label, value in measurement.scores.items()}
+        tensors |= {f"{number}/curves/{label}": value.clone() for label, value in measurement.curves.items()}
+        headers.append(
+            {
+                "path": measurement.path,
+                "width": measurement.width,
+                "tokens": 0 if statistics.unseen else statistics.tokens,
+                "held_out": statistics.held_out_tokens,
+            }
+        )
+    save_aside(path, tensors, {"feed_forwards": json.dumps(headers)})
 
 
 def _read(path: Path, block: int) -> list[FeedForwardMeasurement] | None:
-    """What was measured of ``block``; None where it was not, or the file is not whole."""
+    """Return the measurements of ``block``; None if they were not kept or the file is incomplete."""
     try:
         with safe_open(path, framework="pt") as file:
-            told = json.loads((file.metadata() or {})["feed_forwards"])
-            kinds: list[dict[str, dict[str, Tensor]]] = [{"statistics": {}, "scores": {}, "curves": {}} for _ in told]
+            headers = json.loads((file.metadata() or {})["feed_forwards"])
+            contents: list[dict[str, dict[str, Tensor]]] = [
+                {"statistics": {}, "scores": {}, "curves": {}} for _ in headers
+            ]
             for key in file.keys():  # noqa: SIM118  (not a mapping)
                 number, kind, name = key.split("/", 2)
-                kinds[int(number)][kind][name] = file.get_tensor(key)
-    except _NOT_WHOLE:
+                contents[int(number)][kind][name] = file.get_tensor(key)
+    except _INCOMPLETE:
         return None
     return [
         FeedForwardMeasurement(
             block,
-            one["path"],
-            one["width"],
+            header["path"],
+            header["width"],
             BlockStatistics(
-                {Statistic(name): value for name, value in found["statistics"].items()}, one["tokens"], one["held_out"]
+                {Statistic(name): value for name, value in content["statistics"].items()},
+                header["tokens"],
+                header["held_out"],
             ),
-            found["scores"],
-            found["curves"],
+            content["scores"],
+            content["curves"],
         )
-        for one, found in zip(told, kinds, strict=True)
+        for header, content in zip(headers, contents, strict=True)
     ]

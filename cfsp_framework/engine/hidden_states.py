@@ -1,4 +1,4 @@
-"""Hidden states of all windows: in memory, or in a file mapped into it that the system keeps in memory as it can."""
+"""Allocate the hidden states of all windows, in memory or in a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from cfsp_framework.runtime.atomic_files import human_bytes
 
 
 def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor:
-    """An uninitialised tensor of ``shape`` and the dtype of ``like``: beside it, or in a file in the folder ``spill``.
+    """Return an uninitialised tensor of ``shape`` with the dtype of ``like``, on its device or in the folder ``spill``.
 
-    What would take more than half of a GPU's free memory goes to the host.
-
-    The file has no name any more when this returns: it goes with the tensor, however the process ends.
+    A tensor that would take more than half of a GPU's free memory is allocated on the host. The file in ``spill`` is
+    unlinked when this returns, so that it disappears with the tensor, even if the process is killed.
 
     Raises:
-        ResourceError: it does not fit into memory and there is nowhere to spill it.
+        ResourceError: the tensor does not fit into memory and no folder is given.
         OutputError: the folder cannot be written to.
     """
     size = math.prod(shape) * like.element_size()
@@ -42,9 +41,9 @@ def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor
             try:
                 mapped = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype)
             finally:
-                os.unlink(file.name)  # before it takes any room: a run that is killed leaves nothing
+                os.unlink(file.name)  # before it takes room, so that a killed run leaves nothing
             if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a crash later
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, not a crash later
             return mapped.view(shape)
     except OSError as error:
         raise OutputError(f"hidden states cannot be spilled to {spill}: {error.strerror}.") from error

@@ -1,4 +1,4 @@
-"""What collectors measure while one block runs on all its batches."""
+"""Run one block on all its batches and measure what collectors ask for."""
 
 from __future__ import annotations
 
@@ -24,130 +24,145 @@ _IN_FEED_FORWARDS = frozenset({Site.FEED_FORWARD, Site.DOWN_PROJECTION})
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The dense model's stream, run beside the pruned one, and how far targets lean to it."""
+class DenseStream:
+    """Hidden states of the dense model, run beside those of the pruned one as a target.
+
+    ``mix`` in [0, 1] weighs what restores the dense block's output against the feed-forward's own output.
+    """
 
     batches: Sequence[Batch]
     mix: float
 
 
 @dataclass(frozen=True)
-class Window:
-    """One window's rows at a site."""
+class WindowRows:
+    """The rows of one window at a site."""
 
     number: int
+    """Of the window, counted from 0 over all processes."""
     inputs: Tensor  # (T, F or D)
     outputs: Tensor  # (T, D or F)
 
 
 class TokenCounts:
-    """How many tokens were counted, and how many of them lie in held-out windows."""
+    """Count tokens, and those of held-out windows among them."""
 
     def __init__(self) -> None:
         self.all = 0
         self.held_out = 0
 
-    def add(self, window: Window) -> None:
+    def add(self, rows: WindowRows) -> None:
         """Count one window's rows."""
-        self.all += len(window.inputs)
-        self.held_out += len(window.inputs) * Windows.HELD_OUT.include(window.number)
+        self.all += len(rows.inputs)
+        self.held_out += len(rows.inputs) * Windows.HELD_OUT.include(rows.number)
 
     def of(self, windows: Windows) -> int:
-        """The tokens of some of the windows."""
+        """Return the number of tokens in a kind of windows."""
         return {Windows.ALL: self.all, Windows.HELD_OUT: self.held_out}.get(windows, self.all - self.held_out)
 
 
 class CollectorState:
-    """A running statistic."""
+    """Run one collector on one feed-forward or block."""
 
-    def __init__(self, chosen: ConfiguredComponent[Collector]) -> None:
-        self.chosen = chosen
-        self._fed = False
+    def __init__(self, collector: ConfiguredComponent[Collector]) -> None:
+        self.collector = collector
+        self.site = collector.component.site
+        self._updated = False
         self._sizes: dict[str, int] = {}
-        with chosen.call_component("start()") as component:
+        with collector.call_component("start()") as component:
             self._accumulator: Accumulator = component.start()
         missing = [name for name in ("sums", "update", "value") if not hasattr(self._accumulator, name)]
         if missing:
-            found = type(self._accumulator).__name__
-            raise PluginError(f"{chosen}: start() returned a {found}, which has no `{missing[0]}`: no Accumulator.")
+            kind = type(self._accumulator).__name__
+            raise PluginError(
+                f"{collector}: start() returned a {kind}, which has no `{missing[0]}`; it must return an Accumulator."
+            )
 
-    def add(self, window: Window) -> None:
-        """Feed one window, if the collector wants it; without its rows the first time, so that sums exist."""
-        wanted = self.chosen.component.windows.include(window.number)
-        if not wanted and self._fed:
+    def add(self, rows: WindowRows) -> None:
+        """Pass one window to the accumulator if the collector measures it.
+
+        The first call passes at least zero rows, so that the accumulator allocates its sums.
+        """
+        measured = self.collector.component.windows.include(rows.number)
+        if not measured and self._updated:
             return
-        rows = slice(None) if wanted else slice(0)
-        if not self._fed:
-            self._sizes = _sizes(self.chosen.component.site, window)
-        inputs, outputs = window.inputs[rows], window.outputs[rows]
-        with self.chosen.call_component("update()", {"inputs": inputs, "outputs": outputs}, thorough=not self._fed):
+        if not self._updated:
+            self._sizes = _sizes(self.site, rows)
+        part = slice(None) if measured else slice(0)
+        inputs, outputs = rows.inputs[part], rows.outputs[part]
+        with self.collector.call_component(
+            "update()", {"inputs": inputs, "outputs": outputs}, thorough=not self._updated
+        ):
             self._accumulator.update(inputs, outputs)
-        self._fed = True
+        self._updated = True
 
-    def value(self, tokens: TokenCounts, where: str, ranks: Ranks) -> Tensor:
-        """The statistic over all processes, float32; what it says of itself where no token was seen."""
-        action = f"value() at {where}"
-        with self.chosen.call_component(f"its sums at {where}"):
+    def value(self, tokens: TokenCounts, place: str, ranks: Ranks) -> Tensor:
+        """Return the statistic over all processes, float32; ``Statistic.unseen`` if no token was counted."""
+        action = f"value() at {place}"
+        with self.collector.call_component(f"its sums at {place}"):
             ranks.add(self._accumulator.sums)
-        with self.chosen.call_component(action) as component:
+        with self.collector.call_component(action) as component:
             value: object = self._accumulator.value(max(tokens.of(component.windows), 1))
-        shape = _expected(component.provides.shape, self._sizes)
-        problem = tensor_problem(value, shape, finite=False)
+        statistic = component.provides
+        problem = tensor_problem(value, _expected_shape(statistic.shape, self._sizes), finite=False)
         if problem is not None:
-            told = component.provides
-            raise PluginError(f"{self.chosen}: {action} {problem}; {told.name} has the shape {told.shape}.")
+            raise PluginError(
+                f"{self.collector}: {action} {problem}; {statistic.name} has the shape {statistic.shape}."
+            )
         assert isinstance(value, Tensor)
         value = value.detach().float()
-        return value if tokens.all else _unseen(component.provides, value)
+        return value if tokens.all else _unseen_value(statistic, value)
 
 
 class BlockCollectors:
-    """Everything that runs on one block: its own statistics, and those of each of its feed-forwards."""
+    """Run all collectors on one block and on each of its feed-forwards."""
 
     def __init__(self, collectors: Sequence[ConfiguredComponent[Collector]], paths: Sequence[str]) -> None:
+        of_block = [collector for collector in collectors if collector.component.site is Site.BLOCK]
+        of_feed_forward = [collector for collector in collectors if collector.component.site is not Site.BLOCK]
         self._paths = paths
-        self._block = [CollectorState(chosen) for chosen in collectors if chosen.component.site is Site.BLOCK]
-        self._members = [
-            [CollectorState(chosen) for chosen in collectors if chosen.component.site is not Site.BLOCK] for _ in paths
-        ]
-        self._tokens = [TokenCounts() for _ in paths]
+        self._block = [CollectorState(collector) for collector in of_block]
+        self._members = [[CollectorState(collector) for collector in of_feed_forward] for _ in paths]
         self._block_tokens = TokenCounts()
+        self._member_tokens = [TokenCounts() for _ in paths]
 
-    def hear_block(self, batch: Batch, output: Tensor) -> None:
-        """Feed what entered and left the block."""
-        stream = batch.hidden.to(output.device)
-        if stream.ndim == 4:  # Gemma 3n predicts several streams beside the one it means, which is the first
-            stream, output = stream[0], output[0]
-        for window in split(stream.flatten(0, 1), output.flatten(0, 1), None, batch):
-            self._block_tokens.add(window)
+    def add_block(self, batch: Batch, output: Tensor) -> None:
+        """Add a batch's hidden states as they enter the block, and its ``output (B, T, D)``."""
+        hidden = batch.hidden.to(output.device)
+        if hidden.ndim == 4:  # Gemma 3n carries several streams; the first is the prediction
+            hidden, output = hidden[0], output[0]
+        for rows in rows_by_window(hidden.flatten(0, 1), output.flatten(0, 1), None, batch):
+            self._block_tokens.add(rows)
             for state in self._block:
-                state.add(window)
+                state.add(rows)
 
-    def hear(self, member: int, heard: Sequence[tuple[Site, Tensor, Tensor, Tensor | None]], batch: Batch) -> None:
-        """Feed what one feed-forward saw at its sites."""
-        for number, (site, inputs, outputs, places) in enumerate(heard):
-            for window in split(inputs, outputs, places, batch):
+    def add_feed_forward(
+        self, member: int, sites: Sequence[tuple[Site, Tensor, Tensor]], positions: Tensor | None, batch: Batch
+    ) -> None:
+        """Add inputs and outputs at each site of one feed-forward, of the tokens at ``positions (n,)``."""
+        for number, (site, inputs, outputs) in enumerate(sites):
+            for rows in rows_by_window(inputs, outputs, positions, batch):
                 if number == 0:
-                    self._tokens[member].add(window)
+                    self._member_tokens[member].add(rows)
                 for state in self._members[member]:
-                    if state.chosen.component.site is site:
-                        state.add(window)
+                    if state.site is site:
+                        state.add(rows)
 
     def values(self, index: int, ranks: Ranks = SOLO) -> tuple[BlockStatistics, ...]:
-        """What was measured of every feed-forward, the block's own statistics with each, over all processes."""
-        for tokens in (self._block_tokens, *self._tokens):
+        """Return each feed-forward's statistics, the block's own among them, over all processes."""
+        for tokens in (self._block_tokens, *self._member_tokens):
             tokens.all, tokens.held_out = ranks.total((tokens.all, tokens.held_out))
-        own = {
-            state.chosen.component.provides: state.value(self._block_tokens, f"block {index}", ranks)
+        block_values = {
+            state.collector.component.provides: state.value(self._block_tokens, f"block {index}", ranks)
             for state in self._block
         }
-        found: list[BlockStatistics] = []
-        for path, tallies, seen in zip(self._paths, self._members, self._tokens, strict=True):
-            tokens = seen if tallies else self._block_tokens
-            where = f"block {index}, {path}"
-            values = {state.chosen.component.provides: state.value(tokens, where, ranks) for state in tallies}
-            found.append(BlockStatistics(own | values, tokens.all, tokens.held_out))
-        return tuple(found)
+        statistics: list[BlockStatistics] = []
+        for path, states, member_tokens in zip(self._paths, self._members, self._member_tokens, strict=True):
+            tokens = member_tokens if states else self._block_tokens
+            place = f"block {index}, {path}"
+            values = {state.collector.component.provides: state.value(tokens, place, ranks) for state in states}
+            statistics.append(BlockStatistics(block_values | values, tokens.all, tokens.held_out))
+        return tuple(statistics)
 
 
 def measure_block(
@@ -158,109 +173,108 @@ def measure_block(
     step: Callable[[], None] = lambda: None,
     *,
     advance: bool = True,
-    teacher: Teacher | None = None,
+    dense: DenseStream | None = None,
     ranks: Ranks = SOLO,
 ) -> tuple[BlockStatistics, ...]:
     """Run block ``index`` once per batch and return what the collectors measured of each feed-forward, float32.
 
-    ``advance`` moves the batches on to the next block. With a ``teacher`` the block also runs on the dense stream, and
-    the collectors of a feed-forward see targets: ``own output + mix * (dense block output - block output)``; where the
-    block has several feed-forwards nobody could say which of them should give what, and they see their own output.
+    ``advance`` moves the batches on to the next block. With a ``dense`` stream the block also runs on that, and the
+    collectors of a feed-forward get targets as outputs: ``own output + mix * (dense block output - block output)``.
+    In a block of several feed-forwards the difference cannot be attributed to one of them, and all get their own output.
     """
     modules = [module for group in decoder.groups(index) for module in group.modules]
     paths = [path for module in modules for path in module.paths]
-    tallies = BlockCollectors(collectors, paths)
-    sites = {chosen.component.site for chosen in collectors} & _IN_FEED_FORWARDS
-    alone = len(modules) == 1 and isinstance(modules[0], DenseFeedForward)
+    states = BlockCollectors(collectors, paths)
+    sites = sorted({c.component.site for c in collectors} & _IN_FEED_FORWARDS, key=lambda site: site.value)
+    single = len(modules) == 1 and isinstance(modules[0], DenseFeedForward)
     for number, batch in enumerate(batches):
-        with listening(decoder, index, wanted=bool(sites)) as heard:
+        with observed_feed_forwards(decoder, index, active=bool(sites)) as observed:
             output = run_block(decoder, index, batch)  # (B, T, D)
         correction: Tensor | None = None
-        if teacher is not None:
-            wanted = run_block(decoder, index, teacher.batches[number])  # (B, T, D)
-            correction = ((wanted - output) * teacher.mix).flatten(0, 1) if alone else None
-            teacher.batches[number].hidden.copy_(wanted)
-        tallies.hear_block(batch, output)
-        for member, one in heard:
-            seen = [(site, *one.at(site)) for site in sorted(sites, key=lambda site: site.value)]
-            tallies.hear(
-                member,
-                [(site, i, o if correction is None else o + correction, one.tokens) for site, i, o in seen],
-                batch,
-            )
+        if dense is not None:
+            target = run_block(decoder, index, dense.batches[number])  # (B, T, D)
+            correction = ((target - output) * dense.mix).flatten(0, 1) if single else None  # (B * T, D)
+            dense.batches[number].hidden.copy_(target)
+        states.add_block(batch, output)
+        for member, io in observed:
+            at_sites = [(site, *io.at(site)) for site in sites]
+            if correction is not None:
+                at_sites = [(site, inputs, outputs + correction) for site, inputs, outputs in at_sites]
+            states.add_feed_forward(member, at_sites, io.tokens, batch)
         if advance:
             batch.hidden.copy_(output)
         step()
-    found = tallies.values(index, ranks)
-    for path, statistics in zip(paths, found, strict=True):
+    measured = states.values(index, ranks)
+    for path, statistics in zip(paths, measured, strict=True):
         _check_finite(decoder, f"block {index}, {path or 'its feed-forward'}", statistics, collectors, batches)
-    return found
+    return measured
 
 
 def _check_finite(
     decoder: Decoder,
-    where: str,
+    place: str,
     statistics: BlockStatistics,
     collectors: Sequence[ConfiguredComponent[Collector]],
     batches: Sequence[Batch],
 ) -> None:
-    """Refuse statistics that are not finite: the model's fault where its own hidden states are not, else a plugin's."""
-    for chosen in collectors:
-        value = statistics.get(chosen.component.provides)
+    """Refuse statistics that are not finite: the model's fault if its own hidden states are not, else the plugin's."""
+    for collector in collectors:
+        value = statistics.get(collector.component.provides)
         if value is None or bool(value.isfinite().all()):
             continue
-        place = value.isfinite().logical_not().nonzero()[0].tolist()
-        told = f"{where}: {chosen.component.provides.name}{place or ''} is {value[tuple(place)].item()}"
+        position = value.isfinite().logical_not().nonzero()[0].tolist()
+        problem = f"{place}: {collector.component.provides.name}{position or ''} is {value[tuple(position)].item()}"
         if any(not bool(batch.hidden.isfinite().all()) for batch in batches):
             overflow = decoder.model.dtype == torch.float16
             advice = (
                 "they overflow in float16, try --dtype bfloat16 or float32" if overflow else "its weights are damaged"
             )
-            raise ModelError(f"{told}: the model's own activations are not finite there; {advice}.")
-        raise PluginError(f"{chosen}: value() is not finite. {told}.")
+            raise ModelError(f"{problem}: the model's own activations are not finite there; {advice}.")
+        raise PluginError(f"{collector}: value() is not finite. {problem}.")
 
 
 def read_only_inputs(feed_forward: FeedForward, statistics: BlockStatistics) -> dict[str, Tensor | None]:
-    """Everything a component is shown of a feed-forward, and must not write to."""
+    """Return every tensor a component gets of a feed-forward and must not write to, by name."""
     weights = {name: getattr(feed_forward, name) for name in _WEIGHTS}
     return {**weights, **{statistic.name: value for statistic, value in statistics.items()}}
 
 
 @contextmanager
-def listening(decoder: Decoder, index: int, *, wanted: bool = True) -> Generator[list[tuple[int, FeedForwardIO]]]:
-    """While open, what block ``index``'s feed-forwards see lands in the yielded list, each with its number."""
-    seen: list[tuple[int, FeedForwardIO]] = []
+def observed_feed_forwards(
+    decoder: Decoder, index: int, *, active: bool = True
+) -> Generator[list[tuple[int, FeedForwardIO]]]:
+    """Yield a list that block ``index``'s feed-forwards add their inputs and outputs to, each with its number."""
+    observed: list[tuple[int, FeedForwardIO]] = []
 
-    def hear(first: int) -> Callable[[FeedForwardIO], None]:
-        return lambda heard: seen.append((first + heard.member, heard))
+    def listener(first: int) -> Callable[[FeedForwardIO], None]:
+        return lambda io: observed.append((first + io.member, io))
 
     with ExitStack() as stack:
         first = 0
-        for group in decoder.groups(index) if wanted else ():
+        for group in decoder.groups(index) if active else ():
             for module in group.modules:
-                stack.enter_context(module.watching(hear(first)))
+                stack.enter_context(module.observed(listener(first)))
                 first += len(module.paths)
-        yield seen
+        yield observed
 
 
-def split(inputs: Tensor, outputs: Tensor, places: Tensor | None, batch: Batch) -> Iterator[Window]:
-    """The rows of a batch window by window: no batch size changes a statistic.
+def rows_by_window(inputs: Tensor, outputs: Tensor, positions: Tensor | None, batch: Batch) -> Iterator[WindowRows]:
+    """Split the rows of a batch by window, so that the batch size changes no statistic.
 
-    ``places (n,)`` are the rows' places in the flattened batch, ascending; None where all are there. Rows of tokens
-    that do not count are left out.
+    ``positions (n,)`` are the rows' positions in the flattened batch, ascending; None if all rows are present. Rows of
+    tokens that do not count are left out.
     """
     windows = len(batch.numbers)
-    length = len(inputs) // windows if places is None else batch.hidden.shape[-2]
-    if places is None and batch.counted is None:
+    length = len(inputs) // windows if positions is None else batch.hidden.shape[-2]
+    if positions is None and batch.counted is None:
         sizes = [length] * windows
     else:
-        rows = torch.arange(len(inputs), device=inputs.device) if places is None else places  # (n,)
+        rows = torch.arange(len(inputs), device=inputs.device) if positions is None else positions  # (n,)
         if batch.counted is not None:
             counts = batch.counted.flatten().to(rows.device)[rows]  # (n,)
             rows, inputs, outputs = rows[counts], inputs[counts], outputs[counts]
         sizes = torch.bincount(rows // length, minlength=windows).tolist()
-    parts = zip(batch.numbers, inputs.split(sizes), outputs.split(sizes), strict=True)
-    return (Window(number, mine, its) for number, mine, its in parts)
+    return map(WindowRows, batch.numbers, inputs.split(sizes), outputs.split(sizes))
 
 
 _COLUMNS = {
@@ -269,23 +283,23 @@ _COLUMNS = {
     Site.DOWN_PROJECTION: ("F", "D"),
     Site.GRADIENT: ("F", "F"),
 }
-"""What the columns of the inputs and the outputs of a site are."""
+"""The letters of the columns of a site's inputs and outputs."""
 
 
-def _sizes(site: Site, window: Window) -> dict[str, int]:
-    """How many channels and hidden values there are, as far as the site shows it."""
-    (name, count), (other, size) = zip(_COLUMNS[site], (window.inputs.shape[-1], window.outputs.shape[-1]), strict=True)
-    return {name: count, other: size} if name != other or count == size else {}
+def _sizes(site: Site, rows: WindowRows) -> dict[str, int]:
+    """Return the numbers of channels and hidden values, as far as the site shows them."""
+    letters, widths = _COLUMNS[site], (rows.inputs.shape[-1], rows.outputs.shape[-1])
+    return {} if letters[0] == letters[1] and widths[0] != widths[1] else dict(zip(letters, widths, strict=True))
 
 
-def _expected(shape: str, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
-    """``(F, D)`` in numbers; None for a letter that stands for nothing known at the site."""
+def _expected_shape(shape: str, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
+    """Return ``(F, D)`` in numbers; None for a letter that is unknown at the site."""
     names = [name.strip() for name in shape.strip("()").split(",") if name.strip()]
     return tuple(int(name) if name.isdigit() else sizes.get(name) for name in names)
 
 
-def _unseen(statistic: Statistic, like: Tensor) -> Tensor:
-    """What a statistic is taken for where nothing was seen, in the shape of ``like``."""
+def _unseen_value(statistic: Statistic, like: Tensor) -> Tensor:
+    """Return the value of a statistic that no token was counted for, in the shape of ``like``."""
     if like.ndim == 1:
         return torch.full_like(like, statistic.unseen)
     if like.ndim == 2 and like.shape[0] == like.shape[1] and statistic.unseen:

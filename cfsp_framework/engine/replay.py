@@ -1,7 +1,7 @@
-"""Runs any decoder one block at a time: what each block was called with is recorded, then replayed block by block.
+"""Run any decoder block by block: record the arguments each block is called with, then replay the blocks one by one.
 
-Only embeddings, rotary tables and masks run while recording. Every block keeps its own call: masks differ between
-blocks on models with sliding windows.
+While recording only embeddings, rotary tables and masks are computed. Every block keeps its own arguments, since masks
+differ between blocks in models with sliding windows.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from cfsp_framework.errors import ModelError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.distributed import SOLO, Ranks
 
-# What keeps a processor busy without its intermediate activations leaving the cache, or a GPU without filling it.
+# Enough tokens to keep a processor busy while activations stay in its cache, or a GPU without filling its memory.
 _TOKENS_PER_BATCH = 512
 _TOKENS_PER_BATCH_GPU = 16384
 
 
 @dataclass(frozen=True)
 class ForwardOptions:
-    """How windows pass through the blocks, whatever is measured on the way."""
+    """Options of passing windows through the blocks."""
 
     batch_size: int | None = None
-    """Windows per batch; None: what keeps a batch small."""
+    """Windows per batch; None for ``tokens_per_batch`` tokens."""
     skip: frozenset[int] = field(default_factory=frozenset)
-    """Token ids no statistic counts."""
+    """Token ids that no statistic counts."""
     spill: Path | None = None
-    """A folder for the hidden states; None: they stay in memory."""
+    """Folder for the hidden states; None keeps them in memory."""
     ranks: Ranks = SOLO
+    """The processes that share the windows."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with, beside the hidden states."""
+    """Arguments of a block's forward beside the hidden states."""
 
     positional: tuple[Any, ...]
     keyword: Mapping[str, Any]
@@ -53,20 +54,23 @@ class Call:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some calibration windows on their way through the blocks."""
+    """Calibration windows on their way through the blocks."""
 
     hidden: Tensor  # (B, T, D), a view of one buffer that holds all windows
     calls: tuple[Call, ...]  # one per block
     numbers: tuple[int, ...] = ()
-    """Which windows these are among those of all processes."""
+    """Number of each window among those of all processes."""
     counted: Tensor | None = None  # (B, T) bool: the tokens statistics count; None for all
 
 
 @torch.no_grad()
 def embed(decoder: Decoder, windows: Tensor, forward_options: ForwardOptions | None = None) -> list[Batch]:
-    """This process's share of the windows ``(N, T)`` as they enter the first block, in batches, with every block's call.
+    """Return this process's share of the windows ``(N, T)`` as batches that enter the first block.
 
-    Where the hidden states of a family are more than ``(B, T, D)``, every batch keeps its own.
+    All batches share one buffer; batches of a family whose hidden states are not ``(B, T, D)`` have their own.
+
+    Raises:
+        ModelError: the model does not call each of its blocks exactly once.
     """
     forward_options = forward_options or ForwardOptions()
     numbers = forward_options.ranks.share(len(windows))
@@ -74,16 +78,13 @@ def embed(decoder: Decoder, windows: Tensor, forward_options: ForwardOptions | N
     batch_size = forward_options.batch_size or max(1, tokens_per_batch(decoder.device) // windows.shape[1])
     padded = bool((windows == PADDING).any())
     batches: list[Batch] = []
-    buffer: Tensor | None = (
-        None  # (N, T, D): one allocation, rewritten by every block, so that memory does not fragment
-    )
+    buffer: Tensor | None = None  # (N, T, D): one allocation, rewritten by every block, so memory does not fragment
     with _recording(decoder.blocks) as record:
-        for ids, mine in zip(windows.split(batch_size), _chunks(numbers, batch_size), strict=True):
+        for ids, window_numbers in zip(windows.split(batch_size), _chunks(numbers, batch_size), strict=True):
             record.clear()
             tokens = ids.clamp(min=0).to(decoder.device)  # (B, T)
             mask = {"attention_mask": (ids != PADDING).long().to(decoder.device)} if padded else {}
-            # Without use_cache=False a cache is made and filled.
-            decoder.base(tokens, use_cache=False, **mask)
+            decoder.base(tokens, use_cache=False, **mask)  # else a key-value cache is filled
             if len(record) != len(decoder.blocks):
                 raise ModelError(f"the model called {len(record)} of its {len(decoder.blocks)} blocks once each.")
             entering: Tensor = record[0][0][0]  # (B, T, D)
@@ -97,13 +98,13 @@ def embed(decoder: Decoder, windows: Tensor, forward_options: ForwardOptions | N
             calls = tuple(Call(arguments[1:], keywords) for arguments, keywords in record)
             if batches and _equal(calls, batches[-1].calls):
                 calls = batches[-1].calls  # windows of one length share masks and rotary tables: keep one copy
-            batches.append(Batch(hidden, calls, mine, _counted(ids, forward_options.skip)))
+            batches.append(Batch(hidden, calls, window_numbers, _counted_tokens(ids, forward_options.skip)))
     return batches
 
 
 @torch.no_grad()
 def run_block(decoder: Decoder, index: int, batch: Batch) -> Tensor:
-    """What block ``index`` makes of the batch, ``(B, T, D)``; copy it into ``batch.hidden`` to go on to the next."""
+    """Return block ``index``'s output for the batch, ``(B, T, D)``; copy it into ``batch.hidden`` to advance."""
     call = batch.calls[index]
     entering = batch.hidden.to(decoder.device, non_blocking=True)
     output: Any = decoder.blocks[index](entering, *call.positional, **call.keyword)
@@ -113,15 +114,15 @@ def run_block(decoder: Decoder, index: int, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def finish(decoder: Decoder, ids: Tensor, hidden: Tensor) -> Tensor:
-    """The logits ``(B, T, V)`` of the tokens ``ids (B, T)`` whose hidden states after the last block are ``hidden``."""
-    with _recording(decoder.blocks, leaving=hidden.to(decoder.device)):
-        found: Tensor = decoder.model(ids.to(decoder.device), use_cache=False).logits
-    return found
+    """Return the logits ``(B, T, V)`` of ``ids (B, T)`` whose hidden states after the last block are ``hidden``."""
+    with _recording(decoder.blocks, output=hidden.to(decoder.device)):
+        logits: Tensor = decoder.model(ids.to(decoder.device), use_cache=False).logits  # (B, T, V)
+    return logits
 
 
 @torch.no_grad()
 def logits(decoder: Decoder, ids: Tensor) -> Tensor:
-    """The logits ``(B, T, V)`` of the tokens ``ids (B, T)``, with one block resident at a time."""
+    """Return the logits ``(B, T, V)`` of the tokens ``ids (B, T)``, with one block loaded at a time."""
     batches = embed(decoder, ids, ForwardOptions(batch_size=len(ids)))
     for index in range(len(decoder.blocks)):
         with decoder.loaded(index):
@@ -130,14 +131,14 @@ def logits(decoder: Decoder, ids: Tensor) -> Tensor:
 
 
 def pass_block(decoder: Decoder, index: int, batches: Sequence[Batch], step: Callable[[], None] = lambda: None) -> None:
-    """Move the batches through block ``index`` and measure nothing."""
+    """Advance the batches through block ``index`` without measuring."""
     for batch in batches:
         batch.hidden.copy_(run_block(decoder, index, batch))
         step()
 
 
 def tokens_per_batch(device: torch.device) -> int:
-    """Tokens of a batch where the user leaves it open."""
+    """Return the default number of tokens of a batch."""
     return _TOKENS_PER_BATCH_GPU if device.type == "cuda" else _TOKENS_PER_BATCH
 
 
@@ -145,19 +146,19 @@ def _chunks(numbers: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
 
-def _counted(ids: Tensor, skip: frozenset[int]) -> Tensor | None:
-    """Which tokens of ``ids (B, T)`` count, or None where all do."""
+def _counted_tokens(ids: Tensor, skip: frozenset[int]) -> Tensor | None:
+    """Mark the tokens of ``ids (B, T)`` that statistics count; None if all do."""
     left_out = torch.isin(ids, torch.tensor([PADDING, *sorted(skip)]))  # (B, T)
     return ~left_out if left_out.any() else None
 
 
 @contextmanager
 def _recording(
-    blocks: Sequence[nn.Module], leaving: Tensor | None = None
+    blocks: Sequence[nn.Module], output: Tensor | None = None
 ) -> Generator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """While open, a block returns its input unchanged and its call is appended to the yielded list.
+    """Replace each block's forward by one that appends its arguments to the yielded list.
 
-    With ``leaving`` the blocks return that.
+    A block then returns its input unchanged, or ``output`` if that is given.
     """
     record: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -166,27 +167,27 @@ def _recording(
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
             record.append((arguments, keywords))
-            passed = arguments[0] if leaving is None else leaving
+            passed = arguments[0] if output is None else output
             return (passed, None, None, None) if as_tuple else passed
 
         return forward
 
-    replaced = [(block, block.__dict__.get("forward")) for block in blocks]
+    originals = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
             block.__dict__["forward"] = stub(block)
         yield record
     finally:
-        for block, own in replaced:
-            if own is None:
-                block.__dict__.pop("forward", None)  # the class's own forward is visible again
+        for block, original in zip(blocks, originals, strict=True):
+            if original is None:
+                block.__dict__.pop("forward", None)  # the forward of the class is visible again
             else:
-                block.__dict__["forward"] = own
+                block.__dict__["forward"] = original
 
 
 @cache
 def _returns_tuple(forward: Callable[..., Any]) -> bool:
-    """Whether a block's caller unpacks what it returns; annotations are missing where it does, so the code decides."""
+    """Decide whether a block returns a tuple; such families lack return annotations, so the source decides."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
     except (OSError, TypeError):
@@ -198,7 +199,7 @@ def _returns_tuple(forward: Callable[..., Any]) -> bool:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    """Whether two recorded calls are the same, tensors compared by value."""
+    """Compare two recorded calls, tensors by value."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left is right or (left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right))
     if isinstance(left, Call) and isinstance(right, Call):

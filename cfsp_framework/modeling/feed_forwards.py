@@ -1,14 +1,14 @@
-"""The modules that hold a block's feed-forwards, read and watched in one convention whatever their form.
+"""Read and observe the modules that hold a block's feed-forwards, in one convention for all their forms.
 
-A *module* is one such module: a single feed-forward of Linear or Conv1D projections, or the experts of a mixture in
-parameters of three dimensions, all of one width.
+A module holds either one feed-forward of Linear or Conv1D projections, or the experts of a mixture in parameters of
+three dimensions, all of one width.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,28 +25,31 @@ Projection = nn.Linear | Conv1D
 
 @dataclass(frozen=True)
 class FeedForwardIO:
-    """What one feed-forward of a module saw in one forward: ``n`` tokens, in one dimension or in two."""
+    """Inputs, activations and outputs of one feed-forward in one forward, on ``n`` tokens.
+
+    The tokens may lie along one dimension or two: ``n`` stands for ``(n,)`` or ``(B, T)``.
+    """
 
     member: int
     inputs: Tensor  # (n, D): of the gate and up projections
     activations: Tensor  # (n, F): of the down projection
     outputs: Tensor  # (n, D): of the feed-forward
     bias: Tensor | None = None  # (D,): the part of the outputs that is the down projection's bias
-    tokens: Tensor | None = None  # (n,): their places in the flattened batch (B * T,); None for all of them
+    tokens: Tensor | None = None  # (n,): positions in the flattened batch (B * T,); None for all
 
     def at(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs of one of the feed-forward's sites, ``(n, D or F)`` and ``(n, D)``."""
+        """Return inputs and outputs at one of the feed-forward's sites, ``(n, D or F)`` and ``(n, D)``."""
         if site is Site.FEED_FORWARD:
             return self.inputs.flatten(0, -2), self.outputs.flatten(0, -2)
         product = self.outputs if self.bias is None else self.outputs - self.bias
         return self.activations.flatten(0, -2), product.flatten(0, -2)
 
 
-Hear = Callable[[FeedForwardIO], None]
+Listener = Callable[[FeedForwardIO], None]
 
 
 class FeedForwardModule(ABC):
-    """One module's feed-forwards, all ``width`` channels wide, and how to read and watch each of them."""
+    """One module's feed-forwards, all ``width`` channels wide, with the means to read and observe each."""
 
     experts: ClassVar[bool]
 
@@ -57,23 +60,23 @@ class FeedForwardModule(ABC):
     @property
     @abstractmethod
     def paths(self) -> tuple[str, ...]:
-        """Where each feed-forward is, inside the block."""
+        """Path of each feed-forward inside the block."""
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """``F``, the channels of each feed-forward."""
+        """``F``, the number of channels of each feed-forward."""
 
     @abstractmethod
     def weights(self, member: int) -> Mapping[str, Tensor | None]:
-        """Views of one feed-forward's parameters under the names of ``FeedForward``: ``up``, ``down``, biases ..."""
+        """Return views of one feed-forward's parameters under the names of ``FeedForward``: ``up``, ``down`` ..."""
 
     @abstractmethod
-    def watching(self, hear: Hear) -> Any:
-        """A context in which ``hear`` is told what each feed-forward sees, once a forward; nothing else changes."""
+    def observed(self, listener: Listener) -> AbstractContextManager[None]:
+        """Call ``listener`` with each feed-forward's inputs and outputs, once a forward, while the context is open."""
 
     def feed_forward(self, member: int, block: int, activation: str, seed: int) -> FeedForward:
-        """One feed-forward in the common convention."""
+        """Return one feed-forward in the common convention."""
         views: dict[str, Any] = {
             name: None if view is None else view.detach() for name, view in self.weights(member).items()
         }
@@ -89,13 +92,13 @@ class DenseFeedForward(FeedForwardModule):
 
     @property
     def projections(self) -> Mapping[str, Projection]:
-        """The projections by attribute name; a fused one is there once."""
+        """The projections by attribute name; a fused one appears once."""
         names = (self.layout.gate, self.layout.up, self.layout.down)
         return {name: _projection(self.module, name) for name in names if name is not None}
 
     @property
     def down(self) -> Projection:
-        """The projection whose input are the channel activations."""
+        """The projection that takes the channel activations."""
         return _projection(self.module, self.layout.down)
 
     @property
@@ -120,26 +123,26 @@ class DenseFeedForward(FeedForwardModule):
         return {**views, "down": matrix(down), "down_bias": down.bias}  # (D, F), (D,)
 
     @contextmanager
-    def watching(self, hear: Hear) -> Generator[None]:
+    def observed(self, listener: Listener) -> Generator[None]:
         up, down = self.projections[self.layout.up], self.down
-        entered: list[Tensor] = []
+        up_inputs: list[Tensor] = []
 
-        def enter(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
-            entered[:] = [inputs[0]]
+        def keep_input(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
+            up_inputs[:] = [inputs[0]]
 
-        def leave(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            hear(FeedForwardIO(0, entered.pop(), inputs[0], output, down.bias))
+        def report(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            listener(FeedForwardIO(0, up_inputs.pop(), inputs[0], output, down.bias))
 
         with ExitStack() as hooks:
-            hooks.callback(up.register_forward_hook(enter).remove)
-            hooks.callback(down.register_forward_hook(leave).remove)
+            hooks.callback(up.register_forward_hook(keep_input).remove)
+            hooks.callback(down.register_forward_hook(report).remove)
             yield
 
 
 class ExpertFeedForwards(FeedForwardModule):
     """The experts of a mixture, in parameters ``(E, ...)`` whose form the module states.
 
-    While it is watched it computes the experts one after another, which gives what its own implementation gives.
+    While it is observed the experts are computed one after another, with the results of the module's own forward.
     """
 
     experts: ClassVar[bool] = True
@@ -151,12 +154,12 @@ class ExpertFeedForwards(FeedForwardModule):
 
     @property
     def transposed(self) -> bool:
-        """Whether matrices lie as ``(in, out)``; the experts of Llama 4 do and do not say so."""
+        """Whether matrices are stored as ``(in, out)``; the experts of Llama 4 are, without stating it."""
         return bool(getattr(self.module, "is_transposed", not self._routed_by_module))
 
     @property
     def concatenated(self) -> bool:
-        """Whether gate and up lie one after the other; else they alternate."""
+        """Whether the rows are ``[gate; up]``; else gate and up rows alternate."""
         return bool(getattr(self.module, "is_concatenated", True))
 
     @property
@@ -188,9 +191,9 @@ class ExpertFeedForwards(FeedForwardModule):
         return {**views, "down": self._matrix(layout.down, member)}  # (D, F)
 
     @contextmanager
-    def watching(self, hear: Hear) -> Generator[None]:
+    def observed(self, listener: Listener) -> Generator[None]:
         def forward(hidden: Tensor, *routing: Tensor) -> Tensor:
-            return self._forward(hear, hidden, *routing) if routing else self._forward_sorted(hear, hidden)
+            return self._forward(listener, hidden, *routing) if routing else self._forward_sorted(listener, hidden)
 
         own = self.module.__dict__.get("forward")
         self.module.__dict__["forward"] = forward
@@ -204,29 +207,29 @@ class ExpertFeedForwards(FeedForwardModule):
 
     @property
     def _routed_by_module(self) -> bool:
-        """Whether the module is told which tokens go where; else they come sorted, one copy an expert (Llama 4)."""
+        """Whether the module gets the routing; else it gets one copy of all tokens for each expert (Llama 4)."""
         return hasattr(self.module, "is_transposed")
 
-    def _forward(self, hear: Hear, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """``hidden (n, D)``, every token's experts ``chosen (n, k)`` and their ``shares (n, k)`` -> ``(n, D)``."""
+    def _forward(self, listener: Listener, hidden: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+        """Map ``hidden (n, D)`` with each token's ``experts (n, k)`` and their ``shares (n, k)`` to ``(n, D)``."""
         result = torch.zeros_like(hidden)
         for expert in range(len(self.paths)):
-            tokens, place = torch.where(chosen == expert)  # (m,) each, tokens ascending
-            outputs = self._run(hear, expert, hidden[tokens], tokens)  # (m, D)
+            tokens, place = torch.where(experts == expert)  # (m,) each, tokens ascending
+            outputs = self._run(listener, expert, hidden[tokens], tokens)  # (m, D)
             result.index_add_(0, tokens, (outputs * shares[tokens, place, None]).to(result.dtype))
         return result
 
-    def _forward_sorted(self, hear: Hear, hidden: Tensor) -> Tensor:
-        """``hidden (E * n, D)``, every expert's copy of all tokens, 0 where one is not meant for it."""
+    def _forward_sorted(self, listener: Listener, hidden: Tensor) -> Tensor:
+        """Map ``hidden (E * n, D)``, each expert's copy of all tokens with zeros for those not routed to it."""
         copies = hidden.view(len(self.paths), -1, hidden.shape[-1])  # (E, n, D)
         result = torch.zeros_like(copies)
         for expert, inputs in enumerate(copies):
             tokens = inputs.any(-1).nonzero()[:, 0]  # (m,)
-            result[expert, tokens] = self._run(hear, expert, inputs[tokens], tokens)
+            result[expert, tokens] = self._run(listener, expert, inputs[tokens], tokens)
         return result.view_as(hidden)
 
-    def _run(self, hear: Hear, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
-        """One expert on ``inputs (m, D)`` -> ``(m, D)``."""
+    def _run(self, listener: Listener, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
+        """Run one expert on ``inputs (m, D)`` and return ``(m, D)``."""
         module: Any = self.module
         up_bias = self._parameter(f"{self.layout.up}_bias")[expert] if self.biased else None
         rows = functional.linear(inputs, self._matrix(self.layout.up, expert), up_bias)  # (m, 2F or F)
@@ -239,20 +242,20 @@ class ExpertFeedForwards(FeedForwardModule):
             activations = up * module.act_fn(gate)  # (m, F)
         down_bias = self._parameter(f"{self.layout.down}_bias")[expert] if self.biased else None
         outputs = functional.linear(activations, self._matrix(self.layout.down, expert), down_bias)
-        hear(FeedForwardIO(expert, inputs, activations, outputs, down_bias, tokens))
+        listener(FeedForwardIO(expert, inputs, activations, outputs, down_bias, tokens))
         return outputs
 
     def _parameter(self, name: str) -> nn.Parameter:
         return self.module.get_parameter(name)
 
     def _matrix(self, name: str, expert: int) -> Tensor:
-        """A view of one expert's weights, ``(out, in)``."""
+        """Return a view of one expert's weights as ``(out, in)``."""
         weight = self._parameter(name)[expert]
         return weight.mT if self.transposed else weight
 
 
 def matrix(projection: Projection) -> Tensor:
-    """A view of a projection's weights as ``(out, in)``; Conv1D stores them the other way round."""
+    """Return a view of a projection's weights as ``(out, in)``; Conv1D stores them as ``(in, out)``."""
     weight: Tensor = projection.weight
     return weight.mT if isinstance(projection, Conv1D) else weight
 

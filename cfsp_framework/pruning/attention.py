@@ -1,4 +1,4 @@
-"""Which blocks can go without attention: for budgets the feed-forwards alone cannot meet well (2SSP, arXiv 2501.17771)."""
+"""Choose blocks that lose their attention, for budgets that feed-forwards alone cannot meet (2SSP, arXiv 2501.17771)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from cfsp_framework.pruning.surgery import dropped_attention, without_attention
 from cfsp_framework.runtime.progress import Progress
 
 _WINDOWS = 4
-"""Calibration windows each candidate is judged on."""
+"""Calibration windows that each candidate's loss is measured on."""
 
 
 def count_to_drop(decoder: Decoder, ratio: float) -> int:
-    """2SSP's number of attentions to drop for a share ``ratio`` of all parameters.
+    """Return 2SSP's number of attentions to drop for a share ``ratio`` of all parameters.
 
-    ``round(L * s ** (P_ffn / P_att / 1.5))`` with s the share of the blocks' parameters that has to go, P_ffn and P_att
-    the parameters of one feed-forward and one attention.
+    ``round(L * s ** (P_ffn / P_att / 1.5))`` with s the share of the blocks' parameters to remove, P_ffn and P_att the
+    parameters of one feed-forward and one attention.
+
+    Raises:
+        ConfigError: the blocks hold fewer parameters than are to be removed.
     """
     blocks = len(decoder.blocks)
     attention = decoder.attention_parameters(0)
@@ -35,9 +38,12 @@ def count_to_drop(decoder: Decoder, ratio: float) -> int:
 
 
 def choose_attentions(decoder: Decoder, windows: Tensor, count: int, progress: Progress) -> tuple[int, ...]:
-    """The ``count`` blocks whose attention is missed least, found one after another on ``windows (N, T)``.
+    """Choose ``count`` blocks greedily by the loss on ``windows (N, T)`` without their attention.
 
-    The first block keeps its attention: the caches of generation take the length of the text from it.
+    The first block keeps its attention: key-value caches take the length of the text from it.
+
+    Raises:
+        ConfigError: the model has fewer attentions to drop.
     """
     candidates = [block for block in range(1, len(decoder.blocks)) if block not in dropped_attention(decoder.config)]
     if count > len(candidates):
@@ -54,7 +60,7 @@ def choose_attentions(decoder: Decoder, windows: Tensor, count: int, progress: P
 
 @torch.no_grad()
 def _loss(decoder: Decoder, windows: Tensor, dropped: Sequence[int]) -> float:
-    """Mean next-token cross-entropy on ``windows (N, T)`` without some blocks' attention."""
+    """Return the mean next-token cross-entropy on ``windows (N, T)`` without some blocks' attention."""
     total = 0.0
     with without_attention(decoder, dropped):
         for window in windows:

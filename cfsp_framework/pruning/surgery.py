@@ -1,8 +1,8 @@
-"""The only module that changes shapes."""
+"""Change the shapes of a model: the only module that does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -12,18 +12,25 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from cfsp_framework.api.data import Update
-from cfsp_framework.api.records import BlockPlan, PruningPlan
+from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.errors import ConfigError, ModelError, PlanError
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedForwards, FeedForwardModule, matrix
+from cfsp_framework.modeling.feed_forwards import (
+    DenseFeedForward,
+    ExpertFeedForwards,
+    FeedForwardModule,
+    Projection,
+    matrix,
+)
 from cfsp_framework.modeling.variable_width import ZeroResidual
-
-Compensate = Callable[[int, Sequence[Tensor]], Sequence[Update]]
-"""Answers ``(block, kept channels of each of its feed-forwards)`` with a change for each."""
 
 
 def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
-    """Refuse a plan for a model of other shapes."""
+    """Refuse a plan for a model of other shapes.
+
+    Raises:
+        PlanError: family, blocks, feed-forwards or widths differ, or Transformers could not build the result.
+    """
     if plan.model.family != decoder.architecture.family or plan.last_block != len(decoder.blocks) - 1:
         raise PlanError(
             f"the plan is for a {plan.model.family} model of {plan.last_block + 1} blocks; "
@@ -33,26 +40,26 @@ def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
     for entry, planned in enumerate(plan.blocks):
         place = places[entry] if entry < len(places) else None
         if (planned.block, planned.path, planned.width) != place:
-            there = f"{place[1] or 'the block itself'} of width {place[2]} in block {place[0]}" if place else "nothing"
+            actual = f"{place[1] or 'the block itself'} of width {place[2]} in block {place[0]}" if place else "nothing"
             raise PlanError(
                 f"the plan's entry {entry} is block {planned.block}, {planned.path}, width {planned.width}; "
-                f"the model has {there} there."
+                f"the model has {actual} in its place."
             )
     if len(places) != len(plan.blocks):
         raise PlanError(f"the plan has {len(plan.blocks)} feed-forwards; the model has {len(places)}.")
-    for index, entries in _by_block(plan).items():
+    for index, entries in plan.by_block().items():
         for group in decoder.groups(index):
-            mine = [entries.pop(0) for module in group.modules for _ in module.paths]
-            if len({Fraction(len(entry.kept), entry.width) for entry in mine}) > 1:
+            members = [entries.pop(0) for module in group.modules for _ in module.paths]
+            if len({Fraction(len(entry.kept), entry.width) for entry in members}) > 1:
                 raise PlanError(
-                    f"the plan keeps different shares of {mine[0].path} and others in block {index}, whose width is one "
-                    f"value, {group.key}."
+                    f"the plan keeps different shares of {members[0].path} and others in block {index}, whose widths are "
+                    f"set by one value, {group.key}."
                 )
     _check_buildable(decoder, plan)
 
 
 def _check_buildable(decoder: Decoder, plan: PruningPlan) -> None:
-    """Refuse widths that Transformers could not build or run."""
+    """Refuse widths that Transformers cannot build or run."""
     model = decoder.model
     if not model._no_split_modules and len(set(plan.widths)) > 1:
         raise PlanError(
@@ -65,12 +72,12 @@ def _check_buildable(decoder: Decoder, plan: PruningPlan) -> None:
     if odd:
         raise PlanError(
             f"the plan leaves {len(odd[0].kept)} channels in {odd[0].path} of block {odd[0].block}; the products of experts "
-            f"need multiples of {step} in {str(model.dtype).removeprefix('torch.')}. Use a --round-to that is one."
+            f"need multiples of {step} in {str(model.dtype).removeprefix('torch.')}. Use a multiple of {step} as --round-to."
         )
 
 
 def expert_step(decoder: Decoder) -> int:
-    """What widths have to be multiples of: rows of experts' matrices start at multiples of 16 bytes (grouped_mm)."""
+    """Return the number that widths must be multiples of: rows of experts start at multiples of 16 bytes (grouped_mm)."""
     mixed = any(
         isinstance(module, ExpertFeedForwards)
         for index in range(len(decoder.blocks))
@@ -79,40 +86,8 @@ def expert_step(decoder: Decoder) -> int:
     return max(1, 16 // decoder.model.dtype.itemsize) if mixed else 1
 
 
-def _by_block(plan: PruningPlan) -> dict[int, list[BlockPlan]]:
-    """The entries of every block."""
-    entries: dict[int, list[BlockPlan]] = {}
-    for entry in plan.blocks:
-        entries.setdefault(entry.block, []).append(entry)
-    return entries
-
-
-def apply_plan(
-    decoder: Decoder, plan: PruningPlan, compensate: Compensate, advance: Callable[[int], None] = lambda index: None
-) -> None:
-    """Cut every block to its kept channels and write what ``compensate(block, kept)`` answers, block by block.
-
-    ``advance(block)`` is called while the block is still resident and is what it will be.
-
-    Raises:
-        PlanError: the plan is for a model of other shapes; nothing is changed.
-    """
-    check_fits(decoder, plan)
-    lacking = _lacking_biases(decoder)
-    for index, entries in _by_block(plan).items():
-        with decoder.loaded(index):
-            if any(len(entry.kept) < entry.width for entry in entries):
-                kept = [torch.tensor(entry.kept) for entry in entries]  # (K,) each
-                updates = compensate(index, kept)
-                cut_block(decoder, index, kept)
-                apply_updates(decoder, index, updates)
-            advance(index)
-    _align_biases(decoder, lacking)
-    describe_widths(decoder)
-
-
 def drop_attention(decoder: Decoder, blocks: Sequence[int]) -> None:
-    """Take the attention out of some blocks, and say so in the configuration."""
+    """Remove the attention of some blocks and list them in the configuration."""
     path = decoder.architecture.attention
     if not blocks or path is None:
         return
@@ -123,27 +98,31 @@ def drop_attention(decoder: Decoder, blocks: Sequence[int]) -> None:
 
 @contextmanager
 def without_attention(decoder: Decoder, blocks: Sequence[int]) -> Generator[None]:
-    """While open, some blocks do without their attention."""
+    """Run without the attention of some blocks while the context is open.
+
+    Raises:
+        ModelError: the family cannot run without its attention.
+    """
     path = decoder.architecture.attention
     if path is None:
         raise ModelError(f"the attention of {decoder.architecture.family} models cannot be dropped.")
-    own = {block: decoder.blocks[block].get_submodule(path) for block in blocks}
+    attentions = {block: decoder.blocks[block].get_submodule(path) for block in blocks}
     try:
         for block in blocks:
             decoder.blocks[block].set_submodule(path, ZeroResidual())
         yield
     finally:
-        for block, attention in own.items():
+        for block, attention in attentions.items():
             decoder.blocks[block].set_submodule(path, attention)
 
 
 def dropped_attention(config: PreTrainedConfig) -> list[int]:
-    """Blocks without attention."""
+    """Return the blocks without attention."""
     return list((config.to_dict().get("dropped_attention") or {}).get("blocks", ()))
 
 
 def added_biases(config: PreTrainedConfig) -> list[str]:
-    """Dotted paths, inside a block, of the projections that were given a bias their family lacks."""
+    """Return the dotted paths, inside a block, of projections with a bias that their family lacks."""
     return list(config.to_dict().get("added_biases") or ())
 
 
@@ -153,28 +132,27 @@ def cut_block(decoder: Decoder, index: int, kept: Sequence[Tensor]) -> None:
     remaining = list(kept)
     for group in decoder.groups(index):
         for module in group.modules:
-            mine, width = remaining[: len(module.paths)], module.width
+            channels, width = remaining[: len(module.paths)], module.width
             del remaining[: len(module.paths)]
             if isinstance(module, DenseFeedForward):
-                _cut_single(module, mine[0])
+                _cut_dense(module, channels[0])
             elif isinstance(module, ExpertFeedForwards):
-                _cut_experts(module, mine)
-            set_width_attributes(module.module, width, len(mine[0]))
+                _cut_experts(module, channels)
+            set_width_attributes(module.module, width, len(channels[0]))
 
 
-def _cut_single(module: DenseFeedForward, kept: Tensor) -> None:
+def _cut_dense(module: DenseFeedForward, kept: Tensor) -> None:
     layout, width = module.layout, module.width
     for name, projection in module.projections.items():
-        where = kept.to(projection.weight.device)
+        rows = kept.to(projection.weight.device)
         if name == layout.down:
-            narrow = matrix(projection)[:, where]  # (D, K)
+            weight = matrix(projection)[:, rows]  # (D, K)
         else:
-            where = torch.cat([where, where + width]) if layout.fused else where  # [gate; up], or one of them
-            narrow = matrix(projection)[where]  # (K or 2K, D)
+            rows = torch.cat([rows, rows + width]) if layout.fused else rows  # [gate; up], or one of them
+            weight = matrix(projection)[rows]  # (K or 2K, D)
             if projection.bias is not None:
-                projection.bias = _parameter(projection.bias[where], projection.bias)  # (K or 2K,)
-        stored = narrow.mT if isinstance(projection, Conv1D) else narrow
-        projection.weight = _parameter(stored, projection.weight)
+                projection.bias = _parameter(projection.bias[rows], projection.bias)  # (K or 2K,)
+        projection.weight = _parameter(weight.mT if isinstance(projection, Conv1D) else weight, projection.weight)
         if isinstance(projection, Conv1D):
             projection.nx, projection.nf = projection.weight.shape
         else:
@@ -184,32 +162,30 @@ def _cut_single(module: DenseFeedForward, kept: Tensor) -> None:
 def _cut_experts(experts: ExpertFeedForwards, kept: Sequence[Tensor]) -> None:
     layout, width, module = experts.layout, experts.width, experts.module
     down = module.get_parameter(layout.down)
-    where = torch.stack(list(kept)).to(down.device)  # (E, K)
-    rows = where
+    channels = torch.stack(list(kept)).to(down.device)  # (E, K)
+    rows = channels
     if layout.fused:
-        rows = (
-            torch.cat([where, where + width], 1) if experts.concatenated else torch.stack([2 * where, 2 * where + 1], 2)
-        ).flatten(1)  # (E, 2K)
+        pairs = (channels, channels + width) if experts.concatenated else (2 * channels, 2 * channels + 1)
+        rows = torch.cat(pairs, 1) if experts.concatenated else torch.stack(pairs, 2).flatten(1)  # (E, 2K)
     up_axis, down_axis = (1, 0) if experts.transposed else (0, 1)  # of one expert's matrix
-    setattr(module, layout.up, _taken(module.get_parameter(layout.up), rows, up_axis))
+    setattr(module, layout.up, _select(module.get_parameter(layout.up), rows, up_axis))
     if experts.biased:
         name = f"{layout.up}_bias"
-        setattr(module, name, _taken(module.get_parameter(name), rows, 0))
-    setattr(module, layout.down, _taken(down, where, down_axis))
+        setattr(module, name, _select(module.get_parameter(name), rows, 0))
+    setattr(module, layout.down, _select(down, channels, down_axis))
 
 
-def _taken(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
-    """The entries ``index (E, K)`` of every expert along ``axis`` of its own part of ``parameter (E, ...)``."""
-    return _parameter(
-        torch.stack([one.index_select(axis, mine) for one, mine in zip(parameter, index, strict=True)]), parameter
-    )
+def _select(parameter: nn.Parameter, indices: Tensor, axis: int) -> nn.Parameter:
+    """Select ``indices (E, K)`` of every expert along ``axis`` of its own part of ``parameter (E, ...)``."""
+    selected = [expert.index_select(axis, index) for expert, index in zip(parameter, indices, strict=True)]
+    return _parameter(torch.stack(selected), parameter)
 
 
 _WIDTH_ATTRIBUTES = ("intermediate_size", "ffn_dim", "hidden_dim", "expert_dim", "intermediate_dim", "ffn_hidden_size")
 
 
 def set_width_attributes(module: nn.Module, width: int, kept: int) -> None:
-    """Where a module keeps its width as an attribute, that changes too."""
+    """Replace ``width`` by ``kept`` in the attributes that a module keeps its width in."""
     for name in _WIDTH_ATTRIBUTES:
         if module.__dict__.get(name) == width:
             setattr(module, name, kept)
@@ -217,93 +193,86 @@ def set_width_attributes(module: nn.Module, width: int, kept: int) -> None:
 
 @torch.no_grad()
 def apply_updates(decoder: Decoder, index: int, updates: Sequence[Update]) -> None:
-    """Write a compensator's changes into block ``index``, which is cut already, in the model's dtype."""
+    """Write a compensator's changes into block ``index`` after its cut, in the model's dtype.
+
+    Raises:
+        ConfigError: a change gives experts a bias that they lack.
+    """
     remaining = list(updates)
     for group in decoder.groups(index):
         for module in group.modules:
             for member in range(len(module.paths)):
-                _write(module, member, remaining.pop(0))
+                _apply_update(module, member, remaining.pop(0))
 
 
-def _write(module: FeedForwardModule, member: int, update: Update) -> None:
+def _apply_update(module: FeedForwardModule, member: int, update: Update) -> None:
     for name in ("down", "down_bias", "up", "gate", "up_bias", "gate_bias"):
         value: Tensor | None = getattr(update, name)
         if value is None:
             continue
         if module.weights(member).get(name) is None:
-            _give_bias(module, name)
-        view = module.weights(member)[name]
-        assert view is not None, "biases were added, and the host checked that there is a gate"
-        view.copy_(value)
+            _add_bias(module, name)
+        weight = module.weights(member)[name]
+        assert weight is not None, "the bias exists by now, and the host checked that there is a gate"
+        weight.copy_(value)
 
 
-def _give_bias(module: FeedForwardModule, name: str) -> None:
-    """Give a projection the bias ``name`` that its family lacks, of zeros."""
+def _add_bias(module: FeedForwardModule, name: str) -> None:
+    """Add the bias ``name`` of zeros to a projection whose family lacks it."""
     if not isinstance(module, DenseFeedForward):
-        raise ConfigError(
-            f"{module.layout.path}: these experts have no biases and cannot be given any; choose a compensator without."
-        )
+        raise ConfigError(f"{module.layout.path}: these experts have no biases; choose a compensator that adds none.")
     projection = module.projections[_projection_of(module, name)]
     projection.bias = nn.Parameter(torch.zeros_like(matrix(projection)[:, 0]))  # (out,)
 
 
 def _projection_of(module: FeedForwardModule, name: str) -> str:
-    """The attribute of the projection that a bias called as in ``Update`` belongs to."""
+    """Return the attribute of the projection that a bias, named as in ``Update``, belongs to."""
     attribute = {"down_bias": module.layout.down, "up_bias": module.layout.up}.get(name, module.layout.gate)
     assert attribute is not None, "a feed-forward without a gate has no gate bias"
     return attribute
 
 
-def _lacking_biases(decoder: Decoder) -> set[tuple[str, str]]:
-    """Path and attribute of every projection without a bias."""
-    return {
-        (module.layout.path, name)
-        for index in range(len(decoder.blocks))
-        for module in decoder.feed_forward_modules(index)
-        if isinstance(module, DenseFeedForward)
-        for name, projection in module.projections.items()
-        if projection.bias is None
-    }
+def projections_without_bias(decoder: Decoder) -> set[tuple[str, str]]:
+    """Return path and attribute of every projection that lacks a bias in some block."""
+    return {place for place, projection in _dense_projections(decoder) if projection.bias is None}
 
 
-def _align_biases(decoder: Decoder, lacking: set[tuple[str, str]]) -> None:
-    """Where a compensator gave some block a bias the family lacks, give a zero one to the others, and say so.
+def align_biases(decoder: Decoder, without_bias: set[tuple[str, str]]) -> None:
+    """Give all blocks a zero bias where a compensator added one in some block, and list it in the configuration.
 
     A configuration describes one setting for all blocks: either all of them have the bias or none.
     """
+    with_bias = {place for place, projection in _dense_projections(decoder) if projection.bias is not None}
     added = added_biases(decoder.config)
-    for path, name in sorted(lacking - _lacking_everywhere(decoder, lacking)):
-        for index in range(len(decoder.blocks)):
-            for module in decoder.feed_forward_modules(index):
-                if isinstance(module, DenseFeedForward) and module.layout.path == path:
-                    projection = module.projections[name]
-                    if projection.bias is None:
-                        rows = matrix(projection)[:, 0]  # (out,), perhaps of a block that is not resident
-                        device = "cpu" if rows.is_meta else rows.device
-                        projection.bias = nn.Parameter(torch.zeros_like(rows, device=device))
-        added.append(f"{path}.{name}".removeprefix("."))
+    for place in sorted(without_bias & with_bias):
+        for _, projection in (entry for entry in _dense_projections(decoder) if entry[0] == place):
+            if projection.bias is None:
+                rows = matrix(projection)[:, 0]  # (out,), on the meta device in a block that is not loaded
+                device = "cpu" if rows.is_meta else rows.device
+                projection.bias = nn.Parameter(torch.zeros_like(rows, device=device))
+        added.append(".".join(place).removeprefix("."))
     if added:
         decoder.config.added_biases = added
 
 
-def _lacking_everywhere(decoder: Decoder, lacking: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    there = {
-        (module.layout.path, name)
-        for index in range(len(decoder.blocks))
-        for module in decoder.feed_forward_modules(index)
-        if isinstance(module, DenseFeedForward)
-        for name, projection in module.projections.items()
-        if projection.bias is not None
-    }
-    return lacking - there
+def _dense_projections(decoder: Decoder) -> Iterator[tuple[tuple[str, str], Projection]]:
+    """Yield path and attribute of every projection outside mixtures, and the projection, block by block."""
+    for index in range(len(decoder.blocks)):
+        for module in decoder.feed_forward_modules(index):
+            if isinstance(module, DenseFeedForward):
+                for name, projection in module.projections.items():
+                    yield (module.layout.path, name), projection
 
 
 def describe_widths(decoder: Decoder) -> None:
-    """Write the widths the modules have into the configuration.
+    """Write the widths of the modules into the configuration.
 
-    Equal widths make an ordinary configuration. Else the global values stay what they were and every block that differs
-    from them is listed, so that a program that cannot read the list fails loudly. The same is done where biases were
-    added or attention dropped: else such a checkpoint would load as something else and nobody would be told.
+    Equal widths give an ordinary configuration. Else the global values stay and every block's widths are listed, so
+    that a program that cannot read the list fails loudly. The list is also written where biases were added or attention
+    was dropped, since the checkpoint would otherwise load, silently, as another model.
+
+    Raises:
+        ConfigError: attention was dropped but no width changed.
     """
     config = decoder.config
     blocks = [{group.key: group.width for group in decoder.groups(index)} for index in range(len(decoder.blocks))]
@@ -312,17 +281,17 @@ def describe_widths(decoder: Decoder) -> None:
         for key, width in block.items():
             widths.setdefault(key, set()).add(width)
     config.per_layer_config = None
-    own = config.to_dict()
+    values = config.to_dict()
     special = added_biases(config) or dropped_attention(config)
-    if special and all(found == {own[key]} for key, found in widths.items()):
+    if special and all(distinct == {values[key]} for key, distinct in widths.items()):
         raise ConfigError(
-            "a model without some attention needs a narrower feed-forward too, or nothing tells it apart."
+            "a model that loses attention needs a narrower feed-forward too, or a loader could not distinguish it."
         )
-    lists = [key for key in widths if isinstance(own[key], list)]
-    if lists:  # Gemma 3n has a width per block of its own accord
-        for key in lists:
+    listed = [key for key in widths if isinstance(values[key], list)]
+    if listed:  # Gemma 3n's own configuration has a width for each block
+        for key in listed:
             setattr(config, key, [block[key] for block in blocks])
-    elif all(len(found) == 1 for found in widths.values()) and not special:
+    elif all(len(distinct) == 1 for distinct in widths.values()) and not special:
         for key, (width,) in widths.items():
             setattr(config, key, width)
     else:

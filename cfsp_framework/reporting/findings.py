@@ -12,7 +12,7 @@ from cfsp_framework.pruning import surgery
 from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, DOWN_INPUT_SQUARES, MAE_DISTANCE, MSE_DISTANCE
 
 if TYPE_CHECKING:
-    from cfsp_framework.engine.collect import FeedForwardMeasurement
+    from cfsp_framework.engine.measurements import FeedForwardMeasurement
     from cfsp_framework.run.context import RunContext
 
 _ENOUGH_TOKENS = 10

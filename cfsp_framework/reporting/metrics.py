@@ -22,7 +22,7 @@ from cfsp_framework.api.records import (
 )
 
 if TYPE_CHECKING:
-    from cfsp_framework.engine.collect import FeedForwardMeasurement
+    from cfsp_framework.engine.measurements import FeedForwardMeasurement
 
 
 def describe_training(found: RecoveryReport) -> str:

@@ -1,4 +1,4 @@
-"""Under which name finished work is filed: hashes of all that decides it, so that nothing stale is used again."""
+"""Compute the keys of cached work: hashes of everything that decides it, so that nothing stale is reused."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ from cfsp_framework.run.context import RunContext
 
 
 def collection_key(context: RunContext) -> str:
-    """A hash of all that decides what a block measures and scores; the ratio is not among it."""
+    """Hash everything that decides a block's measurements and scores; the ratio does not."""
     selection, windows = context.selection, context.windows_to_select
-    told = {
+    parts = {
         "model": context.loaded.fingerprint,
         "windows": fingerprint_of(windows),
         "criterion": identity_of(selection.criterion),
-        "collectors": [identity_of(chosen) for chosen in selection.collectors],
+        "collectors": [identity_of(collector) for collector in selection.collectors],
         "curve": curve_of(selection.allocator),
         "dropped_attention": surgery.dropped_attention(context.decoder.config),
         "versions": versions(selection),
         "numerics": numerics(context),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def numerics(context: RunContext) -> list[object]:
-    """What may change the last digits."""
+    """Return what may change the last digits of a result."""
     model, config = context.decoder.model, context.config
     forward_options = [config.calibration.batch_size, sorted(context.forward_options.skip), context.ranks.world]
     return [config.run.seed, *forward_options, str(model.dtype), context.decoder.device.type]
 
 
 def second_pass_key(context: RunContext, plan: PruningPlan) -> str:
-    """A hash of all that decides what the second pass answers."""
+    """Hash everything that decides the updates of the second pass."""
     windows = context.windows_to_compensate
-    told = {
+    parts = {
         "plan": plan.model_dump(mode="json", exclude={"components", "versions"}),
         "components": context.selection.describe(),
         "versions": versions(context.selection),
         "windows": fingerprint_of(windows),
         "compensator": identity_of(context.selection.compensator),
-        "collectors": [identity_of(chosen) for chosen in context.selection.second_pass],
+        "collectors": [identity_of(collector) for collector in context.selection.second_pass],
         "numerics": numerics(context),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def versions(selection: Selection) -> dict[str, str]:
-    """Of Python, the libraries that compute, and every distribution a component comes from."""
+    """Return the versions of Python, the computing libraries and every distribution a component comes from."""
     return {**library_versions(), **selection.distributions()}
 
 
 @cache
 def library_versions() -> Mapping[str, str]:
-    """Of Python and the libraries that compute."""
+    """Return the versions of Python and the computing libraries."""
     libraries = {name: importlib.metadata.version(name) for name in ("cfsp-framework", "torch", "transformers")}
     return MappingProxyType({"python": platform.python_version(), **libraries})
 
 
 def fingerprint_of(windows: Tensor | None) -> str | None:
-    """A hash of windows ``(N, T)``, where there are some."""
+    """Hash windows ``(N, T)``; None stays None."""
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest() if windows is not None else None

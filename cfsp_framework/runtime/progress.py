@@ -47,7 +47,7 @@ class Progress:
         self.notify(PhaseFinished(name, seconds))
 
     @contextmanager
-    def failure_told(self) -> Generator[None]:
+    def report_failure(self) -> Generator[None]:
         """Tell the observers of whatever ends the run."""
         try:
             yield

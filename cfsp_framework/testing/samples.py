@@ -119,10 +119,18 @@ class Sample:
         try:
             tallies = BlockCollectors(chosen, [self.feed_forward.path])
             batch = Batch(self.before, (), tuple(range(len(self.before))), None)
-            tallies.hear_block(batch, self.after)
+            tallies.add_block(batch, self.after)
             sites = sorted({one.component.site for one in chosen} - {Site.BLOCK}, key=lambda site: site.value)
-            rows = {site: [part.flatten(0, 1) for part in self.heard(site)] for site in sites}
-            tallies.hear(0, [(site, inputs, outputs, None) for site, (inputs, outputs) in rows.items()], batch)
+            inputs_and_outputs = [self.heard(site) for site in sites]
+            tallies.add_feed_forward(
+                0,
+                [
+                    (site, i.flatten(0, 1), o.flatten(0, 1))
+                    for site, (i, o) in zip(sites, inputs_and_outputs, strict=True)
+                ],
+                None,
+                batch,
+            )
             return tallies.values(self.feed_forward.block)[0]
         except CfspError as error:
             raise ContractError(f"A statistic it requires cannot be measured: {error}") from error

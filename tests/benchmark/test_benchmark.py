@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp_framework import RunConfig
-from cfsp_framework.api.data import Update
 from cfsp_framework.benchmark import timing
 from cfsp_framework.benchmark.benchmark import race, short_names
 from cfsp_framework.benchmark.candidates import Contestant, Cuts, cut_in_memory, open_contestant, random_model
@@ -26,7 +25,7 @@ from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.pruning import surgery
+from cfsp_framework.pruning.cut import cut_model
 
 MakeModel = Callable[..., Path]
 PLUGINS = load_plugins()
@@ -160,7 +159,7 @@ def narrow(
 ) -> Path:  # fmt: skip
     """A checkpoint whose blocks differ in width."""
     loaded, decoder = open_tiny(make_model("llama"))
-    surgery.apply_plan(decoder, make_plan(decoder, [24, 40, 64]), lambda index, kept: [Update() for _ in kept])
+    cut_model(decoder, make_plan(decoder, [24, 40, 64]))
     folder = tmp_path_factory.mktemp("narrow") / "narrow"
     save_model(decoder, loaded, folder)
     return folder

@@ -33,7 +33,7 @@ from cfsp_framework.ablation.grid import expand
 from cfsp_framework.ablation.measurements import Collection, CollectionFolder, want
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.pipeline import evaluate, make_plan
+from cfsp_framework.run.steps import evaluate, make_plan
 
 CRITERIA = "cfsp,cfsp:variant=act,wanda-sp,wanda-l2,flap,variance-weighted,magnitude,random"
 ALLOCATORS = "cfsp,uniform,owl,global-zscore"

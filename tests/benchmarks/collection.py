@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-from cfsp_framework import pipeline
 from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.engine.replay import tokens_per_batch
 from cfsp_framework.modeling.decoder import Decoder
+from cfsp_framework.run import steps
 from cfsp_framework.run.context import RunContext, sequence_length, set_up
 from cfsp_framework.runtime.progress import Progress
 
@@ -52,8 +52,8 @@ def run(context: RunContext) -> float:
 
 def run_in_place(context: RunContext) -> None:
     """Collect, plan and cut the model itself."""
-    measurements = pipeline.measure(context)
-    pipeline.cut(context, pipeline.make_plan(context, measurements), measurements, folder=Path())  # nothing is written
+    measurements = steps.measure(context)
+    steps.cut(context, steps.make_plan(context, measurements), measurements, folder=Path())  # nothing is written
 
 
 def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:

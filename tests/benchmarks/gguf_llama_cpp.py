@@ -30,8 +30,10 @@ from cfsp_framework.export.export import Exported, export_gguf
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.decoder import open_decoder
 from cfsp_framework.modeling.loading import load_model, open_model, quiet
-from cfsp_framework.pruning.surgery import apply_plan, drop_attention
+from cfsp_framework.pruning.cut import cut_model
+from cfsp_framework.pruning.surgery import drop_attention
 from cfsp_framework.runtime.atomic_files import staged_folder
+from helpers.compensation import GivenUpdates
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import families
@@ -168,7 +170,7 @@ def write_tiny(case: Case, place: Path) -> Path:
     decoder = open_decoder(loaded.model, load_plugins())
     plan = families.plan_of(decoder, case.kept)
     drop_attention(decoder, case.dropped)
-    apply_plan(decoder, plan, families.add_biases(decoder, case.biases))
+    cut_model(decoder, plan, GivenUpdates(families.add_biases(decoder, case.biases)))
     with staged_folder(pruned) as folder:
         save_model(decoder, loaded, folder)
     return pruned

@@ -26,17 +26,18 @@ from typing import Any
 import torch
 import yaml
 
-from cfsp_framework import pipeline
 from cfsp_framework.api.components import Criterion
 from cfsp_framework.config import RunConfig
-from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
+from cfsp_framework.engine.collect import collect
+from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.evaluation.perplexity import perplexity
 from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.host.selection import Selection, select
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.size import measure_size
-from cfsp_framework.pipeline import CRITERION
+from cfsp_framework.run import steps
 from cfsp_framework.run.context import RunContext, set_up
+from cfsp_framework.run.steps import CRITERION
 from cfsp_framework.runtime.progress import Progress
 
 Row = Mapping[str, str]
@@ -116,8 +117,8 @@ def run_cell(
     context = replace(context, config=config, selection=selection, decoder=decoder, progress=Progress())
     held = forget_peak()
     start = time.perf_counter()
-    plan = pipeline.make_plan(context, measurements)
-    updates = pipeline.cut(context, plan, measurements, folder=Path()).updates  # nothing is written
+    plan = steps.make_plan(context, measurements)
+    updates = steps.cut(context, plan, measurements, folder=Path()).updates  # nothing is written
     seconds = time.perf_counter() - start
     peak = status("VmHWM") - held
     refused = [block for (block, _), update in updates.items() if update.error is not None and update.down is None]

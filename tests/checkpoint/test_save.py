@@ -25,8 +25,10 @@ from cfsp_framework.checkpoint.save import PLAN_FILE, REPORT_FILE, save_model
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import LoadedModel
-from cfsp_framework.pruning.surgery import added_biases, apply_plan, drop_attention, dropped_attention
+from cfsp_framework.pruning.cut import cut_model
+from cfsp_framework.pruning.surgery import added_biases, drop_attention, dropped_attention
 from cfsp_framework.runtime.atomic_files import staged_folder
+from helpers.compensation import GivenUpdates
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]
 MakePlan = Callable[..., PruningPlan]
@@ -164,7 +166,7 @@ def checkpoints(
     for name, case in CASES.items():
         loaded, decoder = open_tiny(make_model(case.model, **case.settings))
         drop_attention(decoder, case.dropped)
-        apply_plan(decoder, make_plan(decoder, case.widths), add_biases(decoder, case.biases))
+        cut_model(decoder, make_plan(decoder, case.widths), GivenUpdates(add_biases(decoder, case.biases)))
         write(loaded, decoder, place / name, max_shard_size=case.max_shard_size)
     return {name: place / name for name in CASES}
 
@@ -293,7 +295,7 @@ def test_padding_gives_the_same_as_in_memory(
     checkpoints: dict[str, Path], make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model("gemma2"))
-    apply_plan(decoder, make_plan(decoder, CASES["gemma2"].widths), add_biases(decoder, ()))
+    cut_model(decoder, make_plan(decoder, CASES["gemma2"].widths), GivenUpdates(add_biases(decoder, ())))
     mask = torch.ones_like(IDS)
     mask[0, :9] = 0
     with torch.no_grad():
@@ -322,7 +324,7 @@ def test_a_model_of_its_own_code_cannot_get_different_widths(
     tmp_path: Path,
 ) -> None:
     loaded, decoder = open_tiny(make_model("llama"))
-    apply_plan(decoder, make_plan(decoder, (40, 24, 64)), add_biases(decoder, ()))
+    cut_model(decoder, make_plan(decoder, (40, 24, 64)), GivenUpdates(add_biases(decoder, ())))
     for cls in type(decoder.model).__mro__:
         if cls.__module__.startswith("transformers.models."):
             monkeypatch.setattr(cls, "__module__", "transformers_modules.somebody.modeling_own")

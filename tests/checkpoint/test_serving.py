@@ -30,10 +30,11 @@ from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.decoder import open_decoder
 from cfsp_framework.modeling.loading import load_model
 from cfsp_framework.pipeline import plan_only, prune
+from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.pruning.planning import check_shared, round_widths, width_step
-from cfsp_framework.pruning.surgery import apply_plan
 from cfsp_framework.runtime.atomic_files import staged_folder
 from helpers import families
+from helpers.compensation import GivenUpdates
 
 WIDTHS = (48, 40, 56)
 FAMILIES = ("llama", "qwen2", "mistral", "phi3")
@@ -139,7 +140,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[.
     for name in FAMILIES:
         loaded = load_model(RunConfig.build(model=str(make_model(name)), device="cpu"))
         decoder = open_decoder(loaded.model, load_plugins())
-        apply_plan(decoder, families.plan_of(decoder, WIDTHS), families.add_biases(decoder, ()))
+        cut_model(decoder, families.plan_of(decoder, WIDTHS), GivenUpdates(families.add_biases(decoder, ())))
         made[name] = tmp_path_factory.mktemp("serving") / name
         with staged_folder(made[name]) as folder:
             save_model(decoder, loaded, folder)

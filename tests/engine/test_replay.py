@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cfsp_framework import Accumulator, BlockStatistics, Collector, Criterion, RunConfig, Site, Statistic
-from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
+from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import measure_block
+from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import ForwardOptions, embed, run_block
 from cfsp_framework.errors import PluginError
 from cfsp_framework.host.manager import load_plugins

@@ -28,7 +28,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cfsp_framework import Criterion, RunConfig, Update
 from cfsp_framework.engine.cache import MeasurementCache
-from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
+from cfsp_framework.engine.collect import collect
+from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import Batch, ForwardOptions
 from cfsp_framework.errors import OutputError
 from cfsp_framework.host.manager import load_plugins
@@ -37,7 +38,7 @@ from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.pruning import compensation
-from cfsp_framework.pruning.compensation import FinishedBlocks
+from cfsp_framework.pruning.compensation import UpdateCache
 from cfsp_framework.runtime.atomic_files import save_aside, staged_folder
 from cfsp_framework.runtime.progress import Progress
 
@@ -62,7 +63,8 @@ from pathlib import Path
 from cfsp_framework import pipeline
 from cfsp_framework.runtime import atomic_files as files
 from cfsp_framework.pruning import compensation
-from cfsp_framework.pruning import surgery
+from cfsp_framework.pruning import cut
+from cfsp_framework.run import steps
 from cfsp_framework.modeling import streaming
 from cfsp_framework.engine import cache as resume
 from cfsp_framework.engine import collect
@@ -97,19 +99,19 @@ def around_writing(owner, attribute, name=None):
         moment(f"{called}, after")
     setattr(owner, attribute, wrapped)
 
-resume.MeasurementCache._worth_it = lambda *_: True
+resume.MeasurementCache._is_cheap = lambda *_: True
 around(collect, "measure_block", "measuring")
 around(collect, "embed", "embedding")
 around_writing(safetensors.torch, "save_file")  # what --resume keeps
 around(os, "replace", "replacing")
 around(compensation, "measure_block", "measuring again")
 around(compensation, "compensate", "compensating")
-around(surgery, "cut_block", "cutting")
+around(cut, "cut_block", "cutting")
 around_writing(streaming, "save_file", "shard")
 around_writing(transformers.modeling_utils, "safe_save_file", "weights")
 around(pipeline, "save_model", "saving")
 around(pipeline, "verify", "verifying")
-around(pipeline, "perplexity", "evaluating")
+around(steps, "perplexity", "evaluating")
 around(pipeline, "write_report", "reporting")
 around(Path, "rename", "renaming")
 
@@ -452,7 +454,7 @@ class Collection:
             forward_options=ForwardOptions(batch_size=2),
             seed=0,
             progress=Progress(),
-            finished=finished,
+            cache=finished,
         )
 
     @property
@@ -802,7 +804,7 @@ def test_what_decides_compensation_finds_no_answers_when_it_changes(
 
 
 def test_answers_that_are_not_whole_are_asked_for_again(tmp_path: Path) -> None:
-    kept = FinishedBlocks(tmp_path, "key")
+    kept = UpdateCache(tmp_path, "key")
     kept.store(0, [Update(down=torch.ones(3, 4), error=0.5, error_plain=1.0), Update()])
     found = kept.load(0, 2)
     assert found is not None
@@ -868,7 +870,7 @@ def test_a_first_writing_is_judged_by_a_guess_and_the_next_by_the_last(
 
     def worth(after: float) -> bool:
         clock.now += after
-        return kept._worth_it(batches)
+        return kept._is_cheap(batches)
 
     assert [worth(after) for after in (0.0, 3.9, 0.2)] == [False, False, True]
     kept._cost = 10.0  # as if the disk were slow

@@ -17,12 +17,11 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.api.data import Update
 from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, DataError
 from cfsp_framework.modeling.loading import LoadedModel
-from cfsp_framework.pruning import surgery
+from cfsp_framework.pruning.cut import cut_model
 
 pytest.importorskip("lm_eval")
 from cfsp_framework.evaluation import tasks
@@ -78,7 +77,7 @@ def narrow(
 ) -> tuple[LoadedModel, Path]:
     """A model whose blocks differ in width, and the checkpoint of it."""
     loaded, decoder = open_tiny(make_model("llama", max_position_embeddings=256))
-    surgery.apply_plan(decoder, make_plan(decoder, [24, 40, 64]), lambda index, kept: [Update() for _ in kept])
+    cut_model(decoder, make_plan(decoder, [24, 40, 64]))
     folder = tmp_path_factory.mktemp("narrow") / "checkpoint"
     save_model(decoder, loaded, folder)
     return loaded, folder

@@ -24,9 +24,11 @@ from cfsp_framework.export.padded import _longer
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.loading import load_model, open_model
-from cfsp_framework.pruning.surgery import apply_plan, drop_attention
+from cfsp_framework.pruning.cut import cut_model
+from cfsp_framework.pruning.surgery import drop_attention
 from cfsp_framework.runtime.atomic_files import staged_folder
 from helpers import families
+from helpers.compensation import GivenUpdates
 from helpers.families import FAMILIES, IDS, PRUNED, Reader, agree, digest
 
 PLUGINS = load_plugins()
@@ -59,7 +61,7 @@ def cut(
     decoder = open_decoder(loaded.model, PLUGINS)
     planned = plan(decoder)
     drop_attention(decoder, dropped)
-    apply_plan(decoder, planned, families.add_biases(decoder, biases))
+    cut_model(decoder, planned, GivenUpdates(families.add_biases(decoder, biases)))
     with staged_folder(place / "pruned") as folder:
         save_model(decoder, loaded, folder)
         (folder / PLAN_FILE).write_text(planned.to_json())

@@ -40,9 +40,11 @@ from cfsp_framework.export.gguf_tokenizer import (
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.decoder import open_decoder
 from cfsp_framework.modeling.loading import load_model
-from cfsp_framework.pruning.surgery import apply_plan, drop_attention
+from cfsp_framework.pruning.cut import cut_model
+from cfsp_framework.pruning.surgery import drop_attention
 from cfsp_framework.runtime.atomic_files import staged_folder
 from helpers import families
+from helpers.compensation import GivenUpdates
 
 PLUGINS = load_plugins()
 WIDTHS = (48, 40, 56)
@@ -73,7 +75,7 @@ def write(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Pa
         decoder = open_decoder(loaded.model, PLUGINS)
         plan = families.plan_of(decoder, widths)
         drop_attention(decoder, dropped)
-        apply_plan(decoder, plan, families.add_biases(decoder, biases))
+        cut_model(decoder, plan, GivenUpdates(families.add_biases(decoder, biases)))
         pruned = tmp_path_factory.mktemp("gguf") / "pruned"
         with staged_folder(pruned) as folder:
             save_model(decoder, loaded, folder, max_shard_size="40KB")

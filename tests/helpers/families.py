@@ -43,7 +43,7 @@ from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedForwards, FeedForwardModule
 from cfsp_framework.modeling.loading import load_model, open_model, quiet
 from cfsp_framework.pipeline import prune
-from cfsp_framework.pruning.surgery import apply_plan
+from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.recovery.lora import add_adapters, merge, open_adapted, save_adapter
 from cfsp_framework.recovery.targets import adapted, trainable_blocks
 from cfsp_plugins.recovery import unit_of_rank
@@ -618,7 +618,7 @@ class Examination:
     def cut(self) -> tuple[float, float]:
         """How far the logits of a cut model are from those of a masked one, and from those of the dense one."""
         cut, masked, plan = self.open(), self.open(), random_plan(self.dense)
-        apply_plan(cut, plan, _unchanged)
+        cut_model(cut, plan)
         mask(masked, plan)
         found = logits_of(cut)
         return relative(found, logits_of(masked)), relative(found, logits_of(self.dense))
@@ -652,14 +652,14 @@ class Examination:
     def adapters(self) -> AdapterCheck:
         """What comes of adapters on the cut model."""
         decoder, plan = self.open(), random_plan(self.dense)
-        apply_plan(decoder, plan, _unchanged)
+        cut_model(decoder, plan)
         return check_adapters(decoder, plan, self.place / "adapter")
 
     @cached_property
     def expected(self) -> dict[str, Any]:
         """What the dense model computes once it is cut by the run's plan in memory."""
         decoder = self.open()
-        apply_plan(decoder, self.memory.plan, _unchanged)
+        cut_model(decoder, self.memory.plan)
         return digest(decoder.model, IDS)
 
     @cached_property

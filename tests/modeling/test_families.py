@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cfsp_framework import BlockStatistics, FeedForwardLayout
 from cfsp_framework.data.windows import PADDING
-from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
+from cfsp_framework.engine.collect import collect
+from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import ForwardOptions, embed, finish, logits, pass_block
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.decoder import Decoder, open_decoder

@@ -28,8 +28,9 @@ from cfsp_framework.checkpoint.save import CODE_FILE, PLAN_FILE, REPORT_FILE, ST
 from cfsp_framework.cli.main import cli
 from cfsp_framework.config import layered
 from cfsp_framework.data.windows import PADDING
-from cfsp_framework.engine.collect import FeedForwardMeasurement, collect
+from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.hidden_states import allocate
+from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import ForwardOptions
 from cfsp_framework.errors import ModelError, OutputError, ResourceError
 from cfsp_framework.host.manager import load_plugins

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cfsp_framework import HELD_OUT_EVERY, Accumulator, BlockStatistics, Collector, Criterion, Site, Statistic
-from cfsp_framework.engine.collect import FeedForwardMeasurement, collect, summarise
+from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.gradients import measure_gradients
-from cfsp_framework.engine.measure import CollectorState, TokenCounts, Window, measure_block
+from cfsp_framework.engine.measure import CollectorState, TokenCounts, WindowRows, measure_block
+from cfsp_framework.engine.measurements import FeedForwardMeasurement, summarise
 from cfsp_framework.engine.replay import ForwardOptions, embed
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
@@ -100,12 +101,12 @@ def collected(
     collector: Collector,
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
-    after: Callable[[Window], None] | None = None,
+    after: Callable[[WindowRows], None] | None = None,
 ) -> Tensor:
     """The statistic after these windows, as the host asks for it; ``after`` is called with each once it was shown."""
     state, tokens = CollectorState(ConfiguredComponent(collector, Origin("test"))), TokenCounts()
     for number, (window_in, window_out) in enumerate(zip(inputs, outputs, strict=True)):
-        window = Window(number, window_in, window_out)
+        window = WindowRows(number, window_in, window_out)
         tokens.add(window)
         state.add(window)
         if after is not None:
@@ -210,7 +211,7 @@ def test_collecting_keeps_no_hold_of_the_activations(collector: Collector) -> No
     expected = collected(collector, list(inputs), list(outputs))
     assert bool(expected.any())
 
-    def overwrite(window: Window) -> None:
+    def overwrite(window: WindowRows) -> None:
         window.inputs.zero_()  # the engine writes the next block's stream over it
         window.outputs.zero_()
 

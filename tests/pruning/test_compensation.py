@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,8 +38,9 @@ from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward, Projection
 from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only
-from cfsp_framework.pruning.compensation import SecondPass, compensate
-from cfsp_framework.pruning.surgery import apply_plan, apply_updates, cut_block
+from cfsp_framework.pruning.compensation import SecondPassCompensation, compensate
+from cfsp_framework.pruning.cut import cut_model
+from cfsp_framework.pruning.surgery import apply_updates, cut_block
 from cfsp_framework.statistics import (
     DOWN_CROSS,
     DOWN_CROSS_HELD_OUT,
@@ -500,18 +501,19 @@ def expected_statistics(cut_so_far: Decoder, dense: Decoder, index: int, mix: fl
     return found
 
 
-def second_pass(decoder: Decoder, compensator: Compensator, plugins: Plugins, batch_size: int | None = 3) -> SecondPass:
+def second_pass(
+    decoder: Decoder, compensator: Compensator, plugins: Plugins, batch_size: int | None = 3
+) -> SecondPassCompensation:
     chosen = ConfiguredComponent(compensator, Origin("test"))
     collectors = plugins.collectors_for(compensator.required())
-    return SecondPass(
+    return SecondPassCompensation(
         decoder, WINDOWS, chosen, collectors, seed=0, forward_options=ForwardOptions(batch_size=batch_size)
     )
 
 
 def compensated(decoder: Decoder, plan: PruningPlan, compensator: Compensator, plugins: Plugins) -> None:
     """Cut the model by the plan, compensated in a second pass."""
-    answer = second_pass(decoder, compensator, plugins)
-    apply_plan(decoder, plan, answer, answer.advance)
+    cut_model(decoder, plan, second_pass(decoder, compensator, plugins))
 
 
 SOME_BLOCKS = [(40, 24, 56), (64, 40, 24), (40, 64, 24), (64, 64, 24), (24, 40, 64), (64, 40, 64)]
@@ -605,7 +607,7 @@ def test_the_dense_model_takes_no_teacher_where_none_is_needed(
         answer = second_pass(decoder, compensator, plugins, batch_size=20)
         runs.clear()
         for index in range(3):
-            answer(index, [kept])
+            answer.compensate(index, [kept])
             if index < 2:  # nothing is measured after the last one
                 answer.advance(index)
         assert len(runs) == expected, compensator
@@ -653,7 +655,7 @@ def test_compensation_brings_the_whole_model_nearer_to_the_dense_one(
         compensated(cut, plan, compensator, plugins)
         errors[repr(compensator)] = stream_error(cut, dense)
     _, cut = open_tiny(folder)
-    apply_plan(cut, plan, lambda index, kept: [Update()])
+    cut_model(cut, plan)
     assert all(error < stream_error(cut, dense) for error in errors.values()), errors
 
 
@@ -664,17 +666,10 @@ def test_least_squares_lowers_the_calibration_error_of_every_block(
     folder = make_model(name)
     (_, cut), (_, dense) = open_tiny(folder), open_tiny(folder)
     plan = make_plan(cut, (40, 24, 56))
-    updates: dict[int, Update] = {}
-    answer = second_pass(cut, LeastSquares(), plugins)
-
-    def remember(index: int, kept: Sequence[Tensor]) -> list[Update]:
-        (updates[index],) = answer(index, kept)
-        return [updates[index]]
-
-    apply_plan(cut, plan, remember, answer.advance)
+    updates = cut_model(cut, plan, second_pass(cut, LeastSquares(), plugins))
     for index, block in enumerate(plan.blocks):
         inputs, kept = heard(dense, index)["down in"], torch.tensor(block.kept)
-        weight, update = only(dense, index).down, updates[index]
+        weight, update = only(dense, index).down, updates[index, block.path]
         whole = Sample(only(dense, index), inputs)
         assert update.down is not None
         assert update.error is not None

