@@ -63,6 +63,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return named or "can't allocate memory" in str(error)
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line; its class is named unless it is a ``CfspError``."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, CfspError) else f"{type(error).__name__}: {text}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the closest known one, and all of them."""
     known = list(known)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 import statistics
 import time
@@ -18,14 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from cfsp_framework.ablation.grid import TRAINING
-from cfsp_framework.ablation.measurements import Collection, one_line, want
+from cfsp_framework.ablation.measurements import Collection, want
 from cfsp_framework.ablation.results import CellResult, CellSpec, Latency, Quality
 from cfsp_framework.ablation.snapshot import ModelState, restored
 from cfsp_framework.api.records import Perplexity, PruningPlan
 from cfsp_framework.config import OPTIONS, RunConfig
 from cfsp_framework.engine.cache import identity_of
 from cfsp_framework.engine.replay import tokens_per_batch
-from cfsp_framework.errors import ConfigError
+from cfsp_framework.errors import ConfigError, one_line
 from cfsp_framework.evaluation.perplexity import EvaluationSet
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import Plugins
@@ -38,6 +36,7 @@ from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, nume
 from cfsp_framework.run.context import RunContext, open_context, open_evaluation_sets, open_windows, sequence_length
 from cfsp_framework.run.steps import cutting_phase, evaluate, make_plan, narrow
 from cfsp_framework.runtime.distributed import SOLO
+from cfsp_framework.runtime.hashing import hash_json
 from cfsp_framework.runtime.progress import Progress
 
 _LONG_TEXT = 1 << 16
@@ -286,7 +285,7 @@ def dense_key(context: RunContext, extras: Extras) -> str:
         "versions": dict(library_versions()),
         "numerics": numerics(context)[1:],
     }
-    return _hash(told | _evaluation(context, extras))
+    return hash_json(told | _evaluation(context, extras))
 
 
 def _evaluation(context: RunContext, extras: Extras) -> dict[str, object]:
@@ -296,10 +295,6 @@ def _evaluation(context: RunContext, extras: Extras) -> dict[str, object]:
         "evaluation": [(one.spec, fingerprint_of(one.windows)) for one in context.evaluation_sets],
         "tasks": [*scored, version("lm_eval")] if extras.tasks else None,
     }
-
-
-def _hash(told: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def cell_key(context: RunContext, extras: Extras) -> str:
@@ -322,7 +317,7 @@ def cell_key(context: RunContext, extras: Extras) -> str:
         "versions": versions(selection),
         "numerics": numerics(context),
     }
-    return _hash(told | _evaluation(context, extras))
+    return hash_json(told | _evaluation(context, extras))
 
 
 def trains(selection: Selection) -> bool:

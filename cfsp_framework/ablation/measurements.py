@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +16,14 @@ from cfsp_framework.api.data import BlockStatistics, Statistic
 from cfsp_framework.engine.cache import MeasurementCache, identity_of
 from cfsp_framework.engine.collect import CurveKind, collect
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
-from cfsp_framework.errors import CfspError, OutputError
+from cfsp_framework.errors import CfspError, OutputError, one_line
 from cfsp_framework.host.registry import ConfiguredComponent, Plugins
 from cfsp_framework.host.selection import Selection, curve_of
 from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics
 from cfsp_framework.run.context import RunContext
 from cfsp_framework.run.steps import CRITERION
 from cfsp_framework.runtime.atomic_files import write_text
+from cfsp_framework.runtime.hashing import hash_json
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 _MANIFEST = "manifest.json"
@@ -91,8 +91,7 @@ def _label(
     collectors: Sequence[ConfiguredComponent[Collector]] = (),
 ) -> str:
     """A component's name and a hash of all that decides what it says."""
-    told = json.dumps([identity_of(chosen), *map(identity_of, collectors)], sort_keys=True)
-    return f"{chosen.component.name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    return f"{chosen.component.name}-{hash_json([identity_of(chosen), *map(identity_of, collectors)])[:16]}"
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class CollectionFolder:
     def _measure(self, missing: MeasurementRequest, failures: dict[str, str]) -> Part:
         context = self._context
         collectors = context.plugins.collectors_for(missing.required())
-        key = hashlib.sha256(json.dumps([self.key, sorted(missing.labels)]).encode()).hexdigest()
+        key = hash_json([self.key, sorted(missing.labels)])
         folder = self._folder / key[:16]
         failed: dict[str, CfspError] = {}
         with context.progress.phase("collect"):
@@ -232,10 +231,4 @@ def collection_base(context: RunContext, windows: Tensor | None) -> str:
         "versions": dict(library_versions()),
         "numerics": numerics(context),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    """What a table says of an error; one that is no CfspError is named."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, CfspError) else f"{type(error).__name__}: {text}"
+    return hash_json(told)

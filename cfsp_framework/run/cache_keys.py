@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping
 from functools import cache
@@ -17,6 +15,7 @@ from cfsp_framework.engine.cache import identity_of
 from cfsp_framework.host.selection import Selection, curve_of
 from cfsp_framework.pruning import surgery
 from cfsp_framework.run.context import RunContext
+from cfsp_framework.runtime.hashing import hash_json, hash_windows
 
 
 def collection_key(context: RunContext) -> str:
@@ -32,7 +31,7 @@ def collection_key(context: RunContext) -> str:
         "versions": versions(selection),
         "numerics": numerics(context),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hash_json(parts)
 
 
 def numerics(context: RunContext) -> list[object]:
@@ -54,7 +53,7 @@ def second_pass_key(context: RunContext, plan: PruningPlan) -> str:
         "collectors": [identity_of(collector) for collector in context.selection.second_pass],
         "numerics": numerics(context),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hash_json(parts)
 
 
 def versions(selection: Selection) -> dict[str, str]:
@@ -71,4 +70,4 @@ def library_versions() -> Mapping[str, str]:
 
 def fingerprint_of(windows: Tensor | None) -> str | None:
     """Hash windows ``(N, T)``; None stays None."""
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest() if windows is not None else None
+    return hash_windows(windows) if windows is not None else None
