@@ -27,7 +27,7 @@ from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model, open_skeleton, resolve
+from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model, open_on_meta, resolve
 from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.modeling.streaming import ShardWriter, Streamed
 from cfsp_framework.pruning import surgery
@@ -213,7 +213,7 @@ def reopen(context: RunContext, expected: Tensor, folder: Path, *, adapter: bool
         if isinstance(decoder.loaded, Streamed):
             decoder.loaded.close()  # free its embeddings before others are read
             folder = context.ranks.agree(folder)
-            decoder = open_streamed(replace(context.loaded, model=open_skeleton(folder)), context.plugins, folder)
+            decoder = open_streamed(replace(context.loaded, model=open_on_meta(folder)), context.plugins, folder)
         elif adapter:
             decoder = open_with_adapter(context, context.ranks.agree(folder))
         else:

@@ -39,7 +39,7 @@ from cfsp_framework.ablation.summary import (
     short_labels,
     task_metrics,
 )
-from cfsp_framework.data.sources import short
+from cfsp_framework.data.sources import shorten_spec
 from cfsp_framework.reporting.html import page_environment
 
 _AXES = {
@@ -178,7 +178,7 @@ def sweep_page(results: SweepResults) -> str:
             **_widths(found, results),
             **_agreement(results),
             headings=[(over, len(list(held))) for over, held in groupby(columns, key=lambda column: column.over)],
-            short=short,
+            short=shorten_spec,
             percent=percent,
             number=number,
             clock=clock,
@@ -286,7 +286,7 @@ def _pareto(found: Sequence[Group], results: SweepResults, data: str) -> dict[st
     ]
     dense = dense_quality(results, data)
     picture = pictures.quality_by_cost(
-        points, dense.perplexity if dense else None, "latency" if timed else "parameters", short(data)
+        points, dense.perplexity if dense else None, "latency" if timed else "parameters", shorten_spec(data)
     )
     return {"pareto": Markup(picture), "front": [points[place] for place in front], "timed": timed}
 
@@ -429,7 +429,7 @@ def _columns(results: SweepResults) -> list[Column]:
     """Of qualities, of tasks, and of costs as far as some cell has them."""
     columns = []
     for data in data_specs(results):
-        dense, over = dense_quality(results, data), short(data)
+        dense, over = dense_quality(results, data), shorten_spec(data)
         columns += [
             Column(over, "perplexity", f"on {data}", _reader(perplexity, data), number, min,
                    dense.perplexity if dense else None),

@@ -27,7 +27,7 @@ from cfsp_framework.ablation.summary import (
     relative_latency,
     task_metrics,
 )
-from cfsp_framework.data.sources import short
+from cfsp_framework.data.sources import shorten_spec
 from cfsp_framework.runtime.atomic_files import write_text
 
 PAGE = "report.html"
@@ -114,7 +114,7 @@ def measures(results: SweepResults) -> list[Measure]:
         dense = dense_quality(results, data)
         found.append(
             Measure(
-                f"Perplexity on {short(data)} (excess, nats per token)",
+                f"Perplexity on {shorten_spec(data)} (excess, nats per token)",
                 partial(perplexity, data=data),
                 dense.perplexity if dense else None,
                 partial(excess_nll, results=results, data=data),
@@ -197,7 +197,7 @@ def spread_note(results: SweepResults) -> str:
 
 def markdown_tables(results: SweepResults) -> str:
     """A table for each measure, and the errors."""
-    lines = [f"# Ablation of {short(results.model)}", "", _told(results), ""]
+    lines = [f"# Ablation of {shorten_spec(results.model)}", "", _told(results), ""]
     for made in (grid(results, measure) for measure in measures(results)):
         lines += [f"## {_markdown(made.measure.title)}", ""]
         lines += [_markdown_row("method", *map(_percent, made.ratios)), "|---|" + "---:|" * len(made.ratios)]
@@ -221,7 +221,7 @@ def markdown_tables(results: SweepResults) -> str:
 
 def _told(results: SweepResults) -> str:
     return (
-        f"{len(results.cells)} cells; calibrated on {_markdown(short(results.calibration))}, {results.seqlen} tokens per "
+        f"{len(results.cells)} cells; calibrated on {_markdown(shorten_spec(results.calibration))}, {results.seqlen} tokens per "
         f"window; widths are multiples of {results.round_to}. {spread_note(results)} The best of each ratio in bold."
     )
 

@@ -21,12 +21,12 @@ from cfsp_framework.host.registry import Plugins
 from cfsp_framework.host.selection import curve_of, select
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.loading import (
+    build_from_config,
     check_checkpoint,
     open_model,
     pick_device,
-    quiet,
     resolve,
-    sketch_model,
+    silence_transformers,
 )
 from cfsp_framework.modeling.meta_init import without_weights
 from cfsp_framework.pruning.cut import cut_model
@@ -71,7 +71,7 @@ def open_contestant(
     if random_weights:
         model = random_model(config, device)
     else:
-        quiet()
+        silence_transformers()
         folder = resolve(source)
         check_checkpoint(folder, trust_remote_code=config.model.trust_remote_code)
         model = open_model(folder, config.model.dtype, device=device, trust_remote_code=config.model.trust_remote_code)
@@ -83,7 +83,7 @@ def random_model(config: RunConfig, device: torch.device) -> PreTrainedModel:
 
     The configuration is enough: of a Hub id only that is fetched, and ``config.model.source`` may be the file itself.
     """
-    sketch, stored = sketch_model(config)
+    sketch, stored = build_from_config(config)
     dtype = stored if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     family: Any = type(sketch)
     with without_weights():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from cfsp_framework.benchmark.hardware import product_rate, read_rate
+from cfsp_framework.modeling.config_facts import attention_heads, head_size, read_fact
+from cfsp_framework.modeling.size import count_products
 
 
 class Work(BaseModel):
@@ -87,37 +87,23 @@ class Costs:
 
 
 def count_costs(model: PreTrainedModel) -> Costs:
-    """Of ``model`` as it is, every block with the width it has."""
-    values: Mapping[str, Any] = model.config.get_text_config().to_dict()  # getattr raises on a pruned model's
-    chosen = values.get("num_experts_per_tok") or values.get("top_k") or 1
-    head = model.get_output_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    products = expert_products = expert_bytes = 0
-    share = 1.0
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            products += module.weight.numel()
-        for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 3:  # the matrices of all experts
-                share = min(1.0, chosen / len(parameter))
-                expert_products += int(parameter.numel() * share)
-                expert_bytes += parameter.numel() * parameter.element_size()
-    everything = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    tied = {id(head.weight)} if isinstance(head, nn.Linear) else set[int]()
-    only_looked_up = {id(table.weight): table.weight for table in tables if id(table.weight) not in tied}
-    looked_up = sum(weight.numel() * weight.element_size() for weight in only_looked_up.values())
-    heads = int(values.get("num_attention_heads") or values.get("n_head") or 1)
-    layers = int(values.get("num_hidden_layers") or values.get("n_layer") or 1)
-    layers -= len((values.get("dropped_attention") or {}).get("blocks", ()))
-    hidden = int(values.get("hidden_size") or values.get("n_embd") or 0)
-    size = int(values.get("head_dim") or hidden // heads)
+    """Count the costs of ``model``, every block at the width it has."""
+    config = model.config
+    products, head = count_products(model), model.get_output_embeddings()
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    if isinstance(head, nn.Linear):
+        tables.pop(id(head.weight), None)  # a tied table is read as the head
+    looked_up = sum(weight.numel() * weight.element_size() for weight in tables.values())
+    dropped = (read_fact(config, "dropped_attention") or {}).get("blocks", ())
+    layers = int(read_fact(config, "num_hidden_layers") or 1) - len(dropped)
     return Costs(
-        products=products + expert_products,
-        head=head.weight.numel() if isinstance(head, nn.Linear) else 0,
-        dense_bytes=everything - expert_bytes - looked_up,
-        expert_bytes=expert_bytes,
-        expert_share=share,
-        attention=layers * heads * size,
-        keys=2 * layers * int(values.get("num_key_value_heads") or heads) * size,
+        products=products.dense + products.experts,
+        head=products.head,
+        dense_bytes=stored - products.expert_bytes - looked_up,
+        expert_bytes=products.expert_bytes,
+        expert_share=products.expert_share,
+        attention=layers * attention_heads(config) * head_size(config),
+        keys=2 * layers * int(read_fact(config, "num_key_value_heads") or attention_heads(config)) * head_size(config),
         itemsize=model.dtype.itemsize,
     )

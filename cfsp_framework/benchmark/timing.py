@@ -30,7 +30,7 @@ from cfsp_framework.benchmark.hardware import synchronise
 from cfsp_framework.benchmark.roofline import Costs, Machine, count_costs
 from cfsp_framework.config import FrozenRecord
 from cfsp_framework.errors import ConfigError
-from cfsp_framework.modeling.loading import context_length
+from cfsp_framework.modeling.config_facts import context_length
 from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.runtime.progress import Progress
 
@@ -195,7 +195,7 @@ def check_workload(contestants: Sequence[Contestant], workload: Workload) -> Non
     """Refuse what could not be run or would compare unlike things."""
     longest = max(workload.lengths) + workload.decode_tokens
     for one in contestants:
-        context = context_length(one.model)
+        context = context_length(one.model.config)
         if context is not None and longest > context:
             raise ConfigError(
                 f"{max(workload.lengths)} tokens of --lengths and {workload.decode_tokens} of --decode-tokens are more "

@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cfsp_framework.data.sources import short
-from cfsp_framework.runtime.atomic_files import human_bytes
+from cfsp_framework.data.sources import shorten_spec
+from cfsp_framework.runtime.atomic_files import format_bytes
 
 if TYPE_CHECKING:
     from cfsp_framework.api.records import BlockReport, Evaluation, Perplexity, PruningPlan, RecoveryReport, Report
@@ -43,18 +43,18 @@ def _calibrated(report: Report) -> str:
     used = ", ".join(f"{kind} {choice.partition(':')[0]}" for kind, choice in report.components.items())
     if report.calibration is None:
         return f"Used: {used}; no data."
-    return f"Used: {used}; {report.samples} windows of {report.seqlen} tokens of {short(report.calibration)}."
+    return f"Used: {used}; {report.samples} windows of {report.seqlen} tokens of {shorten_spec(report.calibration)}."
 
 
 def _trained(found: RecoveryReport) -> str:
     from cfsp_framework.reporting.metrics import describe_training
 
-    return f"{describe_training(found.model_copy(update={'data': short(found.data)}))}."
+    return f"{describe_training(found.model_copy(update={'data': shorten_spec(found.data)}))}."
 
 
 def _spent(report: Report) -> str:
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())
-    return f"Seconds: {seconds}. Peak memory: {human_bytes(report.peak_memory_bytes)}."
+    return f"Seconds: {seconds}. Peak memory: {format_bytes(report.peak_memory_bytes)}."
 
 
 def _name(model: str) -> str:
@@ -80,7 +80,7 @@ def show_perplexities(model: str, measured: Sequence[tuple[EvaluationSet, Perple
     for data, found in measured:
         windows, seqlen = data.windows.shape
         table.add_row(
-            short(data.spec),
+            shorten_spec(data.spec),
             f"{windows} x {seqlen}",
             f"{found.perplexity:.3f}",
             f"{found.nll:.4f}",
@@ -136,7 +136,7 @@ def _shape_table(found: Estimate) -> Table:
                 .replace("feed_forward", "feed-forward")
                 .replace("_", " ")
             )
-            table.add_row(label, human_bytes(value) if "bytes" in name else _count(value))
+            table.add_row(label, format_bytes(value) if "bytes" in name else _count(value))
     return table
 
 
@@ -215,7 +215,7 @@ def _total_table(report: Report) -> Table:
     rows: list[tuple[str, int, int, Any]] = [
         ("feed-forward channels", report.channels_before, report.channels_after, _count),
         ("parameters", report.dense.parameters, report.pruned.parameters, _count),
-        ("weights", report.dense.bytes, report.pruned.bytes, human_bytes),
+        ("weights", report.dense.bytes, report.pruned.bytes, format_bytes),
         ("FLOPs per token", report.dense.flops_per_token, report.pruned.flops_per_token, _count),
     ]
     for name, before, after, form in rows:
@@ -234,7 +234,7 @@ def _perplexity_table(evaluations: Sequence[Evaluation]) -> Table:
     for found in evaluations:
         perplexities = [getattr(found, name) for name in known]
         table.add_row(
-            short(found.data),
+            shorten_spec(found.data),
             f"{found.windows} x {found.seqlen}",
             *(f"{one.perplexity:.3f}" if one else "" for one in perplexities),
             f"{found.change:+.4f} nats/token",
@@ -390,10 +390,10 @@ def _model_table(found: Benchmark) -> Table:
         table.add_row(
             one.name,
             f"{one.parameters:,}",
-            human_bytes(one.bytes),
+            format_bytes(one.bytes),
             f"{one.flops_per_token / 1e6:,.1f}",
             _widths(one),
-            "" if one.peak_bytes is None else human_bytes(one.peak_bytes),
+            "" if one.peak_bytes is None else format_bytes(one.peak_bytes),
         )
     return table
 
@@ -477,7 +477,9 @@ def show_export(made: Exported) -> None:
     before, after = spread(made.widths), spread(made.written_widths)
     widths = f"widths {before}" if before == after else f"widths {before} became {after}"
     named = f" (architecture {made.architecture})" if made.architecture else ""
-    console.print(f"Written to {made.path}: {made.format}{named}, {widths}, {human_bytes(made.bytes)}.", soft_wrap=True)
+    console.print(
+        f"Written to {made.path}: {made.format}{named}, {widths}, {format_bytes(made.bytes)}.", soft_wrap=True
+    )
     if made.difference is not None:
         found = "bit-equal to the pruned model's" if made.difference == 0 else f"off by {made.difference:.2g} at most"
         console.print(f"Opened again: logits are {found}.")

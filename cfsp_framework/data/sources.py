@@ -1,8 +1,14 @@
-"""Data SPECs: where text comes from.
+"""Read text and rows named by a data SPEC.
 
-A SPEC is ``demo``, a well-known name, a local file or folder (``PATH`` or ``PATH:COLUMN``),
-``hf:REPO[:CONFIG][:SPLIT][:COLUMN]``, or a mixture ``A=0.7,B=0.3``. Calibration and evaluation take different splits;
-training takes calibration's, but for ``demo``, which has a larger one for it.
+| SPEC | text |
+|---|---|
+| ``demo`` | Docstrings of the Python standard library (``cfsp_framework.data.demo.corpus``). |
+| ``wikitext2``, ``ptb``, ``c4``, ``fineweb-edu`` | A data set of the Hub, split and joined as papers do (``WELL_KNOWN``). |
+| ``hf:REPO[:CONFIG][:SPLIT][:COLUMN]`` | A data set of the Hub. |
+| ``PATH[:COLUMN]`` | A .txt, .jsonl, .json, .parquet or .csv file, or a folder with a data set. |
+| ``A=0.7,B=0.3`` | A mixture of the above, by weight. |
+
+Calibration and evaluation read different splits. Training reads calibration's; ``demo`` has a larger one for it.
 """
 
 from __future__ import annotations
@@ -22,12 +28,12 @@ from cfsp_framework.errors import DataError, did_you_mean
 Role = Literal["calibration", "evaluation", "training"]
 
 STREAM_CHARACTERS = 8_000_000
-"""How much is read of a corpus too large to be read whole: about two million tokens."""
+"""Characters read of a corpus too large to be read whole: about two million tokens."""
 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A data set on the Hugging Face Hub and how the field joins its rows into one text."""
+    """A data set on the Hugging Face Hub and how papers join its rows into one text."""
 
     repository: str
     config: str | None = None
@@ -39,7 +45,7 @@ class HubCorpus:
     streamed: bool = False
     revision: str | None = None
     evaluation_skip: int = 0
-    """Rows the evaluation skips where both roles read one split."""
+    """Rows that evaluation skips where calibration reads the same split."""
 
 
 WELL_KNOWN: dict[str, HubCorpus] = {
@@ -62,8 +68,8 @@ _DEMO_SPLITS: dict[Role, Literal["train", "calibration", "test"]] = {
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def mixture(spec: str) -> list[tuple[str, float]]:
-    """The parts of a SPEC with their weights; a plain SPEC is one part of weight 1.
+def parse_mixture(spec: str) -> list[tuple[str, float]]:
+    """Return the parts of a SPEC with their weights; a plain SPEC is one part of weight 1.
 
     Raises:
         DataError: a weight is missing or not positive.
@@ -85,8 +91,8 @@ def mixture(spec: str) -> list[tuple[str, float]]:
     return parts
 
 
-def shares(weights: Sequence[float], total: int) -> list[int]:
-    """``total`` split in proportion to ``weights``, by largest remainder; the first on a tie."""
+def apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Split ``total`` in proportion to ``weights`` by largest remainder; the first wins a tie."""
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [math.floor(value) for value in exact]
     order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
@@ -95,37 +101,30 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-@dataclass(frozen=True)
-class Documents:
-    """The documents of one part of a SPEC, and what stands between two of them in a joint text."""
-
-    texts: tuple[str, ...]
-    joint: str
-
-
 def read_text(spec: str, role: Role, characters: int | None = None) -> str:
-    """The text of one part of a SPEC; of a corpus too large to be read whole, about so many ``characters``, by
-    default ``STREAM_CHARACTERS``.
+    """Return the text of one part of a SPEC.
+
+    Of a corpus too large to be read whole, read about ``characters``, by default ``STREAM_CHARACTERS``.
 
     Raises:
         DataError: it cannot be found or read, or holds no text.
     """
-    found = _read(spec, role, characters)
-    text = found.joint.join(found.texts)
+    documents, joint = _read(spec, role, characters)
+    text = joint.join(documents)
     if not text.strip():
         raise DataError(f"data {spec!r} holds no text.")
     return text
 
 
 def read_documents(spec: str, role: Role) -> list[str]:
-    """The documents of one part of a SPEC, empty ones left out; those of a .txt file have blank lines between.
+    """Return the documents of one part of a SPEC, without empty ones; blank lines separate those of a .txt file.
 
     Raises:
         DataError: it cannot be found or read, or holds no text.
     """
-    texts = _read(spec, role).texts
+    texts, _ = _read(spec, role)
     if len(texts) == 1:
-        texts = tuple(re.split(r"\n\s*\n", texts[0]))
+        texts = re.split(r"\n\s*\n", texts[0])
     documents = [text for text in texts if text.strip()]
     if not documents:
         raise DataError(f"data {spec!r} holds no text.")
@@ -133,54 +132,63 @@ def read_documents(spec: str, role: Role) -> list[str]:
 
 
 def read_rows(spec: str) -> Sequence[Mapping[str, Any]]:
-    """The rows of one local file or folder, or of one data set of the Hub, that training takes: all their columns.
+    """Return all columns of the rows to train on, from one local file or folder or one data set of the Hub.
 
     Raises:
         DataError: they cannot be found or read.
     """
     if spec.startswith("hf:"):
-        corpus = _hub_corpus(spec)
-        with _from_hub(spec):
-            return list(_hub_rows(corpus, "training"))
+        corpus = _parse_hub(spec)
+        with _reading(spec, " from the Hub"), _silent_datasets():
+            return list(_load_hub(corpus, "training"))
     path = Path(spec)
     if not path.exists():
         raise DataError(f"data {spec!r}: there is no such file or folder.")
-    with _from_disk(spec, path), _silent_datasets():
+    with _reading(spec, _kind(path)), _silent_datasets():
         return list(_load_local(path, "training"))
 
 
-def _read(spec: str, role: Role, characters: int | None = None) -> Documents:
+def shorten_spec(spec: str) -> str:
+    """Return a data SPEC for a table: files by their names alone."""
+    if spec.startswith("hf:"):
+        return spec
+    return ",".join(part.rstrip("/").rpartition("/")[2] for part in spec.split(","))
+
+
+def _read(spec: str, role: Role, characters: int | None = None) -> tuple[list[str], str]:
+    """Return the documents of one part of a SPEC, and what separates two of them in a joint text."""
     if spec == "demo":
         from cfsp_framework.data.demo import corpus
 
-        return Documents(tuple(corpus.documents(_DEMO_SPLITS[role])), "\n\n")
-    if spec in WELL_KNOWN:
-        return _read_hub(spec, WELL_KNOWN[spec], role, characters)
-    if spec.startswith("hf:"):
-        return _read_hub(spec, _hub_corpus(spec), role, characters)
-    return _read_local(spec, role)
+        return corpus.documents(_DEMO_SPLITS[role]), "\n\n"
+    if spec in WELL_KNOWN or spec.startswith("hf:"):
+        source = WELL_KNOWN.get(spec) or _parse_hub(spec)
+        limit = (characters or STREAM_CHARACTERS) if source.streamed else None
+        with _reading(spec, " from the Hub"), _silent_datasets():
+            texts = _column_texts(spec, _load_hub(source, role), source.column, limit)
+        return texts, source.evaluation_joint if role == "evaluation" else source.calibration_joint
+    path, column = Path(spec), "text"
+    if not path.exists() and ":" in spec:
+        path, column = Path(spec.rpartition(":")[0]), spec.rpartition(":")[2]
+    if not path.exists():
+        raise DataError(f"data {spec!r}: there is no such file or name.{did_you_mean(spec, ['demo', *WELL_KNOWN])}")
+    with _reading(spec, _kind(path)):
+        if path.suffix == ".txt":
+            return [path.read_text(encoding="utf-8")], ""
+        with _silent_datasets():
+            return _column_texts(spec, _load_local(path, role), column), "\n\n"
 
 
-def _hub_corpus(spec: str) -> HubCorpus:
+def _parse_hub(spec: str) -> HubCorpus:
     repository, *rest = spec.removeprefix("hf:").split(":")
     if not repository or len(rest) > 3:
         raise DataError(f"data {spec!r}: expected hf:REPO[:CONFIG][:SPLIT][:COLUMN].")
     config, split, column = [*rest, "", "", ""][:3]
-    calibration, evaluation = (split, split) if split else ("train", "test")
-    return HubCorpus(repository, config or None, calibration, evaluation, column or "text")
+    return HubCorpus(repository, config or None, split or "train", split or "test", column or "text")
 
 
-def _read_hub(spec: str, corpus: HubCorpus, role: Role, characters: int | None) -> Documents:
-    joint = corpus.evaluation_joint if role == "evaluation" else corpus.calibration_joint
-    with _from_hub(spec):
-        return _collect(spec, _hub_rows(corpus, role), corpus.column, joint, _stream_length(corpus, characters))
-
-
-def _stream_length(corpus: HubCorpus, characters: int | None) -> int | None:
-    return (characters or STREAM_CHARACTERS) if corpus.streamed else None
-
-
-def _hub_rows(corpus: HubCorpus, role: Role) -> Any:
+def _load_hub(corpus: HubCorpus, role: Role) -> Any:
+    """Return the rows of a data set of the Hub."""
     from datasets import load_dataset
 
     split = corpus.evaluation_split if role == "evaluation" else corpus.calibration_split
@@ -190,79 +198,42 @@ def _hub_rows(corpus: HubCorpus, role: Role) -> Any:
     return rows.skip(corpus.evaluation_skip) if role == "evaluation" and corpus.evaluation_skip else rows
 
 
-@contextmanager
-def _from_hub(spec: str) -> Generator[None]:
-    """Turn whatever datasets, its file systems and its parsers raise into a DataError."""
-    try:
-        with _silent_datasets():
-            yield
-    except (DataError, MemoryError):
-        raise
-    except ConnectionError as error:
-        raise DataError(f"data {spec!r}: the Hub cannot be reached; give a local file, or `demo`.") from error
-    except Exception as error:
-        raise DataError(f"data {spec!r} cannot be read from the Hub: {_one_line(error)}") from error
-
-
-def _read_local(spec: str, role: Role) -> Documents:
-    path, column = Path(spec), "text"
-    if not path.exists() and ":" in spec:
-        path, column = Path(spec.rpartition(":")[0]), spec.rpartition(":")[2]
-    if not path.exists():
-        raise DataError(f"data {spec!r}: there is no such file or name.{did_you_mean(spec, ['demo', *WELL_KNOWN])}")
-    with _from_disk(spec, path):
-        if path.suffix == ".txt":
-            return Documents((path.read_text(encoding="utf-8"),), "")
-        with _silent_datasets():
-            return _collect(spec, _load_local(path, role), column, "\n\n")
-
-
-@contextmanager
-def _from_disk(spec: str, path: Path) -> Generator[None]:
-    """Turn whatever reading a local file or folder raises into a DataError."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise DataError(f"data {spec!r} is not UTF-8 text: byte {error.start} cannot be decoded.") from error
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:
-        kind = " as a data set" if path.is_dir() else ""
-        raise DataError(f"data {spec!r} cannot be read{kind}: {_one_line(error)}") from error
-
-
 def _load_local(path: Path, role: Role) -> Any:
-    """The rows of a local file or folder; of a data set with splits, the one for the role."""
+    """Return the rows of a local file or folder; of a data set with splits, the one for the role."""
     from datasets import Dataset, load_dataset, load_from_disk
 
     if path.is_dir():
         saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
         loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
-    elif path.suffix in _LOADERS:
-        if not path.stat().st_size:
-            raise DataError(f"data {str(path)!r} holds no rows: the file is empty.")
-        loaded = load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
-    else:
+    elif path.suffix not in _LOADERS:
         raise DataError(f"data {str(path)!r}: expected .txt, {', '.join(_LOADERS)} or a folder with a data set.")
+    elif not path.stat().st_size:
+        raise DataError(f"data {str(path)!r} holds no rows: the file is empty.")
+    else:
+        loaded = load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
     if isinstance(loaded, Dataset):
         return loaded
-    wanted = ("test", "validation") if role == "evaluation" else ("train",)
-    name = next((name for name in wanted if name in loaded), next(iter(loaded)))
-    return loaded[name]
+    preferred = ("test", "validation") if role == "evaluation" else ("train",)
+    return loaded[next((name for name in preferred if name in loaded), next(iter(loaded)))]
 
 
-def _collect(spec: str, rows: Any, column: str, joint: str, characters: int | None = None) -> Documents:
-    """The rows' texts in order, up to about ``characters``."""
+def _column_texts(spec: str, rows: Any, column: str, characters: int | None = None) -> list[str]:
+    """Return the texts of a column in order, up to about ``characters``; empty values are left out."""
     names = rows.column_names
     if names is not None and column not in names:
         raise DataError(f"data {spec!r} has no column {column!r}.{did_you_mean(column, names)}")
-    values = rows[column][:] if characters is None else (row.get(column) for row in rows)
-    texts = _texts(spec, column, values)
-    return Documents(tuple(texts if characters is None else _take(texts, characters)), joint)
+    if characters is None:
+        return list(_only_texts(spec, column, rows[column][:]))
+    texts, length = list[str](), 0
+    for text in islice(_only_texts(spec, column, (row.get(column) for row in rows)), characters):
+        texts.append(text)
+        length += len(text)
+        if length >= characters:
+            break
+    return texts
 
 
-def _texts(spec: str, column: str, values: Iterable[object]) -> Iterator[str]:
-    """The values that are there; anything but text means that the column was a mistake."""
+def _only_texts(spec: str, column: str, values: Iterable[object]) -> Iterator[str]:
     for value in values:
         if isinstance(value, str):
             yield value
@@ -270,19 +241,28 @@ def _texts(spec: str, column: str, values: Iterable[object]) -> Iterator[str]:
             raise DataError(f"data {spec!r}: column {column!r} holds {type(value).__name__}, not text.")
 
 
-def _take(texts: Iterable[str], characters: int) -> list[str]:
-    taken, length = [], 0
-    for text in islice(texts, characters):
-        taken.append(text)
-        length += len(text)
-        if length >= characters:
-            break
-    return taken
+@contextmanager
+def _reading(spec: str, source: str = "") -> Generator[None]:
+    """Raise a DataError for the errors of ``datasets``, its file systems and its parsers, which have no common class."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"data {spec!r} is not UTF-8 text: byte {error.start} cannot be decoded.") from error
+    except ConnectionError as error:
+        raise DataError(f"data {spec!r}: the Hub cannot be reached; give a local file, or `demo`.") from error
+    except Exception as error:
+        raise DataError(f"data {spec!r} cannot be read{source}: {_one_line(error)}") from error
+
+
+def _kind(path: Path) -> str:
+    return " as a data set" if path.is_dir() else ""
 
 
 @contextmanager
 def _silent_datasets() -> Generator[None]:
-    """Keep the library's bars and messages off the terminal while it reads; errors still come as exceptions."""
+    """Keep the progress bars and messages of ``datasets`` off the terminal; errors still raise."""
     import datasets
 
     loggers = [logging.getLogger("datasets"), logging.getLogger("huggingface_hub")]
@@ -300,15 +280,8 @@ def _silent_datasets() -> Generator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    """An error's first line; datasets' own "an error occurred" gives way to what occurred."""
+    """Return an error's first line; of "an error occurred" of ``datasets``, that of its cause."""
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:300].rstrip(".") + "."
-
-
-def short(spec: str) -> str:
-    """A data SPEC as a table can hold it: files by their names alone."""
-    if spec.startswith("hf:"):
-        return spec
-    return ",".join(part.rstrip("/").rpartition("/")[2] for part in spec.split(","))

@@ -17,7 +17,7 @@ from cfsp_framework.api.data import BlockStatistics, Statistic
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import Batch
 from cfsp_framework.host.registry import ConfiguredComponent
-from cfsp_framework.runtime.atomic_files import save_aside
+from cfsp_framework.runtime.atomic_files import save_tensors
 from cfsp_framework.runtime.distributed import SOLO, Ranks
 
 HIDDEN_SHARE = 0.05
@@ -94,7 +94,7 @@ class MeasurementCache:
         if batches and index + 1 < self._count and self._ranks.agree(self._is_cheap(batches)):
             start = time.monotonic()
             tensors = {str(number): batch.hidden.contiguous().cpu() for number, batch in enumerate(batches)}
-            save_aside(self._hidden, tensors, {"entering": str(index + 1)})
+            save_tensors(self._hidden, tensors, {"entering": str(index + 1)})
             self._since = time.monotonic()
             self._cost = self._since - start
         elif index + 1 == self._count:
@@ -139,7 +139,7 @@ def _write(path: Path, measurements: Sequence[FeedForwardMeasurement]) -> None:
                 "held_out": statistics.held_out_tokens,
             }
         )
-    save_aside(path, tensors, {"feed_forwards": json.dumps(headers)})
+    save_tensors(path, tensors, {"feed_forwards": json.dumps(headers)})
 
 
 def _read(path: Path, block: int) -> list[FeedForwardMeasurement] | None:

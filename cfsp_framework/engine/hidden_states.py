@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cfsp_framework.errors import OutputError, ResourceError
-from cfsp_framework.runtime.atomic_files import human_bytes
+from cfsp_framework.runtime.atomic_files import format_bytes
 
 
 def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor:
@@ -31,8 +31,8 @@ def allocate(shape: tuple[int, ...], like: Tensor, spill: Path | None) -> Tensor
     if spill is None:
         if like.device.type == "cpu" and size > psutil.virtual_memory().available:
             raise ResourceError(
-                f"the hidden states of all windows take {human_bytes(size)} and "
-                f"{human_bytes(psutil.virtual_memory().available)} are free; give --spill FOLDER, or fewer --samples."
+                f"the hidden states of all windows take {format_bytes(size)} and "
+                f"{format_bytes(psutil.virtual_memory().available)} are free; give --spill FOLDER, or fewer --samples."
             )
         return like.new_empty(shape)
     try:

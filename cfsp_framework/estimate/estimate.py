@@ -1,4 +1,4 @@
-"""How long a pruning run takes and how much memory it needs, worked out before anything is loaded (docs/scale.md).
+"""Estimate how long a pruning run takes and how much memory it needs, before anything is loaded (docs/scale.md).
 
 ``N`` windows of ``T`` tokens, hidden size ``D``, ``F`` channels of a feed-forward, ``K`` processes.
 """
@@ -22,54 +22,54 @@ if TYPE_CHECKING:
     from cfsp_framework.host.registry import ConfiguredComponent
     from cfsp_framework.host.selection import Selection
 
-LISTENING = 1.08
-"""A block that is measured beside one that just runs (docs/benchmarks.md)."""
+MEASURING = 1.08
+"""Time of a block that is measured, in times of a forward (docs/benchmarks.md)."""
 GRAM_SHARE = 9 / 16
-"""Of the products of a Gram matrix, those its collector computes: panels of the upper triangle."""
+"""Share of a Gram matrix's products that its collector computes: panels of the upper triangle."""
 RANK = 4.0
-"""Cubes of F, in float64 FLOPs, that a criterion or allocator spends on a Gram matrix: removal orders, error curves."""
+"""Float64 FLOPs, in cubes of F, that a criterion or allocator spends on a Gram matrix: removal orders, error curves."""
 REFIT = 2.0
-"""The same of a compensator."""
+"""Float64 FLOPs, in cubes of F, that a compensator spends on a Gram matrix."""
 SQUARES = 8
-"""Float64 matrices (F, F) that are there at once while it is spent."""
+"""Float64 matrices (F, F) in memory during that algebra."""
 BACKWARD = 3.0
-"""A forward with its backward, in forwards."""
+"""Time of a forward with its backward, in times of a forward."""
 INTERPRETER = 420 * 10**6
 """Bytes of a process that has imported everything."""
 SHARD = 5 * 10**9
 """Bytes of one file of a checkpoint."""
 HASHES_AT_ONCE = 4
-"""Files of a checkpoint that are hashed side by side."""
+"""Files of a checkpoint that are hashed at the same time."""
 AHEAD = 2
-"""Blocks that are there at once while a model is streamed: one computes, one comes."""
+"""Blocks in memory while a model is streamed: one computes, the next is read."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One way of calibration windows through the blocks, and what is measured on it in every feed-forward."""
+    """One pass of calibration windows through the blocks, and the statistics collected in every feed-forward."""
 
     windows: int = 0
     forwards: float = 0.0
-    """Of every block, per token."""
+    """Forwards of every block, per token."""
     streams: int = 1
     """Copies of the hidden states."""
     grams: int = 0
-    """Matrices (F, F) over all windows."""
+    """Gram matrices (F, F) over all windows."""
     held_out_grams: int = 0
     crosses: int = 0
-    """Matrices (D, F) over all windows."""
+    """Products (D, F) with targets over all windows."""
     held_out_crosses: int = 0
     copies: int = 0
-    """Inputs or targets (n, D) that are kept token by token, those of fitted and held-out windows as one."""
+    """Inputs or targets (n, D) kept for every token; those of fitted and held-out windows count as one."""
     vectors: int = 0
     """Sums (F,) or smaller."""
     cubes: float = 0.0
-    """Of F, in float64 FLOPs: the algebra on Gram matrices."""
+    """Float64 FLOPs, in cubes of F, of the algebra on Gram matrices."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run does, whatever the model."""
+    """Work of a run, for a model of any size."""
 
     seqlen: int
     select: Pass
@@ -77,30 +77,30 @@ class Workload:
     compensate: Pass = Pass()
     """The compensator's own pass, if it needs one."""
     ratio: float = 0.5
-    """Share to remove of the feed-forwards' parameters, or of all."""
+    """Share to remove of the feed-forwards' parameters, or of all parameters."""
     of_all_parameters: bool = False
     batch_size: int | None = None
-    """Windows; None: what the device takes."""
+    """Windows per batch; None: the device's default."""
     notes: tuple[str, ...] = ()
-    """What is not counted."""
+    """Costs that are not counted."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of running it: on what, from where, at which price."""
+    """Estimated costs of the run on one machine, in memory or streamed."""
 
     hardware: str
     measured: bool
     streamed: bool
     processes: int
     seconds: Mapping[str, float]
-    """Per phase, as ``report.json`` calls them."""
+    """Seconds per phase, named as in ``report.json``."""
     causes: Mapping[str, float]
-    """The same seconds by what they are spent on: compute, disk, transfer, all-reduce."""
+    """The same seconds by cause: compute, disk, transfer, all-reduce."""
     host_bytes: int
-    """Peak of one node."""
+    """Peak bytes of one node."""
     device_bytes: int
-    """Peak of one GPU; 0 without."""
+    """Peak bytes of one GPU; 0 without one."""
     fits: bool
 
     @property
@@ -110,20 +110,20 @@ class Way:
 
     @property
     def collect(self) -> float:
-        """Seconds of the blocks: while they are measured, and again while they are compensated."""
+        """Seconds in the blocks, while they are measured and while they are compensated."""
         return self.seconds["collect"] + self.seconds["cut"]
 
     @property
     def bound(self) -> str:
-        """What most of the time is spent on."""
+        """The cause of most seconds."""
         return max(self.causes, key=self.causes.__getitem__)
 
 
 def plan_workload(config: RunConfig, selection: Selection, context: int | None) -> Workload:
-    """What a run with this configuration does; ``context`` is the model's longest sequence.
+    """Return the work of a run with this configuration; ``context`` is the model's longest sequence.
 
     Raises:
-        ConfigError: windows longer than that were asked for.
+        ConfigError: the calibration windows are longer than the context.
     """
     if config.calibration.seqlen is not None and context is not None and config.calibration.seqlen > context:
         raise ConfigError(f"--seqlen {config.calibration.seqlen} is longer than the model's context of {context}.")
@@ -154,7 +154,10 @@ def _first_pass(selection: Selection, windows: int) -> Pass:
 
 
 def _second_pass(selection: Selection, windows: int) -> Pass:
-    """On the pruned stream a block runs dense and cut, and dense on the other stream where targets lean to it."""
+    """Return the compensator's pass.
+
+    On the pruned stream a block runs dense and cut, and dense on the other stream if targets mix in its outputs.
+    """
     compensator = selection.compensator
     pruned, teacher = stream_of(compensator) is Stream.PRUNED, target_mix_of(compensator) > 0
     cubes = REFIT * any(s.shape == "(F, F)" for s in compensator.required())
@@ -188,9 +191,9 @@ def _pass(
 
 def _not_counted(config: RunConfig, selection: Selection) -> Iterable[str]:
     if any(chosen.component.provides.shape == "(n, D)" for chosen in selection.second_pass):
-        yield f"what {selection.compensator.component.name} trains in every feed-forward is not counted"
+        yield f"the training of {selection.compensator.component.name} in every feed-forward is not counted"
     if any(chosen.component.site is Site.GRADIENT for chosen in selection.collectors):
-        yield "gradients need the whole model at once; what their backward keeps is not counted, nor is it streamed"
+        yield "gradients need the whole model at once; activations kept for the backward are not counted, nor is it streamed"
     ordered = [c.component.name for c in (*selection.collectors, *selection.second_pass) if c.component.ordered]
     if ordered:
         yield f"{ordered[0]} depends on the order of all windows: only one process can run"
@@ -199,8 +202,9 @@ def _not_counted(config: RunConfig, selection: Selection) -> Iterable[str]:
 
 
 def estimate(shape: ModelShape, workload: Workload, hardware: Hardware) -> tuple[Way, Way]:
-    """The run with the whole model in memory, and streamed block by block, with one process on each device."""
-    return _Run(shape, workload, hardware, streamed=False).way(), _Run(shape, workload, hardware, streamed=True).way()
+    """Estimate the run with the whole model in memory, and streamed block by block, with one process on each device."""
+    in_memory, streamed = (_Run(shape, workload, hardware, streamed=streamed).estimate() for streamed in (False, True))
+    return in_memory, streamed
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict)
     causes: dict[str, float] = field(default_factory=dict)
 
-    def way(self) -> Way:
+    def estimate(self) -> Way:
         self.causes.update(dict.fromkeys(("compute", "disk", "transfer", "all-reduce"), 0.0))
         self._load()
         self._run("collect", self.workload.select)
@@ -237,17 +241,17 @@ class _Run:
         self.causes[cause] += seconds
 
     def _load(self) -> None:
-        """The weights, or what is in no block; the first process hashes the files."""
+        """Load the weights, or those outside the blocks if streamed; the first process hashes the files."""
         shape, hardware, stored = self.shape, self.hardware, self.shape.stored_bytes
         hashed = max(stored / min(HASHES_AT_ONCE, hardware.cores), min(stored, SHARD))  # by the busiest core
         self._spend("load", "disk", hashed / hardware.hashing)
-        alone = self._read(stored, again=not self.streamed, processes=1)
+        checked = self._read(stored, again=not self.streamed, processes=1)
         size = shape.outside_stored_bytes if self.streamed else stored
-        self._spend("load", "disk", alone + self._read(size, again=self.streamed))
+        self._spend("load", "disk", checked + self._read(size, again=self.streamed))
         self._spend("load", "transfer", (shape.outside_bytes if self.streamed else shape.bytes) / self._to_device)
 
     def _run(self, phase: str, part: Pass) -> None:
-        """One pass over the blocks; while they are cut a streamed model is read once more, whatever is measured."""
+        """Pass over the blocks; a streamed model is read once more to be cut, even if nothing is measured."""
         for index, block in enumerate(self.shape.blocks):
             compute = self._compute(block, part)
             self._spend(phase, "all-reduce", self._all_reduce(block, part))
@@ -259,14 +263,14 @@ class _Run:
                 self._spend(phase, "compute", compute)
                 self._spend(phase, "disk", disk)
                 continue
-            if index == 0:  # nothing runs yet while the first block comes
+            if index == 0:  # nothing computes while the first block is read
                 self._spend(phase, "disk", disk)
                 self._spend(phase, "transfer", transfer)
             slower = "compute" if compute >= disk + transfer else "disk" if disk >= transfer else "transfer"
             self._spend(phase, slower, max(compute, disk + transfer))
 
     def _save(self) -> None:
-        """Write the checkpoint, read it again, and run both on one window, head included."""
+        """Write the checkpoint, read it again, and run both models on one window, head included."""
         shape, written, seqlen = self.shape, self._written, self.workload.seqlen
         save = "cut" if self.streamed else "save"  # a streamed block is written as soon as it is cut
         self._spend(save, "disk", written / self.hardware.disk_write)
@@ -281,9 +285,9 @@ class _Run:
         return self.hardware.to_device if self.hardware.has_gpu else math.inf
 
     def _read(self, size: int, *, again: bool, processes: int | None = None) -> float:
-        """Seconds until every process of a node has read ``size`` bytes: one from the disk, others from its cache.
+        """Return seconds until every process of a node has read ``size`` bytes: one from the disk, others from its cache.
 
-        The system holds a checkpoint in memory that takes at most half of it.
+        The system caches a checkpoint that takes at most half of the memory.
         """
         hardware, processes = self.hardware, processes or self.hardware.devices
         cached = self.shape.stored_bytes <= hardware.host_memory / 2
@@ -291,17 +295,17 @@ class _Run:
         return processes * later if again else size / hardware.disk_read + (processes - 1) * later
 
     def _compute(self, block: BlockShape, part: Pass) -> float:
-        """Seconds one process computes for one block: forwards and products for its windows, algebra for all."""
+        """Return seconds one process computes for one block: forwards and products for its windows, algebra for all."""
         shape, hardware = self.shape, self.hardware
         tokens = self._windows(part) * self.workload.seqlen
         grams = GRAM_SHARE * (part.grams + part.held_out_grams / HELD_OUT_EVERY)
         crosses = part.crosses + part.held_out_crosses / HELD_OUT_EVERY
-        forward = LISTENING * part.forwards * tokens * shape.block_flops(block, self.workload.seqlen)
+        forward = MEASURING * part.forwards * tokens * shape.block_flops(block, self.workload.seqlen)
         products = algebra = 0.0
-        for found in block.feed_forwards:
-            per_token = 2 * found.width**2 * grams + 2 * shape.hidden * found.width * crosses
-            products += tokens * found.share * found.count * per_token
-            algebra += part.cubes * found.count * found.width**3
+        for group in block.feed_forwards:
+            per_token = 2 * group.width**2 * grams + 2 * shape.hidden * group.width * crosses
+            products += tokens * group.share * group.count * per_token
+            algebra += part.cubes * group.count * group.width**3
         return (
             forward / hardware.rate(shape.dtype)
             + products / hardware.rate("float32")
@@ -309,21 +313,21 @@ class _Run:
         )
 
     def _windows(self, part: Pass) -> int:
-        """Of the process that has most of them."""
+        """Return the windows of the process that has most of them."""
         return -(-part.windows // self.hardware.processes)
 
     def _all_reduce(self, block: BlockShape, part: Pass) -> float:
-        """Seconds until every process has the block's sums of all, in float64, around a ring."""
+        """Return seconds of a ring all-reduce of the block's sums, in float64."""
         count = self.hardware.processes
         if part.windows == 0 or count == 1:
             return 0.0
         values = sum(
-            found.count * (self._heavy(found.width, part) + part.vectors * found.width) for found in block.feed_forwards
+            group.count * (self._heavy(group.width, part) + part.vectors * group.width) for group in block.feed_forwards
         )
         return 2 * (count - 1) / count * 8 * values / self.hardware.link
 
     def _heavy(self, width: int, part: Pass) -> int:
-        """Values of the matrices of one feed-forward."""
+        """Return the values in the matrices of one feed-forward."""
         grams, crosses = part.grams + part.held_out_grams, part.crosses + part.held_out_crosses
         return grams * width**2 + crosses * self.shape.hidden * width
 
@@ -331,17 +335,8 @@ class _Run:
     def _written(self) -> int:
         return pruned_bytes(self.shape, self.workload)
 
-    @property
-    def _cut_bytes(self) -> int:
-        """Of the feed-forwards after the cut."""
-        shape = self.shape
-        inside = sum(
-            f.parameters * block.bytes // block.parameters for block in shape.blocks for f in block.feed_forwards
-        )
-        return self._written - (shape.bytes - inside)
-
     def _memory(self) -> tuple[int, int]:
-        """Peak bytes of one node's host memory and of one GPU."""
+        """Return the peak bytes of one node's host memory and of one GPU."""
         shape, devices = self.shape, self.hardware.devices
         working = max(self._working(part) for part in (self.workload.select, self.workload.compensate))
         logits = self.workload.seqlen * shape.vocabulary * (12 + 2 * shape.element_size)
@@ -352,25 +347,31 @@ class _Run:
             peak = shape.outside_bytes + max(dense + working, pruned + logits)
             passing = dense
         else:
-            # On a CPU the dense weights are the checkpoint's pages, which stay mapped when others take their place.
-            narrower = 2 * self._written if self.hardware.has_gpu else shape.bytes + self._cut_bytes + self._written
-            peak = max(shape.bytes + working, narrower + logits)
+            verified = 2 * self._written  # the pruned model, and the checkpoint that was opened again
+            if not self.hardware.has_gpu:
+                # The dense weights are the checkpoint's pages, which stay mapped when narrower ones replace them.
+                verified += sum(
+                    f.parameters * block.bytes // block.parameters
+                    for block in shape.blocks
+                    for f in block.feed_forwards
+                )
+            peak = max(shape.bytes + working, verified + logits)
             passing = shape.bytes
         if not self.hardware.has_gpu:
             return INTERPRETER + peak, 0
         return devices * (INTERPRETER + passing), peak
 
     def _working(self, part: Pass) -> int:
-        """Bytes beside the weights while blocks are measured: hidden states, a batch, and one block's statistics."""
+        """Return bytes beside the weights while blocks are measured: hidden states, a batch, one block's statistics."""
         shape, windows = self.shape, self._windows(part)
         if windows == 0:
             return 0
         hidden = windows * self.workload.seqlen * shape.hidden * shape.element_size
         heavy = max(
-            sum(found.count * 4 * self._heavy(found.width, part) for found in block.feed_forwards)
+            sum(group.count * 4 * self._heavy(group.width, part) for group in block.feed_forwards)
             for block in shape.blocks
         )
-        finishing = 4 * shape.widest**2 * 2 if part.grams else 0  # both triangles, while a matrix is put together
+        finishing = 4 * shape.widest**2 * 2 if part.grams else 0  # both triangles while a matrix is mirrored
         algebra = 8 * shape.widest**2 * SQUARES if part.cubes else 0
         batch = activation_bytes(shape, self.workload, windows, self.hardware.batch_tokens)
         kept = part.copies * max(shape.experts_per_token, 1)  # each expert's own
@@ -378,30 +379,30 @@ class _Run:
 
 
 def pruned_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Of the checkpoint that is written."""
+    """Return the bytes of the checkpoint that is written."""
     return shape.outside_bytes + sum(_pruned_block(shape, workload, block) for block in shape.blocks)
 
 
 def _pruned_block(shape: ModelShape, workload: Workload, block: BlockShape) -> int:
-    """Bytes of a block whose feed-forwards lost the same share as all others."""
-    inside = sum(found.parameters for block in shape.blocks for found in block.feed_forwards)
-    wanted = workload.ratio * (shape.parameters if workload.of_all_parameters else inside)
-    share = min(1.0, wanted / inside) if inside else 0.0
+    """Return the bytes of a block whose feed-forwards lost the same share as all others."""
+    inside = sum(group.parameters for block in shape.blocks for group in block.feed_forwards)
+    removed = workload.ratio * (shape.parameters if workload.of_all_parameters else inside)
+    share = min(1.0, removed / inside) if inside else 0.0
     return block.bytes - round(share * sum(f.parameters for f in block.feed_forwards) * block.bytes / block.parameters)
 
 
 def activation_bytes(shape: ModelShape, workload: Workload, windows: int, batch_tokens: int) -> int:
-    """Of one batch inside a block: what projections and attention give, and a collector's float32 copies."""
+    """Return the bytes of one batch inside a block: outputs of projections and attention, and float32 copies."""
     batch = workload.batch_size or max(1, batch_tokens // workload.seqlen)
     tokens = min(batch, windows) * workload.seqlen
     width = max((sum(f.share * f.count * f.width for f in b.feed_forwards) for b in shape.blocks), default=0)
-    own = tokens * (3 * width + 4 * shape.attention + 4 * shape.hidden) * shape.element_size
-    return round(own + 8 * workload.seqlen * shape.widest)
+    outputs = tokens * (3 * width + 4 * shape.attention + 4 * shape.hidden) * shape.element_size
+    return round(outputs + 8 * workload.seqlen * shape.widest)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What ``cfsp plan --estimate`` tells."""
+    """Result of ``cfsp plan --estimate``."""
 
     model: str
     shape: ModelShape
@@ -410,7 +411,7 @@ class Estimate:
     ways: tuple[Way, ...]
 
     def describe(self) -> dict[str, int | str]:
-        """What the model and its run amount to; bytes are of one process that has all windows."""
+        """Return sizes of the model and its run; bytes are of one process that has all windows."""
         shape, workload = self.shape, self.workload
         block = max(shape.blocks, key=lambda block: block.bytes)
         part = max(workload.select, workload.compensate, key=lambda part: part.grams + part.held_out_grams)
@@ -444,7 +445,7 @@ class Estimate:
         }
 
     def to_dict(self) -> dict[str, object]:
-        """Everything as one JSON object; rates are FLOP/s and bytes/s."""
+        """Return the estimate as one JSON object; rates are FLOP/s and bytes/s."""
         return {
             "model": self.model,
             "shape": self.describe(),
@@ -455,26 +456,26 @@ class Estimate:
 
 
 def _finite(hardware: Hardware) -> dict[str, float | None]:
-    """What JSON has no number for."""
+    """Return the rates that may be infinite, which JSON has no number for, as None then."""
     rates = {"to_device": hardware.to_device, "link": hardware.link}
     return {name: rate if math.isfinite(rate) else None for name, rate in rates.items()}
 
 
 def estimate_run(config: RunConfig) -> Estimate:
-    """The time and memory a run with this configuration takes: here, and on machines with GPUs.
+    """Estimate time and memory of a run with this configuration: here, and on machines with GPUs.
 
-    Reads the model's configuration, no weights and no data; measures this machine, which takes about a second.
+    This reads the model's configuration, no weights and no data, and measures this machine, which takes about a second.
 
     Raises:
         InputError: the model's configuration or the options cannot be used.
     """
     from cfsp_framework.host.manager import load_plugins
     from cfsp_framework.host.selection import select
-    from cfsp_framework.modeling.loading import pick_device, sketch_model
+    from cfsp_framework.modeling.loading import build_from_config, pick_device
 
     selection = select(config, load_plugins(config.run.plugins))
     device = pick_device(config.model.device)
-    shape = measure_shape(*sketch_model(config))
+    shape = measure_shape(*build_from_config(config))
     workload = plan_workload(config, selection, shape.context)
     algebra = {"float64"} if workload.select.cubes + workload.compensate.cubes else set[str]()
     machines = (this_machine(device, {shape.dtype, *algebra}), *NOMINAL)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from cfsp_framework.api.records import Perplexity
-from cfsp_framework.data.sources import mixture, read_text
+from cfsp_framework.data.sources import parse_mixture, read_text
 from cfsp_framework.data.windows import tokenize
 from cfsp_framework.engine.replay import ForwardOptions, embed, finish, pass_block
 from cfsp_framework.errors import DataError, ModelError
@@ -38,7 +38,7 @@ def evaluation_set(spec: str, tokenizer: Any, seqlen: int, limit: int | None = N
     Raises:
         DataError: the text cannot be read or is shorter than one window.
     """
-    (name, _), *others = mixture(spec)
+    (name, _), *others = parse_mixture(spec)
     if others:
         raise DataError(f"data {spec!r}: a mixture is for calibration; evaluate on each of its parts.")
     text = read_text(name, "evaluation")

@@ -18,15 +18,15 @@ from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.export.padded import choose_widths, pad_model
 from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.modeling.config_facts import context_length
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.loading import (
     check_checkpoint,
-    context_length,
     load_model,
     open_model,
-    open_skeleton,
-    quiet,
+    open_on_meta,
     resolve,
+    silence_transformers,
 )
 from cfsp_framework.runtime.atomic_files import check_parent, staged_file, staged_folder
 
@@ -106,10 +106,10 @@ def export_gguf(
     from cfsp_framework.export.gguf import write_gguf
 
     check_file(out, overwrite=overwrite)
-    quiet()
+    silence_transformers()
     folder = resolve(config.model.source)
     check_checkpoint(folder, trust_remote_code=config.model.trust_remote_code)
-    decoder = open_decoder(open_skeleton(folder), load_plugins(config.run.plugins))
+    decoder = open_decoder(open_on_meta(folder), load_plugins(config.run.plugins))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -145,7 +145,7 @@ def export_onnx(config: RunConfig, out: Path, *, overwrite: bool = False) -> Exp
     loaded = load_model(config.replace(dtype="float32"))
     decoder = open_decoder(loaded.model, load_plugins(config.run.plugins))
     with staged_folder(out) as folder:
-        write_onnx(loaded.model, context_length(loaded.model), folder)
+        write_onnx(loaded.model, context_length(loaded.model.config), folder)
         difference = compare_onnx(loaded.model, folder)
         loaded.model.config.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
@@ -174,7 +174,7 @@ def check_file(out: Path, *, overwrite: bool) -> None:
 
 def sample_ids(decoder: Decoder, count: int = 64) -> Tensor:
     """Any valid tokens to compare logits on, ``(1, T)``."""
-    length = min(count, context_length(decoder.model) or count)
+    length = min(count, context_length(decoder.model.config) or count)
     return torch.randint(decoder.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 

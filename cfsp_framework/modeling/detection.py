@@ -1,7 +1,10 @@
-"""Finds blocks and feed-forwards in a model of a family nobody described, and the configuration keys of their widths.
+"""Detect the blocks and feed-forwards of a family that no plugin describes.
 
-Names and shapes say where the feed-forwards are; which key sets their width is found by trying: a model is built
-without weights from the changed configuration, and its shapes compared.
+1. ``find_blocks``: the list of decoder blocks, by its length and the classes of its modules.
+2. ``_find_layouts``: the feed-forwards of a block, by names and shapes of their projections.
+3. ``_find_width_key``: the configuration key that sets their width. One key after another is changed, the model built
+   again without weights, and shapes compared.
+4. ``_widths_can_differ``: whether a model can be built whose blocks differ in width.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from cfsp_framework.errors import ModelError
 from cfsp_framework.modeling.feed_forwards import ExpertFeedForwards, Projection, matrix
 from cfsp_framework.modeling.meta_init import without_weights
 
-_NAMES = (
+_PROJECTION_NAMES = (  # gate, up, down
     ("gate_proj", "up_proj", "down_proj"),
     ("w1", "w3", "w2"),
     ("gate_up_proj", "gate_up_proj", "down_proj"),
@@ -32,27 +35,28 @@ _NAMES = (
     (None, "dense_in", "dense_out"),
     (None, "wi", "wo"),
 )
-_WIDTH_NAMES = re.compile(r"intermediate|inner|ffn|ff_dim|mlp|expert.*dim|expansion")
-_TRIED = 8
-"""How much a width is changed by to see whether a key sets it; survives rounding to multiples of 8."""
+_WIDTH_KEYS = re.compile(r"intermediate|inner|ffn|ff_dim|mlp|expert.*dim|expansion")
+_CHANGE = 8
+"""Added to a width to see whether a key sets it; survives rounding to multiples of 8."""
 
 
 def find_architecture(model: PreTrainedModel) -> Architecture:
-    """Where ``model`` keeps its blocks and feed-forwards.
+    """Find where ``model`` keeps its blocks and feed-forwards.
 
     Raises:
         ModelError: it has no recognisable blocks or feed-forwards, or nothing in its configuration sets their width.
     """
-    family = model.config.get_text_config().model_type
-    path, blocks = _blocks(model)
-    layouts = {layout.path: layout for block in blocks for layout in _layouts(block)}
-    if model.config.get_text_config().to_dict().get("per_layer_config"):
-        model = _rebuilt(model) or model  # the dense one: the values of this one's configuration are not its widths
+    config = model.config.get_text_config()
+    family = config.model_type
+    path, blocks = find_blocks(model)
+    layouts = {layout.path: layout for block in blocks for layout in _find_layouts(block)}
     if not layouts:
         raise ModelError(
             f"no feed-forward is recognised in the blocks of this {family} model; a plugin can describe it."
         )
-    keyed = tuple(_with_key(model, path, layout, tuple(layouts.values())) for layout in layouts.values())
+    if config.to_dict().get("per_layer_config"):  # its blocks are narrower than the key says
+        model = _rebuild(model) or model
+    keyed = tuple(_find_width_key(model, path, layout, tuple(layouts.values())) for layout in layouts.values())
     for layout in keyed:
         if min(other.times for other in keyed if other.width_key == layout.width_key) > 1:
             raise ModelError(
@@ -63,65 +67,60 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         raise ModelError(
             f"Transformers cannot build a {family} model whose blocks differ in width; a plugin can describe it."
         )
-    return Architecture(family=family, base=_base(model, path), blocks=path, feed_forwards=keyed, attention=None)
+    prefix = model.base_model_prefix
+    base = prefix if prefix and path.startswith(f"{prefix}.") else path.partition(".")[0]
+    return Architecture(family=family, base=base, blocks=path, feed_forwards=keyed, attention=None)
 
 
-def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks and its path: as long as the configuration says, of classes that are not split."""
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the path of the decoder blocks, and the blocks.
+
+    They are the list as long as the configuration says, of classes that Transformers keeps whole on one device.
+
+    Raises:
+        ModelError: the model has no such list.
+    """
     classes = set(model._no_split_modules or ())
     count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
             and len(module) == count
             and all(type(block).__name__ in classes for block in module)
-            and not re.search(r"vision|audio|encoder\.", name)
+            and not re.search(r"vision|audio|encoder\.", path)
         ):
-            return name, module
+            return path, module
     raise ModelError(
         f"no list of {count} decoder blocks is recognised in this {model.config.model_type} model: Transformers does not "
         "say of which class they are. A plugin can describe it, with the hook cfsp_architecture."
     )
 
 
-def _base(model: PreTrainedModel, blocks: str) -> str:
-    """The model without its head: what the family calls so, or the first step of the way to the blocks."""
-    prefix = model.base_model_prefix
-    return prefix if prefix and blocks.startswith(f"{prefix}.") else blocks.partition(".")[0]
-
-
-def _layouts(block: nn.Module) -> Iterator[FeedForwardLayout]:
-    """Every feed-forward of a block, by names and by shape: what goes up comes down."""
+def _find_layouts(block: nn.Module) -> Iterator[FeedForwardLayout]:
+    """Yield every feed-forward of a block: the first names of projections that fit a module."""
     for path, module in block.named_modules():
-        for gate, up, down in _NAMES:
+        for gate, up, down in _PROJECTION_NAMES:
             layout = FeedForwardLayout(path=path, up=up, down=down, gate=gate, additive=False)
-            if isinstance(getattr(module, down, None), nn.Parameter) and isinstance(
-                getattr(module, up, None), nn.Parameter
-            ):
+            if all(isinstance(getattr(module, name, None), nn.Parameter) for name in (up, down)):
                 yield replace(layout, experts=True)
                 break
-            if _fits(module, layout):
+            if _projections_fit(module, layout):
                 yield layout
                 break
 
 
-def _fits(module: nn.Module, layout: FeedForwardLayout) -> bool:
-    parts: Mapping[str | None, Any] = dict(module.named_children())
+def _projections_fit(module: nn.Module, layout: FeedForwardLayout) -> bool:
+    """Return whether the projections exist and those up are as wide as the one down."""
+    children: Mapping[str | None, Any] = dict(module.named_children())
     names = {layout.gate, layout.up, layout.down} - {None}
-    if not names <= parts.keys() or not all(isinstance(parts[name], Projection) for name in names):
+    if not all(isinstance(children.get(name), Projection) for name in names):
         return False
-    width = matrix(parts[layout.down]).shape[1]
-    return all(matrix(parts[name]).shape[0] == width * (1 + layout.fused) for name in names - {layout.down})
+    width = matrix(children[layout.down]).shape[1]
+    return all(matrix(children[name]).shape[0] == width * (1 + layout.fused) for name in names - {layout.down})
 
 
-def _width(model: nn.Module, blocks: str, layout: FeedForwardLayout) -> int | None:
-    """Channels of the layout's feed-forward in the first block that has it."""
-    widths = (_width_of(block, layout) for block in model.get_submodule(blocks).children())
-    return next((width for width in widths if width is not None), None)
-
-
-def _width_of(block: nn.Module, layout: FeedForwardLayout) -> int | None:
-    """Channels of the layout's feed-forward in a block, if it has one."""
+def _block_width(block: nn.Module, layout: FeedForwardLayout) -> int | None:
+    """Return the channels of the layout's feed-forward in a block, if the block has one."""
     try:
         module = block.get_submodule(layout.path)
     except AttributeError:
@@ -132,98 +131,91 @@ def _width_of(block: nn.Module, layout: FeedForwardLayout) -> int | None:
     return ExpertFeedForwards(module, layout).width if layout.experts else matrix(down).shape[1]
 
 
-def _with_key(
+def _model_width(model: nn.Module, blocks: str, layout: FeedForwardLayout) -> int | None:
+    """Return the channels of the layout's feed-forward in the first block that has one."""
+    widths = (_block_width(block, layout) for block in model.get_submodule(blocks).children())
+    return next((width for width in widths if width is not None), None)
+
+
+def _find_width_key(
     model: PreTrainedModel, blocks: str, layout: FeedForwardLayout, layouts: Sequence[FeedForwardLayout]
 ) -> FeedForwardLayout:
-    """The layout with the configuration key that sets its width, found by changing one key after another."""
+    """Return the layout with the configuration key that sets its width, and the factor between both."""
     config = model.config.get_text_config()
-    width = _width(model, blocks, layout)
-    assert width is not None, "the layout was found in a block"
-    for key, value in _candidates(config.to_dict(), width):
+    width = _model_width(model, blocks, layout)
+    assert width is not None, "the layout comes from a block"
+    for key, value in _rank_keys(config.to_dict(), width):
         base = width if value is None else value
-        changed = _rebuilt(model, key, base + _TRIED)
-        found = None if changed is None else _width(changed, blocks, layout)
-        if changed is not None and found is not None and found != width and (found - width) % _TRIED == 0:
-            times = (found - width) // _TRIED
-            if times * base == width:
-                _check_channels_apart(model.get_submodule(blocks), changed.get_submodule(blocks), layout, layouts)
-                return replace(layout, width_key=key, times=times)
+        changed = _rebuild(model, **{key: base + _CHANGE})
+        changed_width = None if changed is None else _model_width(changed, blocks, layout)
+        if changed is None or changed_width is None or changed_width == width:
+            continue
+        times, rest = divmod(changed_width - width, _CHANGE)
+        if rest == 0 and times * base == width:
+            _check_only_projections_widen(model.get_submodule(blocks), changed.get_submodule(blocks), layout, layouts)
+            return replace(layout, width_key=key, times=times)
     raise ModelError(
         f"the width of {layout.path or 'the feed-forward'} in {config.model_type} models is set by nothing in their "
         "configuration, so a narrower one could not be opened again."
     )
 
 
-def _check_channels_apart(
+def _rank_keys(values: Mapping[str, Any], width: int) -> list[tuple[str, int | None]]:
+    """Return keys that may set a width, likeliest first: the right value and name, the right value, the right name."""
+    ranked: list[tuple[int, str, int | None]] = []
+    for key, value in values.items():
+        named = bool(_WIDTH_KEYS.search(key))
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if whole and (value == width or (named and value > 1 and width % value == 0)):
+            ranked.append((2 * (value != width) + (not named), key, value))
+        elif value is None and named:
+            ranked.append((3, key, None))
+    return [(key, value) for _, key, value in sorted(ranked, key=lambda entry: entry[0])]
+
+
+def _check_only_projections_widen(
     blocks: nn.Module, wider: nn.Module, layout: FeedForwardLayout, layouts: Sequence[FeedForwardLayout]
 ) -> None:
-    """Refuse a feed-forward with anything else along its channels, such as a norm over them: cutting would change it.
+    """Refuse a feed-forward with another parameter along its channels, such as a norm over them.
 
-    What grows with the width in the ``wider`` blocks, beside the projections, is along the channels.
+    Cutting would change its result. A parameter that is larger in the ``wider`` blocks lies along the channels.
     """
     projections = {
-        f"{one.path}.{name}{part}".removeprefix(".")
-        for one in layouts
-        for name in (one.gate, one.up, one.down)
-        for part in ("", ".weight", ".bias", "_bias")
+        f"{part.path}.{name}{suffix}".removeprefix(".")
+        for part in layouts
+        for name in (part.gate, part.up, part.down)
+        for suffix in ("", ".weight", ".bias", "_bias")
     }
-    grown = dict(wider.named_parameters())
+    wider_parameters = dict(wider.named_parameters())
     for path, parameter in blocks.named_parameters():
         name = path.partition(".")[2]  # inside a block
-        if name not in projections and path in grown and grown[path].shape != parameter.shape:
+        if name not in projections and path in wider_parameters and wider_parameters[path].shape != parameter.shape:
             raise ModelError(
                 f"{layout.path or 'the feed-forward'} has {name.removeprefix(f'{layout.path}.')} over all of its "
                 "channels; it cannot be cut exactly."
             )
 
 
-def _candidates(values: Mapping[str, Any], width: int) -> list[tuple[str, int | None]]:
-    """Keys that may set a width, likeliest first: the right value and name, the right value, the right name."""
-    found: list[tuple[int, str, int | None]] = []
-    for key, value in values.items():
-        named = bool(_WIDTH_NAMES.search(key))
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if whole and (value == width or (named and value > 1 and width % value == 0)):
-            found.append((2 * (value != width) + (not named), key, value))
-        elif value is None and named:
-            found.append((3, key, None))
-    return [(key, value) for _, key, value in sorted(found, key=lambda one: one[0])]
-
-
 def _widths_can_differ(model: PreTrainedModel, blocks: str, layouts: Sequence[FeedForwardLayout]) -> bool:
-    """Whether a setting of the last block changes what is built there."""
-    last = len(model.get_submodule(blocks)) - 1  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    dense = [_width_of(model.get_submodule(f"{blocks}.{last}"), layout) for layout in layouts]
-    wider = {
-        layout.width_key: width // layout.times + _TRIED
-        for layout, width in zip(layouts, dense, strict=True)
-        if width is not None
-    }
-    changed = _rebuilt(model, per_layer={last: wider})
-    if changed is None:
-        return False
-    found = [_width_of(changed.get_submodule(f"{blocks}.{last}"), layout) for layout in layouts]
-    return all(
-        now == (None if before is None else before + _TRIED * layout.times)
-        for layout, before, now in zip(layouts, dense, found, strict=True)
+    """Return whether a wider setting for the last block alone widens what is built there."""
+    last = model.config.get_text_config().num_hidden_layers - 1
+    path = f"{blocks}.{last}"
+    widths = {layout: _block_width(model.get_submodule(path), layout) for layout in layouts}
+    wider = {layout.width_key: width // layout.times + _CHANGE for layout, width in widths.items() if width is not None}
+    changed = _rebuild(model, per_layer_config={last: wider})
+    return changed is not None and all(
+        _block_width(changed.get_submodule(path), layout) == (None if width is None else width + _CHANGE * layout.times)
+        for layout, width in widths.items()
     )
 
 
-def _rebuilt(
-    model: PreTrainedModel,
-    key: str | None = None,
-    value: int = 0,
-    per_layer: dict[int | str, dict[str, Any]] | None = None,
-) -> PreTrainedModel | None:
-    """The model without weights from its configuration with something changed; None where that cannot be built."""
+def _rebuild(model: PreTrainedModel, **changes: Any) -> PreTrainedModel | None:
+    """Build the model without weights from its configuration with some values changed; None if that fails."""
     config = copy.deepcopy(model.config)
-    config.get_text_config().per_layer_config = None
     try:
-        if key is not None:
+        for key, value in {"per_layer_config": None, **changes}.items():
             setattr(config.get_text_config(), key, value)
-        if per_layer is not None:
-            config.get_text_config().per_layer_config = per_layer
         with without_weights():
             return type(model)(config)
-    except Exception:  # noqa: BLE001  # whatever a family raises on a value that does not suit it
+    except Exception:  # noqa: BLE001  # each family raises its own errors on values that do not suit it
         return None

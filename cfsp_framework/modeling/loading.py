@@ -1,4 +1,4 @@
-"""Finding and opening a model: a folder, a Hub id, or ``demo``. Only safetensors, no code it brings along."""
+"""Find and open a model: a folder, a Hub id, or ``demo``. Only safetensors, and no code of the checkpoint by default."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ from cfsp_framework.modeling.meta_init import without_weights
 from cfsp_framework.runtime.atomic_files import LICENCE_FILES
 from cfsp_framework.runtime.distributed import SOLO, Ranks
 
-_CHUNK = 1 << 22
 _HASHES_AT_ONCE = 4
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py", "README.md", *LICENCE_FILES)
@@ -44,9 +43,9 @@ _CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its tokenizer, where both came from, and the device it is for.
+    """A model with its tokenizer, where both came from, and the device to run on.
 
-    With ``--stream`` the model's parameters are not there yet.
+    With ``--stream`` the model's parameters are on the meta device.
     """
 
     model: PreTrainedModel
@@ -61,52 +60,55 @@ def load_model(config: RunConfig, ranks: Ranks = SOLO) -> LoadedModel:
     """Open ``config.model.source`` on the chosen device, in the chosen dtype.
 
     Raises:
-        ModelError: it cannot be found, is no causal LM, has no safetensors, or needs code that was not allowed.
+        ModelError: it cannot be found, is not a causal LM, has no safetensors, or needs code that was not allowed.
     """
-    quiet()
-    folder = resolve(config.model.source)
-    device = pick_device(config.model.device)
-    check_checkpoint(folder, trust_remote_code=config.model.trust_remote_code)
-    with _opening(f"model {config.model.source!r}"):
-        if config.model.stream:
-            model = open_skeleton(folder, config.model.dtype, trust_remote_code=config.model.trust_remote_code)
-        elif config.model.device_map == "auto":
-            model = open_spread(folder, config.model.dtype, trust_remote_code=config.model.trust_remote_code)
+    silence_transformers()
+    options = config.model
+    folder = resolve(options.source)
+    device = pick_device(options.device)
+    check_checkpoint(folder, trust_remote_code=options.trust_remote_code)
+    with _opening(f"model {options.source!r}"):
+        if options.stream:
+            model = open_on_meta(folder, options.dtype, trust_remote_code=options.trust_remote_code)
+        elif options.device_map == "auto":
+            model = open_spread(folder, options.dtype, trust_remote_code=options.trust_remote_code)
         else:
-            model = open_model(
-                folder, config.model.dtype, device=device, trust_remote_code=config.model.trust_remote_code
-            )
+            model = open_model(folder, options.dtype, device=device, trust_remote_code=options.trust_remote_code)
         identity = ranks.agree(fingerprint(folder) if ranks.first else "")
-    with _opening(f"the tokenizer of model {config.model.source!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
-    return LoadedModel(model, tokenizer, config.model.source, folder, identity, device)
+    with _opening(f"the tokenizer of model {options.source!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    return LoadedModel(model, tokenizer, options.source, folder, identity, device)
 
 
 @contextmanager
-def _opening(what: str) -> Generator[None]:
-    """Turn whatever Transformers raises on files that are wrong, which has no common class, into a ModelError."""
+def _opening(subject: str) -> Generator[None]:
+    """Raise a ModelError for the errors of Transformers on wrong files, which have no common class."""
     try:
         yield
     except (CfspError, MemoryError, torch.OutOfMemoryError):
         raise
     except SafetensorError as error:
         reason = _one_line(error).rstrip(".")
-        raise ModelError(f"{what}: its safetensors are damaged ({reason}); fetch or write them again.") from error
+        raise ModelError(f"{subject}: its safetensors are damaged ({reason}); fetch or write them again.") from error
     except Exception as error:
-        raise ModelError(f"{what} cannot be opened: {_one_line(error)}") from error
+        raise ModelError(f"{subject} cannot be opened: {_one_line(error)}") from error
 
 
 def open_model(
     folder: Path, dtype: str = "auto", *, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The checkpoint in ``folder``, in evaluation mode; every parameter comes from it or it is refused."""
+    """Open the checkpoint in ``folder``, in evaluation mode.
+
+    Raises:
+        ModelError: the checkpoint lacks a parameter, or has one that does not fit.
+    """
     opened: Any = _from_pretrained(folder, dtype, trust_remote_code).to(device)  # type: ignore[arg-type]
     model: PreTrainedModel = opened.eval()
     return model
 
 
 def open_spread(folder: Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The checkpoint in ``folder`` where accelerate puts it, on all GPUs there are.
+    """Open the checkpoint in ``folder`` spread over all GPUs by accelerate.
 
     Raises:
         ModelError: they do not hold it.
@@ -121,72 +123,69 @@ def open_spread(folder: Path, dtype: str = "auto", *, trust_remote_code: bool = 
     return model
 
 
-def open_skeleton(folder: Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a checkpoint without its parameters, which are on the meta device; buffers are there."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    wanted = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
-    auto = _auto_class(config, own_code=trust_remote_code and hasattr(config, "auto_map"))
+def open_on_meta(path: Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build the model of a checkpoint, or of a ``config.json``, with parameters on the meta device; buffers are real."""
+    config, auto = _read_config(path, trust_remote_code)
+    torch_dtype = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
     with without_weights():
-        model: PreTrainedModel = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code).eval()
+        model: PreTrainedModel = auto.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code).eval()
+    model.tie_weights()  # moving parameters to the meta device one by one unties them
     return model
 
 
+def build_from_config(config: RunConfig) -> tuple[PreTrainedModel, torch.dtype]:
+    """Build ``config.model.source`` on the meta device; return it and the dtype its weights are stored in.
+
+    A configuration is enough: the source may also be its file, or a folder that holds nothing else.
+
+    Raises:
+        ModelError: it cannot be found, is not a causal LM, or needs code that was not allowed.
+    """
+    silence_transformers()
+    options = config.model
+    given = Path(options.source).expanduser()
+    path = given if given.is_file() else resolve(options.source, ("config.json",))
+    check_config(path, trust_remote_code=options.trust_remote_code)
+    with _opening(f"model {options.source!r}"):
+        stored = stored_dtype(_read_config(path, options.trust_remote_code)[0])
+        return open_on_meta(path, options.dtype, trust_remote_code=options.trust_remote_code), stored
+
+
 def stored_dtype(config: Any) -> torch.dtype:
-    """The dtype a checkpoint's configuration says its weights have."""
+    """Return the dtype that a checkpoint's configuration names for its weights."""
     named = config.dtype or getattr(config.get_text_config(), "dtype", None)
     dtype: torch.dtype = getattr(torch, named) if isinstance(named, str) else named or torch.float32
     return dtype
 
 
-def _from_pretrained(folder: Path, dtype: str, trust_remote_code: bool, **more: Any) -> PreTrainedModel:
-    """Transformers re-initialises what a checkpoint lacks and only logs it; here that is an error."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    auto = _auto_class(config, own_code=trust_remote_code and hasattr(config, "auto_map"))
-    loaded: Any = auto.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **more
-    )
-    model, told = loaded
-    wrong = [*told["missing_keys"], *told["mismatched_keys"], *told["unexpected_keys"]]
+def _read_config(path: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return a checkpoint's configuration and the Auto class that builds its model.
+
+    Of a vision-language model the text decoder is pruned.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    own_code = trust_remote_code and hasattr(config, "auto_map")
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return config, AutoModelForImageTextToText if sees and not own_code else AutoModelForCausalLM
+
+
+def _from_pretrained(folder: Path, dtype: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """Open a checkpoint; refuse missing weights, which Transformers initialises at random and only logs."""
+    _, auto = _read_config(folder, trust_remote_code)
+    options |= {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    opened: tuple[PreTrainedModel, Any] = auto.from_pretrained(folder, output_loading_info=True, **options)
+    model, info = opened
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     if wrong:
         raise ModelError(f"the weights in {folder} do not fit the model, first of {len(wrong)}: {wrong[0]}.")
-    opened: PreTrainedModel = model
-    return opened
-
-
-def _auto_class(config: Any, *, own_code: bool) -> Any:
-    """A causal LM's, or that of a model that also sees, whose text decoder is the one to prune."""
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if sees and not own_code else AutoModelForCausalLM
-
-
-def sketch_model(config: RunConfig) -> tuple[PreTrainedModel, torch.dtype]:
-    """``config.model.source`` without its weights, on the meta device, and the dtype they are stored in.
-
-    A configuration is enough: ``config.model.source`` may also be its file, or a folder that holds nothing else.
-
-    Raises:
-        ModelError: it cannot be found, is no causal LM, or needs code that was not allowed.
-    """
-    quiet()
-    given = Path(config.model.source).expanduser()
-    path = given if given.is_file() else resolve(config.model.source, ("config.json",))
-    check_config(path, trust_remote_code=config.model.trust_remote_code)
-    trusted: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
-    with _opening(f"model {config.model.source!r}"):
-        settings: Any = AutoConfig.from_pretrained(path, **trusted)
-        stored = stored_dtype(settings)
-        auto = _auto_class(settings, own_code=config.model.trust_remote_code and hasattr(settings, "auto_map"))
-        with torch.device("meta"):
-            dtype = stored if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-            model: PreTrainedModel = auto.from_config(settings, dtype=dtype, **trusted)
-    return model, stored
+    return model
 
 
 def resolve(source: str, files: Sequence[str] = _CHECKPOINT_FILES) -> Path:
-    """The local folder of a model; of a Hub id the ``files`` that fit these patterns are downloaded.
+    """Return the local folder of a model; of a Hub id, download the ``files`` that match these patterns.
 
     Raises:
-        ModelError: there is no such folder, and the Hub does not have it or cannot be reached.
+        ModelError: the folder does not exist, and the Hub does not have it or cannot be reached.
     """
     if source == "demo":
         from cfsp_framework.data.demo import MODEL_FOLDER
@@ -201,31 +200,30 @@ def resolve(source: str, files: Sequence[str] = _CHECKPOINT_FILES) -> Path:
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(files)))
-    except Exception as error:  # whatever the network and the Hub raise
-        raise ModelError(f"model {source!r}: there is no such folder, and {_hub_refusal(error)}") from error
+    except Exception as error:  # the network and the Hub raise many classes
+        raise ModelError(f"model {source!r}: there is no such folder, and {_explain_hub_error(error)}") from error
 
 
-def _hub_refusal(error: Exception) -> str:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+def _explain_hub_error(error: Exception) -> str:
+    from huggingface_hub import errors
 
     match error:
-        case GatedRepoError():
+        case errors.GatedRepoError():
             return "the Hub gives it only to those who accepted its terms; do so, then `hf auth login`."
-        case RepositoryNotFoundError():
+        case errors.RepositoryNotFoundError():
             return "the Hub has no model of that name; a private one needs `hf auth login`."
-        case LocalEntryNotFoundError() | OfflineModeIsEnabled() | ConnectionError():
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | ConnectionError():
             return "the Hub cannot be reached."
         case _:
             return f"the Hub does not give it: {_one_line(error)}"
 
 
 def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Refuse, before anything is loaded, what is no causal LM in safetensors or needs code that was not allowed."""
+    """Refuse, before loading, a folder without a causal LM in safetensors, or with code that was not allowed.
+
+    Raises:
+        ModelError: it is one of these.
+    """
     check_config(folder, trust_remote_code=trust_remote_code)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
@@ -235,29 +233,38 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def check_config(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Refuse a folder, or a configuration file, that is of no causal LM or needs code that was not allowed."""
+    """Refuse a folder, or a configuration file, that is not of a causal LM or needs code that was not allowed.
+
+    Raises:
+        ModelError: it is one of these, or cannot be read.
+    """
     path = folder if folder.is_file() else folder / "config.json"
     if not path.exists():
-        raise ModelError(f"{folder} is no model: it has no config.json.")
+        raise ModelError(f"{folder} is not a model: it has no config.json.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} is no model: its config.json cannot be read: {_one_line(error)}") from error
+        raise ModelError(f"{folder} is not a model: its config.json cannot be read: {_one_line(error)}") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{folder} is no model: its config.json holds no settings.")
+        raise ModelError(f"{folder} is not a model: its config.json holds no settings.")
     family, names = config.get("model_type"), config.get("architectures") or []
     heads = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if not (any(name.endswith(heads) for name in names) if names else family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        found = f"a {', '.join(names)}" if names else f"of the family {family!r}"
-        raise ModelError(f"{folder} is {found}, not a causal language model.")
-    if family not in CONFIG_MAPPING and not (trust_remote_code and config.get("auto_map")):
-        if config.get("auto_map"):
-            raise ModelError(f"{folder} needs the Python code it brings along; read it, then give --trust-remote-code.")
-        raise ModelError(f"{folder}: Transformers {transformers.__version__} does not know the family {family!r}.")
+        kind = f"a {', '.join(names)}" if names else f"of the family {family!r}"
+        raise ModelError(f"{folder} is {kind}, not a causal language model.")
+    if family in CONFIG_MAPPING or (trust_remote_code and config.get("auto_map")):
+        return
+    if config.get("auto_map"):
+        raise ModelError(f"{folder} needs the Python code it brings along; read it, then give --trust-remote-code.")
+    raise ModelError(f"{folder}: Transformers {transformers.__version__} does not know the family {family!r}.")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is a GPU where there is one."""
+    """Return the device called ``name``; ``auto`` is a GPU if this machine has one.
+
+    Raises:
+        ConfigError: it is not a device of this machine.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -272,41 +279,31 @@ def pick_device(name: str) -> torch.device:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the configuration and the SHA-256 of every file of weights, whatever the files are called."""
+    """Return SHA-256 over the configuration and the SHA-256 of every file of weights, whose names do not count."""
     total = hashlib.sha256((folder / "config.json").read_bytes())
-    with ThreadPoolExecutor(_HASHES_AT_ONCE) as pool:  # hashing lets go of the interpreter's lock
+    with ThreadPoolExecutor(_HASHES_AT_ONCE) as pool:  # hashing releases the GIL
         for digest in pool.map(_file_hash, sorted(folder.glob("*.safetensors"))):
             total.update(bytes.fromhex(digest))
     return total.hexdigest()
 
 
 def _file_hash(path: Path) -> str:
-    """SHA-256 of a file, which the Hub's cache has in the name of what the file links to."""
+    """Return the SHA-256 of a file; the Hub's cache has it as the name of the file that is linked to."""
     blob = path.resolve()
     if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
         return blob.name
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model was built for, where its configuration says."""
-    values = model.config.get_text_config().to_dict()
-    length = values.get("max_position_embeddings") or values.get("n_positions")
-    return int(length) if length else None
-
-
-def quiet() -> None:
-    """Keep Transformers' own bars and advice off the terminal; errors still come as exceptions."""
+def silence_transformers() -> None:
+    """Keep Transformers' progress bars and advice off the terminal; errors still raise."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
 def _one_line(error: Exception) -> str:
-    """The first sentence of an error, with its class where it has hardly any words."""
+    """Return the first sentence of an error, with its class where it has hardly any words."""
     sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(str(error).split()))[0].rstrip(".")
     named = sentence if sentence.count(" ") > 1 else f"{type(error).__name__}: {sentence}".rstrip(": ")
     return f"{named[:300]}."

@@ -1,4 +1,4 @@
-"""Building a model without the memory its parameters would take."""
+"""Build a model without the memory its parameters would take."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch.overrides import TorchFunctionMode
 
 _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
 _LARGE = 1 << 26
-"""Values. Buffers, such as tables of angles and causal masks, are smaller."""
+"""Values of a tensor; buffers, such as tables of angles and causal masks, are smaller."""
 
 
 @contextmanager
 def without_weights() -> Generator[None]:
-    """While open, parameters of the modules that are made are on the meta device; buffers are real.
+    """Put parameters of modules built inside the context on the meta device; buffers are real.
 
-    accelerate moves a parameter there once it is made; one as large as all experts of a block would not fit before.
+    accelerate moves a parameter there after allocating it; the experts of a block together may not fit even once.
     """
     with init_empty_weights(include_buffers=False), _LargeOnMeta():
         yield
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """What is large and not meant for a certain device is made on the meta device."""
+    """Allocate large tensors on the meta device where the call names no device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -1,8 +1,8 @@
-"""Lets Transformers build a model whose feed-forward widths differ between blocks, when this package is imported.
+"""Let Transformers build models whose feed-forward widths differ between blocks.
 
-Transformers' configurations understand ``per_layer_config`` since 5.14; its modelling code does not build from it yet.
-A decoder layer class is wrapped the first time such a configuration asks for it; for every other configuration, and
-for architectures that read ``per_layer_config`` themselves, nothing changes.
+Transformers' configurations understand ``per_layer_config`` since 5.14; most of its modelling code does not build from
+it. A decoder layer class is patched the first time such a configuration needs it; nothing changes for any other
+configuration, nor for architectures that read ``per_layer_config`` themselves.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _INDEX_ARGUMENTS = ("layer_idx", "layer_id", "layer_number")
 
 
 class ZeroResidual(nn.Module):
-    """Stands where a block's attention was dropped: it adds nothing to the residual stream.
+    """Replace a dropped attention: add nothing to the residual stream.
 
-    Without "Attention" in its name: Transformers ignores set_attn_implementation on a model whose file defines a module
-    so called that does not dispatch to the implementations.
+    The name of the class avoids "Attention": Transformers ignores set_attn_implementation on a model whose file defines
+    a module of that name which does not dispatch to the implementations.
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        """``(B, T, D)`` zeros and no attention weights."""
+        """Return zeros ``(B, T, D)`` and no attention weights."""
         return torch.zeros_like(hidden_states), None
 
 
@@ -45,7 +45,7 @@ def finish_block(block: nn.Module, index: int, layer_config: Any, config: Any) -
 
 
 def install() -> None:
-    """Make every model class honour ``per_layer_config``; doing it twice changes nothing."""
+    """Make every model class build from ``per_layer_config``; a second call changes nothing."""
     original = PreTrainedModel.__init__
     if getattr(original, "_per_layer", False):
         return
@@ -66,7 +66,7 @@ def _patch_layers(model_class: type[PreTrainedModel]) -> None:
         return
     module = importlib.import_module(native.__module__)
     if "per_layer_config" in inspect.getsource(module):
-        return  # this architecture builds from it itself
+        return  # this architecture builds from it without help
     for name in model_class._no_split_modules or ():
         if hasattr(module, name):
             _patch_layer(getattr(module, name))
@@ -78,7 +78,7 @@ def _patch_layer(layer_class: type[nn.Module]) -> None:
         return
     signature = inspect.signature(original)
 
-    # Wrapped in place: a class swapped for another breaks hidden_states and pickling elsewhere.
+    # Patched in place: replacing the class would break output_hidden_states and pickling.
     @functools.wraps(original)
     def __init__(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
         if not getattr(config, "is_heterogeneous", False):

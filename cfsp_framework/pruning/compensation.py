@@ -21,7 +21,7 @@ from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.host.sandbox import tensor_problem
 from cfsp_framework.host.selection import stream_of, target_mix_of
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.runtime.atomic_files import save_aside
+from cfsp_framework.runtime.atomic_files import save_tensors
 
 
 class Compensation:
@@ -218,7 +218,7 @@ class UpdateCache:
         }
         tensors = {name: value.contiguous().cpu() for name, value in values.items() if isinstance(value, Tensor)}
         errors = {name: repr(value) for name, value in values.items() if isinstance(value, float)}
-        save_aside(self._path(index), tensors, errors)
+        save_tensors(self._path(index), tensors, errors)
 
     def _path(self, index: int) -> Path:
         return self._folder / f"block_{index}.safetensors"

@@ -10,7 +10,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, se
 from cfsp_framework.api.records import BlockReport, LossPoint, Report
 from cfsp_framework.reporting.metrics import describe_training, is_mixed, place
 from cfsp_framework.reporting.model_card import BaseModel, front_matter
-from cfsp_framework.runtime.atomic_files import human_bytes
+from cfsp_framework.runtime.atomic_files import format_bytes
 
 _CHART_WIDTH, _CHART_HEIGHT = 960.0, 260.0
 _CURVE_HEIGHT = 160.0
@@ -61,7 +61,7 @@ def html_report(report: Report) -> str:
     totals = [
         ("feed-forward channels", report.channels_before, report.channels_after, human_count),
         ("parameters", report.dense.parameters, report.pruned.parameters, human_count),
-        ("weights", report.dense.bytes, report.pruned.bytes, human_bytes),
+        ("weights", report.dense.bytes, report.pruned.bytes, format_bytes),
         ("FLOPs per token", report.dense.flops_per_token, report.pruned.flops_per_token, human_count),
     ]
     compensated = any(block.error is not None for block in report.blocks)
@@ -91,7 +91,7 @@ def model_card(report: Report, *, code: bool, base: BaseModel | None = None) -> 
     totals = [
         ("feed-forward channels", report.channels_before, report.channels_after, "{:,}".format),
         ("parameters", dense.parameters, pruned.parameters, "{:,}".format),
-        ("weights", dense.bytes, pruned.bytes, human_bytes),
+        ("weights", dense.bytes, pruned.bytes, format_bytes),
         ("FLOPs per token", dense.flops_per_token, pruned.flops_per_token, "{:,}".format),
     ]
     name = f"{base.name}-pruned"
@@ -183,6 +183,6 @@ def page_environment() -> Environment:
     )
     environment.filters["filename"] = lambda spec: spec if spec.startswith("hf:") else PurePath(spec).name
     environment.filters["model"] = model_title
-    environment.filters["bytes"] = human_bytes
+    environment.filters["bytes"] = format_bytes
     environment.filters["place"] = place
     return environment

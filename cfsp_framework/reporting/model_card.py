@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from cfsp_framework.api.records import Evaluation, Report
-from cfsp_framework.data.sources import WELL_KNOWN, mixture
+from cfsp_framework.data.sources import WELL_KNOWN, parse_mixture
 from cfsp_framework.errors import CfspError
 from cfsp_framework.runtime.atomic_files import licence_files
 
@@ -87,7 +87,7 @@ def front_matter(report: Report, base: BaseModel, name: str, *, code: bool) -> s
 def hub_data_sets(spec: str) -> list[str]:
     """The data sets of the Hub that a SPEC reads."""
     try:
-        parts = [name for name, _ in mixture(spec.removeprefix("instructions:"))]
+        parts = [name for name, _ in parse_mixture(spec.removeprefix("instructions:"))]
     except CfspError:
         return []
     known = [WELL_KNOWN[part].repository if part in WELL_KNOWN else part for part in parts]

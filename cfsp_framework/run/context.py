@@ -19,7 +19,8 @@ from cfsp_framework.host.observers import start_observing
 from cfsp_framework.host.registry import Plugins
 from cfsp_framework.host.selection import Selection, select
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
-from cfsp_framework.modeling.loading import LoadedModel, context_length, load_model
+from cfsp_framework.modeling.config_facts import context_length
+from cfsp_framework.modeling.loading import LoadedModel, load_model
 from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.modeling.streaming import Streamed
 from cfsp_framework.run.checks import check_model, check_options
@@ -141,7 +142,7 @@ def sequence_length(config: RunConfig, loaded: LoadedModel) -> int:
     Raises:
         ConfigError: ``--seqlen`` exceeds the model's context.
     """
-    seqlen, context = config.calibration.seqlen, context_length(loaded.model)
+    seqlen, context = config.calibration.seqlen, context_length(loaded.model.config)
     if seqlen is None:
         return min(1024, context or 1024)
     if context is not None and seqlen > context:

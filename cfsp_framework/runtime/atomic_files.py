@@ -1,17 +1,23 @@
-"""Writing files and folders so that they are there whole or not at all."""
+"""Write files and folders so that they exist whole or not at all.
+
+Everything is written into a staging folder beside its destination and renamed at the end. A lock file marks the staging
+folders of live processes: the system releases the lock when a process ends, even by SIGKILL, and the next process that
+writes to the same destination removes what dead ones left.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from cfsp_framework.errors import OutputError
 
@@ -19,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""What a checkpoint carries along from the model it is made from, by pattern."""
-_USERS_PROBLEM = frozenset(
+"""Patterns of the files that a checkpoint takes over from the model it is made from."""
+_USER_ERRORS = frozenset(
     {
         errno.ENOSPC,
         errno.EDQUOT,
@@ -37,37 +43,28 @@ _USERS_PROBLEM = frozenset(
 
 @contextmanager
 def staged_folder(folder: Path) -> Generator[Path]:
-    """A folder beside ``folder`` to write into; renamed to it at the end, removed if anything fails.
-
-    What killed runs left there is removed.
+    """Yield a folder to write into; rename it to ``folder`` at the end, remove it if anything fails.
 
     Raises:
         OutputError: the place is not writable or full.
     """
-    with ExitStack() as stack:
-        with _writing(folder):
-            aside = stack.enter_context(_aside(folder))
-        with _writing(folder, aside):
-            yield aside
-            _make_readable(aside)
-            _put_in_place(aside, folder)
-            _sweep(folder)
+    with _staging(folder) as staging:
+        yield staging
+        _make_readable(staging)
+        _put_in_place(staging, folder)
 
 
 @contextmanager
 def staged_file(path: Path) -> Generator[Path]:
-    """A file in a folder beside ``path`` to write; renamed to it at the end, removed if anything fails.
+    """Yield a path to write a file to; rename it to ``path`` at the end, remove it if anything fails.
 
     Raises:
         OutputError: the place is not writable or full.
     """
-    with ExitStack() as stack:
-        with _writing(path):
-            aside = stack.enter_context(_aside(path))
-        with _writing(path, aside):
-            yield aside / path.name
-            _make_readable(aside)
-            os.replace(aside / path.name, path)
+    with _staging(path) as staging:  # a folder: safetensors writes a temporary file beside the one it makes
+        yield staging / path.name
+        _make_readable(staging)
+        os.replace(staging / path.name, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,123 +73,116 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: the place is not writable or full.
     """
-    with _writing(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+    with staged_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
 
 
-def save_aside(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write safetensors whole or not at all, so that whoever finds the file can trust it.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, and the folders it is to be in.
 
     Raises:
         OutputError: the place is not writable or full.
     """
     from safetensors.torch import save_file
 
-    with _writing(path):
+    with _translate_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _aside(
-            path
-        ) as aside:  # a folder, because safetensors writes into a file of its own beside the one it makes
-            save_file(dict(tensors), aside / path.name, dict(metadata))
-            _make_readable(aside)
-            os.replace(aside / path.name, path)
+    with staged_file(path) as staged:
+        save_file(dict(tensors), staged, dict(metadata))
 
 
 def licence_files(folder: Path) -> list[Path]:
-    """The files of ``folder`` that state terms of use."""
+    """Return the files of ``folder`` that state terms of use."""
     return sorted({path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
 def check_parent(path: Path) -> None:
-    """Refuse, before any work is done, a path that cannot be made.
+    """Refuse, before any work is done, a path that cannot be written.
 
     Raises:
-        OutputError: the folder it is to lie in does not exist or is not writable.
+        OutputError: the folder it is to be in does not exist or is not writable.
     """
     parent = path.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{path} cannot be made: {parent} is no folder one can write to.")
+        raise OutputError(f"{path} cannot be written: {parent} is not a writable directory.")
 
 
 @contextmanager
-def _writing(path: Path, inside: Path | None = None) -> Generator[None]:
-    """Turn what the file system refuses into an OutputError; safetensors hides it in an exception of its own.
+def _translate_errors(path: Path, inside: Path | None = None) -> Generator[None]:
+    """Raise an OutputError for what the file system refuses; safetensors hides it in an exception of its own.
 
-    With ``inside``, trouble with a file that is named and lies elsewhere is somebody else's.
+    With ``inside``, an error about a named file elsewhere passes: it was not about the output.
     """
     try:
         yield
     except OSError as error:
         elsewhere = inside is not None and error.filename and not Path(error.filename).is_relative_to(inside)
-        if elsewhere or error.errno not in _USERS_PROBLEM:
+        if elsewhere or error.errno not in _USER_ERRORS:
             raise
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
     except Exception as error:
         hidden = re.search(r"\(os error (\d+)\)", str(error))
-        if hidden is None or int(hidden[1]) not in _USERS_PROBLEM:
+        if hidden is None or int(hidden[1]) not in _USER_ERRORS:
             raise
         raise OutputError(f"{path} cannot be written: {os.strerror(int(hidden[1]))}.") from error
 
 
 @contextmanager
-def _aside(path: Path) -> Generator[Path]:
-    """A folder beside ``path`` to write into, with a lock on it that the system takes away when this process ends.
-
-    While it is made the folder around it is locked: nobody sweeps what is there but not locked yet.
-    """
-    parent = path.absolute().parent
-    handle = os.open(parent, os.O_RDONLY)
+def _staging(path: Path) -> Generator[Path]:
+    """Yield an empty, locked folder beside ``path``; remove it at the end, and what killed processes left there."""
+    with _translate_errors(path):
+        staging, lock = _create_locked(path)
+    locks_work = lock.is_locked  # else the folders of live processes cannot be known
     try:
-        if _locked(handle, fcntl.LOCK_EX):
+        with _translate_errors(path, staging):
+            if locks_work:
+                _sweep(path)
+            yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        _release(lock)
+        if locks_work:
             _sweep(path)
-        aside = Path(tempfile.mkdtemp(".partial", f".{path.name}.", parent))
-        lock = os.open(aside, os.O_RDONLY)
-        _locked(lock, fcntl.LOCK_EX)
-    finally:
-        os.close(handle)
+
+
+def _create_locked(path: Path) -> tuple[Path, FileLock]:
+    """Create a staging folder and lock it; on a file system without locks it stays unlocked."""
+    while True:
+        staging = path.absolute().parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+        staging.mkdir(mode=0o700)
+        lock = FileLock(staging.with_suffix(".lock"))
+        _acquire(lock)
+        if staging.exists():  # else another process removed it before it was locked
+            return staging, lock
+        _release(lock)
+
+
+def _acquire(lock: FileLock, timeout: float = -1) -> bool:
+    """Return whether the lock was acquired: another process may hold it, or the file system may have no locks."""
     try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.close(lock)
+        lock.acquire(timeout=timeout)
+    except (Timeout, OSError, NotImplementedError):
+        return False
+    return True
+
+
+def _release(lock: FileLock) -> None:
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left beside ``path``: unfinished things, and what a finished one has replaced."""
-    names = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(partial|old)")
-    for left in path.absolute().parent.iterdir():
-        found = names.fullmatch(left.name)
-        if found and (path.exists() if found[1] == "old" else _abandoned(left)):
-            _remove(left)
-
-
-def _abandoned(path: Path) -> bool:
-    """Whether nobody alive is writing here, as far as the file system can tell."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        return _locked(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.close(handle)
-
-
-def _locked(handle: int, how: int) -> bool:
-    """Lock what is open; False where somebody else has it, or the file system knows no locks."""
-    try:
-        fcntl.flock(handle, how)
-    except OSError:
-        return False
-    return True
+    """Remove what killed processes left beside ``path``: staging folders, and the folder that a finished one replaced."""
+    names = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(partial|lock|old)")
+    for leftover in path.absolute().parent.iterdir():
+        match = names.fullmatch(leftover.name)
+        if match and match[1] != "old":
+            lock = FileLock(leftover.with_suffix(".lock"))
+            if _acquire(lock, timeout=0):
+                _remove(leftover.with_suffix(".partial"))
+                _release(lock)
+        elif match and path.exists():
+            _remove(leftover)
 
 
 def _remove(path: Path) -> None:
@@ -202,14 +192,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _put_in_place(aside: Path, folder: Path) -> None:
+def _put_in_place(staging: Path, folder: Path) -> None:
     if not folder.exists():
-        aside.rename(folder)
+        staging.rename(folder)
         return
-    old = aside.with_suffix(".old")
+    old = staging.with_suffix(".old")
     folder.rename(old)
     try:
-        aside.rename(folder)
+        staging.rename(folder)
     except BaseException:
         old.rename(folder)
         raise
@@ -217,19 +207,14 @@ def _put_in_place(aside: Path, folder: Path) -> None:
 
 
 def _make_readable(folder: Path) -> None:
-    """Give files the mode others expect: safetensors and mkdtemp keep theirs to the owner."""
-    umask = _umask()
+    """Give files the mode others expect: safetensors and the staging folder keep theirs to the owner."""
+    umask = os.umask(0)
+    os.umask(umask)
     folder.chmod(0o777 & ~umask)
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def human_bytes(value: int) -> str:
-    """Bytes as people read them."""
+def format_bytes(value: int) -> str:
+    """Return bytes as people read them."""
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.2f} MB"

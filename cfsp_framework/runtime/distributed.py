@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: each measures its share of the windows, and sums meet at every block's end."""
+"""Share a run between processes started by torchrun: each measures some windows; sums are added after every block."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from cfsp_framework.errors import ConfigError
 T = TypeVar("T")
 
 _ROWS = 1 << 22
-"""Values of a large sum that are added in float64 at a time."""
+"""Values of a large sum that are converted to float64 and added at a time."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all that work on a run; alone unless torchrun started several."""
+    """Rank and number of the processes that work on a run; one process unless torchrun started several."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of ``count`` windows this process takes.
+        """Return the numbers of the windows, of ``count``, that this process measures.
 
         Raises:
             ConfigError: there are fewer windows than processes.
@@ -42,7 +42,7 @@ class Ranks:
         return range(self.rank, count, self.world)
 
     def add(self, sums: dict[str, Tensor]) -> None:
-        """Replace every sum by the total over all processes, added in float64."""
+        """Replace every sum in place by the total over all processes, added in float64."""
         if self.world == 1:
             return
         for name in sorted(sums):
@@ -54,30 +54,30 @@ class Ranks:
             sums[name] = total
 
     def total(self, values: Iterable[int]) -> list[int]:
-        """Whole numbers, added over all processes."""
+        """Add whole numbers over all processes."""
         counts = torch.tensor(list(values), dtype=torch.int64, device=self._device)
         if self.world > 1:
             distributed.all_reduce(counts)
         return [int(value) for value in counts.tolist()]
 
     def gather(self, values: Tensor) -> Tensor:
-        """The rows ``(n, ...)`` of every process, rank after rank, on the CPU."""
+        """Return the rows ``(n, ...)`` of all processes, rank after rank, on the CPU."""
         if self.world == 1:
             return values.cpu()
-        found: list[Tensor] = [values.new_empty(0)] * self.world
-        distributed.all_gather_object(found, values.cpu())
-        return torch.cat(found)
+        gathered: list[Tensor] = [values.new_empty(0)] * self.world
+        distributed.all_gather_object(gathered, values.cpu())
+        return torch.cat(gathered)
 
     def agree(self, value: T) -> T:
-        """The first process's value, in every process."""
+        """Return the first process's value in every process."""
         if self.world == 1:
             return value
-        told = [value]
-        distributed.broadcast_object_list(told, device=self._device)
-        return told[0]
+        values = [value]
+        distributed.broadcast_object_list(values, device=self._device)
+        return values[0]
 
     def wait(self) -> None:
-        """Go on when every process has come here."""
+        """Wait until every process has come here."""
         if self.world > 1:
             distributed.barrier()
 
@@ -91,12 +91,12 @@ SOLO = Ranks()
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints: torchrun numbers them."""
+    """Return whether this process writes and prints; torchrun numbers processes in the environment."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def join_ranks(device: str) -> Ranks:
-    """Meet the other processes torchrun started, if it did; ``device`` decides between gloo and nccl."""
+    """Join the other processes that torchrun started, if any: over nccl for a GPU, else gloo."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return SOLO

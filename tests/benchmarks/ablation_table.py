@@ -11,13 +11,13 @@ from pathlib import Path
 
 from cfsp_framework.ablation.results import SweepResults
 from cfsp_framework.ablation.tables import grid, measures, spread_note
-from cfsp_framework.data.sources import short
+from cfsp_framework.data.sources import shorten_spec
 
 
 def main() -> None:
     results = SweepResults.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     grids = [grid(results, measure) for measure in measures(results)]
-    heads = [f"{100 * ratio:g} %, {short(one.data)}" for one in results.dense for ratio in grids[0].ratios]
+    heads = [f"{100 * ratio:g} %, {shorten_spec(one.data)}" for one in results.dense for ratio in grids[0].ratios]
     print(f"{spread_note(results)}\n\n| method | {' | '.join(heads)} |\n|---|{'---:|' * len(heads)}")
     dense = [f"{made.measure.dense:.2f}" for made in grids for _ in made.ratios]
     print(f"| dense | {' | '.join(dense)} |")

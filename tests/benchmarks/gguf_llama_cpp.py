@@ -29,7 +29,7 @@ from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.export.export import Exported, export_gguf
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.decoder import open_decoder
-from cfsp_framework.modeling.loading import load_model, open_model, quiet
+from cfsp_framework.modeling.loading import load_model, open_model, silence_transformers
 from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.pruning.surgery import drop_attention
 from cfsp_framework.runtime.atomic_files import staged_folder
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--text", type=Path)
     given = parser.parse_args()
-    quiet()
+    silence_transformers()
     torch.set_num_threads(1)
     worst = 0.0
     for name, case in CASES.items():

@@ -19,7 +19,7 @@ from cfsp_framework.estimate.estimate import Way, estimate, plan_workload
 from cfsp_framework.estimate.model_shape import ModelShape, measure_shape
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.selection import select
-from cfsp_framework.modeling.loading import sketch_model
+from cfsp_framework.modeling.loading import build_from_config
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8B": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32},
@@ -44,7 +44,7 @@ def open_shape(size: str, preset: str) -> tuple[RunConfig, ModelShape]:
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(**SHAPES[size], **COMMON).save_pretrained(folder)
         config = layered(preset, None, {"model": folder, "samples": 128, "seqlen": 2048})
-        return config, measure_shape(*sketch_model(config))
+        return config, measure_shape(*build_from_config(config))
 
 
 def row(size: str, way: Way) -> list[str]:

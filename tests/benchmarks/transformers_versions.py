@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from cfsp_framework import RunConfig, prune
 from cfsp_framework.export.export import export_padded
-from cfsp_framework.modeling.loading import open_model, quiet
+from cfsp_framework.modeling.loading import open_model, silence_transformers
 
 WAYS = ("plain", "import", "remote")
 SCRIPT = """
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--target", action="append", type=Path, default=[])
     given = parser.parse_args()
-    quiet()
+    silence_transformers()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         made = make(given.model, Path(folder))

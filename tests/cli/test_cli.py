@@ -700,7 +700,7 @@ def test_a_model_that_is_not_there_is_refused(refused: Callable[..., str], tmp_p
     assert refuse_model(refused, "/nowhere/model", tmp_path) == "model '/nowhere/model': there is no such folder."
     message = refuse_model(refused, "nobody/nothing", tmp_path)
     assert message == "model 'nobody/nothing': there is no such folder, and the Hub cannot be reached."
-    assert refuse_model(refused, tmp_path, tmp_path) == f"{tmp_path} is no model: it has no config.json."
+    assert refuse_model(refused, tmp_path, tmp_path) == f"{tmp_path} is not a model: it has no config.json."
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -731,8 +731,8 @@ def test_a_family_nobody_knows_is_refused(refused: Callable[..., str], model: Pa
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("{not json", "is no model: its config.json cannot be read"),
-    ("[]", "is no model: its config.json holds no settings"),
+    ("{not json", "is not a model: its config.json cannot be read"),
+    ("[]", "is not a model: its config.json holds no settings"),
     ("{}", "not a causal language model"),
 ])  # fmt: skip
 def test_a_config_that_is_no_config_is_refused(

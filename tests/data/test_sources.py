@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cfsp_framework.data import sources as data
-from cfsp_framework.data.sources import Role, mixture, read_text, shares
+from cfsp_framework.data.sources import Role, apportion, parse_mixture, read_text
 from cfsp_framework.data.windows import calibration_windows, draw_windows, tokenize
 from cfsp_framework.errors import DataError
 
@@ -227,22 +227,22 @@ def test_the_librarys_own_settings_come_back(tmp_path: Path) -> None:
 
 
 def test_a_mixture_is_names_with_weights(tmp_path: Path) -> None:
-    assert mixture("demo") == [("demo", 1.0)]
-    assert mixture("demo=0.7,hf:a/b:c=0.3") == [("demo", 0.7), ("hf:a/b:c", 0.3)]
+    assert parse_mixture("demo") == [("demo", 1.0)]
+    assert parse_mixture("demo=0.7,hf:a/b:c=0.3") == [("demo", 0.7), ("hf:a/b:c", 0.3)]
     odd = tmp_path / "a=b.txt"
     odd.touch()
-    assert mixture(str(odd)) == [(str(odd), 1.0)]
+    assert parse_mixture(str(odd)) == [(str(odd), 1.0)]
 
 
 @pytest.mark.parametrize("spec", ["a=0.5,b", "a=x", "=1", "a=0", "a=-1", "a=nan", "a=inf", "a=1,"])
 def test_a_mixture_without_proper_weights_is_refused(spec: str) -> None:
     with pytest.raises(DataError, match="a mixture is NAME=WEIGHT,NAME=WEIGHT with positive weights"):
-        mixture(spec)
+        parse_mixture(spec)
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8), st.integers(0, 1000))
 def test_shares_are_whole_exact_and_nearest(weights: list[float], total: int) -> None:
-    counts = shares(weights, total)
+    counts = apportion(weights, total)
     assert sum(counts) == total
     for count, weight in zip(counts, weights, strict=True):
         assert abs(count - total * weight / sum(weights)) < 1

@@ -39,7 +39,7 @@ from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.pruning import compensation
 from cfsp_framework.pruning.compensation import UpdateCache
-from cfsp_framework.runtime.atomic_files import save_aside, staged_folder
+from cfsp_framework.runtime.atomic_files import save_tensors, staged_folder
 from cfsp_framework.runtime.progress import Progress
 
 MakeModel = Callable[..., Path]
@@ -844,7 +844,7 @@ def test_keeping_hidden_states_takes_less_than_a_twentieth_of_the_time(
             written.append(clock.now)
 
     monkeypatch.setattr("cfsp_framework.engine.cache.time", clock)
-    monkeypatch.setattr("cfsp_framework.engine.cache.save_aside", write)
+    monkeypatch.setattr("cfsp_framework.engine.cache.save_tensors", write)
     kept = MeasurementCache(tmp_path, "key")
     count = 20_000 if block < 1 else 200
     kept.load(count)
@@ -885,7 +885,7 @@ def test_a_first_writing_is_judged_by_a_guess_and_the_next_by_the_last(
 
 def test_what_is_written_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "block_0.safetensors"
-    save_aside(path, {"a": torch.ones(3)}, {"told": "first"})
+    save_tensors(path, {"a": torch.ones(3)}, {"told": "first"})
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
 
     def fail(tensors: Any, aside: Path, *_: object) -> None:
@@ -896,10 +896,10 @@ def test_what_is_written_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", fail)
         with pytest.raises(OutputError, match="No space left on device"):
-            save_aside(path, {"a": torch.zeros(3)}, {"told": "second"})
+            save_tensors(path, {"a": torch.zeros(3)}, {"told": "second"})
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert torch.equal(load_file(path)["a"], torch.ones(3))
-    save_aside(path, {"a": torch.zeros(3)}, {"told": "third"})
+    save_tensors(path, {"a": torch.zeros(3)}, {"told": "third"})
     assert torch.equal(load_file(path)["a"], torch.zeros(3))
 
 
@@ -915,9 +915,9 @@ def test_what_the_dead_left_is_removed_and_the_living_are_let_be(tmp_path: Path)
         (tmp_path / name / "deep").mkdir(parents=True)
     (tmp_path / ".out.zyxwvuts.partial").touch()
     with staged_folder(out) as living:
-        there = {path.name for path in tmp_path.iterdir()}
-        assert there == {living.name, ".out.abcdefgh.old", ".out.v2.abcdefgh.partial", ".other.abcdefgh.partial"}, (
-            "a folder that was replaced stays as long as there is no other"
+        names = {path.name for path in tmp_path.iterdir()} - {living.name, living.with_suffix(".lock").name}
+        assert names == {".out.abcdefgh.old", ".out.v2.abcdefgh.partial", ".other.abcdefgh.partial"}, (
+            "a replaced folder stays as long as its successor is missing"
         )
         (living / "weights").write_text("first")
         with staged_folder(out) as other:
@@ -942,12 +942,12 @@ def test_files_of_the_dead_are_removed_and_those_of_the_living_are_let_be(
         own(tensors, aside, metadata)
         if not nested:
             nested.append({file.name for file in tmp_path.iterdir()})
-            save_aside(path, {"a": torch.zeros(1)}, {})  # another process, at the same time
+            save_tensors(path, {"a": torch.zeros(1)}, {})  # another process, at the same time
             assert aside.exists()
 
     monkeypatch.setattr("safetensors.torch.save_file", slow)
-    save_aside(path, {"a": torch.ones(1)}, {})
-    assert len(nested[0]) == 2, "the other file's, and our own"
+    save_tensors(path, {"a": torch.ones(1)}, {})
+    assert len(nested[0]) == 3, "the other file's, and this process's folder and lock"
     assert ".hidden_1.safetensors.abcdefgh.partial" in nested[0]
     assert torch.equal(load_file(path)["a"], torch.ones(1))
     assert {file.name for file in tmp_path.iterdir()} == {path.name, ".hidden_1.safetensors.abcdefgh.partial"}

@@ -24,7 +24,7 @@ from cfsp_framework.estimate.estimate import Way, Workload, estimate, plan_workl
 from cfsp_framework.estimate.model_shape import BlockShape, FeedForwards, ModelShape, measure_shape
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.selection import select
-from cfsp_framework.modeling.loading import load_model, sketch_model
+from cfsp_framework.modeling.loading import build_from_config, load_model
 
 MakeModel = Callable[..., Path]
 
@@ -83,7 +83,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, torch.nn
 
 
 def shape_of(folder: Path, **options: object) -> ModelShape:
-    return measure_shape(*sketch_model(RunConfig.build(model=str(folder), **options)))
+    return measure_shape(*build_from_config(RunConfig.build(model=str(folder), **options)))
 
 
 def size(module: torch.nn.Module) -> tuple[int, int]:

@@ -41,7 +41,7 @@ from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import Plugins
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedForwards, FeedForwardModule
-from cfsp_framework.modeling.loading import load_model, open_model, quiet
+from cfsp_framework.modeling.loading import load_model, open_model, silence_transformers
 from cfsp_framework.pipeline import prune
 from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.recovery.lora import add_adapters, merge, open_adapted, save_adapter
@@ -770,7 +770,7 @@ def rewritten(text: str, mark: str, content: str) -> str:
 
 def main() -> None:
     """Examine every family and write what is found into the document."""
-    quiet()
+    silence_transformers()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, reader(Path(folder)) as remote:
         place = Path(folder)

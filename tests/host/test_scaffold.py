@@ -294,5 +294,5 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OutputError, match="No space left"):
         write_plugin(plugin_names("cfsp-example", "criterion"), tmp_path / "mine")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OutputError, match="is no folder one can write to"):
+    with pytest.raises(OutputError, match="is not a writable directory"):
         write_plugin(plugin_names("cfsp-example", "criterion"), tmp_path / "no" / "mine")

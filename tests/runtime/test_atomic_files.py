@@ -143,7 +143,7 @@ def test_text_replaces_a_file_or_leaves_it(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_place_that_does_not_exist_is_refused_at_once(tmp_path: Path) -> None:
     check_parent(tmp_path / "plan.json")
-    with pytest.raises(OutputError, match="nowhere is no folder one can write to"):
+    with pytest.raises(OutputError, match="nowhere is not a writable directory"):
         check_parent(tmp_path / "nowhere" / "plan.json")
     with pytest.raises(OutputError, match="cannot be written"):
         write_text(tmp_path / "nowhere" / "plan.json", "{}")

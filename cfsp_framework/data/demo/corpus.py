@@ -1,8 +1,7 @@
-"""The text every CPython carries: the standard library's docstrings and pydoc's language topics.
+"""Read the text every CPython carries: the standard library's docstrings and pydoc's language topics.
 
-It is the one corpus of real prose that needs no network, no account and no file of ours. Sources are parsed with
-`ast`, never imported. Every module belongs to one split for good, decided by a hash of its name: asking for `test`
-parses the test modules only, and a docstring stays where it is from one Python version to the next.
+This corpus of real prose needs no network and no file of this package. Sources are parsed with `ast`, never imported.
+A hash of its name puts each module into one split, in every Python version; reading a split parses its modules alone.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Final, Literal
 Split = Literal["train", "calibration", "test"]
 
 HELD_FIRST: Final[tuple[Split, ...]] = ("test", "calibration", "train")
-"""Which split keeps a text that stands in several."""
+"""Order of the splits in which a text that occurs in several is kept."""
 
 MINIMUM_CHARACTERS: Final = 80
 """Shorter texts ("Return the name.") carry no context worth predicting."""
@@ -32,7 +31,7 @@ SALT: Final = "cfsp-demo-596:"
 """Chosen once so that both held-out splits are large and diverse. Changing it leaks trained text into `test`."""
 
 SKIPPED_FOLDERS: Final = frozenset(
-    {
+    [
         "site-packages",
         "dist-packages",
         "__pycache__",
@@ -44,14 +43,14 @@ SKIPPED_FOLDERS: Final = frozenset(
         "ensurepip",
         "turtledemo",
         "pydoc_data",
-    }
+    ]
 )
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def split_of(name: str) -> Split:
-    """The split a module ("json.decoder") or a topic ("topic:NUMBERS") belongs to, in every version of Python."""
+    """Return the split of a module ("json.decoder") or a topic ("topic:NUMBERS"), in every version of Python."""
     percent = int.from_bytes(hashlib.sha256((SALT + name).encode()).digest()[:8]) % 100
     if percent < HELD_OUT_PERCENT:
         return "test"
@@ -59,36 +58,39 @@ def split_of(name: str) -> Split:
 
 
 def documents(split: Split) -> list[str]:
-    """The documents of one split, in a fixed order, none of which occurs in a more closely held split.
+    """Return the documents of one split in a fixed order.
 
-    The same docstring can stand in several modules. It is kept in the first of `HELD_FIRST` that has it, so that
-    nothing which is trained on is ever measured.
+    A docstring that occurs in several splits is kept in the first of `HELD_FIRST` alone, so that no text is both trained
+    and evaluated on.
+
+    Raises:
+        LookupError: this Python has neither library sources nor pydoc topics.
     """
     held: set[str] = set()
     for other in HELD_FIRST[: HELD_FIRST.index(split)]:
         held.update(_distinct(other, held))
-    found = _distinct(split, held)
-    if not found:
+    texts = _distinct(split, held)
+    if not texts:
         raise LookupError(f"no text for the {split} split: this Python has neither library sources nor pydoc topics")
-    return [f"{heading}\n\n{body}" if heading else body for body, heading in found.items()]
+    return [f"{heading}\n\n{body}" if heading else body for body, heading in texts.items()]
 
 
 def text(split: Split) -> str:
-    """One split as a single text: its documents with a blank line between."""
+    """Return one split as a single text: its documents with a blank line between."""
     return "\n\n".join(documents(split))
 
 
 def _distinct(split: Split, held: set[str]) -> dict[str, str]:
-    """Heading by body, for the bodies of one split that are long enough and not held by another split."""
-    found: dict[str, str] = {}
+    """Return headings by body, for bodies of one split that are long enough and not held by another split."""
+    texts: dict[str, str] = {}
     for heading, body in _split_texts(split):
         if len(body) >= MINIMUM_CHARACTERS and body not in held:
-            found.setdefault(body, heading)
-    return found
+            texts.setdefault(body, heading)
+    return texts
 
 
 def _split_texts(split: Split) -> Iterator[tuple[str, str]]:
-    """(heading, body) of everything in one split, modules first."""
+    """Yield (heading, body) of everything in one split, modules first."""
     for name, path in _modules(Path(sysconfig.get_path("stdlib"))):
         if split_of(name) == split:
             yield from _docstrings(name, path)
@@ -98,8 +100,8 @@ def _split_texts(split: Split) -> Iterator[tuple[str, str]]:
 
 
 def _modules(root: Path) -> list[tuple[str, Path]]:
-    """Dotted name and source of the modules below `root`, sorted by name; none where there are no sources."""
-    found: list[tuple[str, Path]] = []
+    """Return dotted name and source of the modules below `root`, sorted by name."""
+    modules: list[tuple[str, Path]] = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name.isidentifier() and name not in SKIPPED_FOLDERS]
         parents = Path(folder).relative_to(root).parts
@@ -107,12 +109,12 @@ def _modules(root: Path) -> list[tuple[str, Path]]:
             stem, suffix = os.path.splitext(file)
             if suffix == ".py" and stem.isidentifier():
                 parts = parents if stem == "__init__" else (*parents, stem)
-                found.append((".".join(parts), Path(folder, file)))
-    return sorted(found)
+                modules.append((".".join(parts), Path(folder, file)))
+    return sorted(modules)
 
 
 def _topics() -> dict[str, str]:
-    """pydoc's chapters of the language reference by name; some distributions leave them out."""
+    """Return chapters of the language reference by name, from pydoc; some distributions leave them out."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -121,7 +123,7 @@ def _topics() -> dict[str, str]:
 
 
 def _docstrings(module: str, path: Path) -> Iterator[tuple[str, str]]:
-    """(heading, docstring) of a module and of every class and function in it; nothing if it cannot be read."""
+    """Yield (heading, docstring) of a module and of every class and function in it; nothing if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old sources hold invalid escapes
@@ -134,7 +136,7 @@ def _docstrings(module: str, path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _nested_docstrings(prefix: str, parent: ast.AST) -> Iterator[tuple[str, str]]:
-    """(heading, docstring) of the definitions inside `parent`, at any depth, in source order."""
+    """Yield (heading, docstring) of the definitions inside `parent`, at any depth, in source order."""
     for node in ast.iter_child_nodes(parent):
         name = prefix
         if isinstance(node, Definition):
@@ -146,7 +148,7 @@ def _nested_docstrings(prefix: str, parent: ast.AST) -> Iterator[tuple[str, str]
 
 
 def _heading(name: str, node: Definition) -> str:
-    """The first line pydoc would print: `class json.JSONDecoder(object)`, `heapq.nlargest(n, iterable, key=None)`."""
+    """Return the first line pydoc would print: `class json.JSONDecoder(object)`, `heapq.nlargest(n, iterable)`."""
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(ast.unparse(base) for base in node.bases)
         return f"class {name}({bases})" if bases else f"class {name}"

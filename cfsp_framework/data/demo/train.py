@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m cfsp_framework.data.demo.train --minutes 50` on one CPU core.
+"""Train the demo model: `python -m cfsp_framework.data.demo.train --minutes 50` on one CPU core.
 
 A small Llama and its own byte-level BPE tokenizer, from random weights, on the `train` split of `corpus` only. The
 budget is wall-clock time: the learning rate falls to zero as the minutes run out, so that a slower machine ends with
@@ -12,7 +12,6 @@ import copy
 import math
 import platform
 import random
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,18 +24,19 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cfsp_framework.data.demo import MODEL_FOLDER, corpus
+from cfsp_framework.runtime.atomic_files import staged_folder
 
 END_OF_TEXT: Final = "<|endoftext|>"
 PROMPTS: Final = (
     "archive.read(path, encoding=None)\n\nReturn",
     "class archive.Reader(object)\n\nA class",
 )
-"""Beginnings of documents that do not exist, in the form that `corpus` gives to those that do."""
+"""Beginnings of invented documents in the form of `corpus`."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything the result depends on besides the text and the machine's speed."""
+    """Sizes and rates of the training; the result also depends on the text and the machine's speed."""
 
     vocabulary: int = 2048
     hidden: int = 160
@@ -56,25 +56,25 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Score:
-    """How well the model predicts one text."""
+    """Loss of the model on one text."""
 
     nats_per_token: float
     tokens_per_byte: float
 
     @property
     def perplexity(self) -> float:
-        """Per token, so comparable only between models with this tokenizer."""
+        """Perplexity per token, comparable only between models with this tokenizer."""
         return math.exp(self.nats_per_token)
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers."""
+        """Bits per byte, comparable between tokenizers."""
         return self.nats_per_token * self.tokens_per_byte / math.log(2)
 
 
 @dataclass
 class Clock:
-    """Training time as a fraction of its budget, which is what the schedule runs on."""
+    """Training time, and its fraction of the budget that the schedule follows."""
 
     minutes: float
     started: float = field(default_factory=time.monotonic)
@@ -89,7 +89,7 @@ class Clock:
 
 
 def train_tokenizer(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: it has a token for every byte, so no text is ever unknown to it."""
+    """Train a byte-level BPE tokenizer; it has a token for every byte."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -110,7 +110,7 @@ def train_tokenizer(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizer
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
-    """A Llama with random weights. The feed-forwards hold most of it, as they do in the models people prune."""
+    """Build a Llama with random weights, most of them in the feed-forwards as in larger models."""
     end = tokenizer.backend_tokenizer.token_to_id(END_OF_TEXT)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -132,11 +132,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForC
 def training_stream(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, recipe: Recipe, rng: random.Random
 ) -> Iterator[Tensor]:
-    """Endless batches (B, T): all documents shuffled anew each epoch and packed without padding.
+    """Yield endless batches (B, T): all documents shuffled anew each epoch and packed without padding.
 
-    The corpus is small, so a document comes by many times. BPE dropout spells it differently each time, which delays
-    learning it by heart. Documents are parted by the end-of-text token or by a blank line, half of the time each:
-    generation needs the one, `corpus.text` and so every evaluation has the other.
+    The corpus is small and each document is read many times; BPE dropout tokenizes it differently each time, which delays
+    overfitting. Documents are separated by the end-of-text token, which generation needs, or by a blank line as in
+    `corpus.text`, half of the time each.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # the shipped one keeps its single spelling
     backend.model.dropout = recipe.bpe_dropout
@@ -152,7 +152,7 @@ def training_stream(
 
 
 def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the embedding and the norms."""
+    """Return Muon for the matrices inside the blocks, and AdamW for the embedding and the norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -165,24 +165,21 @@ def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opti
 
 
 def rate_factor(progress: float, warmup: float) -> float:
-    """Learning rate relative to its peak: up during the warm-up, then linearly down to zero."""
+    """Return the learning rate relative to its peak: up during the warm-up, then linearly down to zero."""
     if progress < warmup:
         return progress / warmup
     return max(0.0, (1 - progress) / (1 - warmup))
 
 
 def windows(text: str, tokenizer: PreTrainedTokenizerFast, length: int) -> Tensor:
-    """The whole text as consecutive token windows (N, T); an incomplete last one is dropped."""
+    """Return the text as consecutive token windows (N, T); an incomplete last one is dropped."""
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # (tokens,)
     return ids[: len(ids) // length * length].view(-1, length)  # (N, T)
 
 
 @torch.inference_mode()
 def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, length: int) -> Score:
-    """Mean loss over a text in windows of `length` tokens, each predicted from its own beginning.
-
-    The model has no dropout, so training and evaluation mode are the same to it.
-    """
+    """Return the mean loss over a text in windows of `length` tokens, each predicted from its own beginning."""
     ids = windows(text, tokenizer, length)  # (N, T)
     losses = [float(model(input_ids=batch, labels=batch).loss) * len(batch) for batch in torch.split(ids, 16)]
     return Score(sum(losses) / len(ids), ids.numel() / len(str(tokenizer.decode(ids.flatten())).encode()))
@@ -191,7 +188,7 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: 
 def step(
     model: LlamaForCausalLM, batch: Tensor, steppers: Sequence[torch.optim.Optimizer], factor: float, recipe: Recipe
 ) -> float:
-    """One optimizer step at `factor` times the peak learning rates; returns the loss in nats per token."""
+    """Take one optimizer step at `factor` times the peak learning rates; return the loss in nats per token."""
     loss: Tensor = model(input_ids=batch, labels=batch).loss  # ()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -206,7 +203,7 @@ def step(
 def fit(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, options: argparse.Namespace
 ) -> int:
-    """Trains until the minutes are up; returns the number of tokens seen."""
+    """Train until the minutes are up; return the number of tokens used."""
     stream = training_stream(corpus.documents("train"), tokenizer, recipe, random.Random(options.seed))
     test = corpus.text("test")
     steppers = optimizers(model, recipe)
@@ -230,17 +227,14 @@ def fit(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the checkpoint in bfloat16, aside first, so that `folder` never holds half of one."""
-    aside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    copy.deepcopy(model).bfloat16().save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.replace(folder)
+    """Write the checkpoint in bfloat16."""
+    with staged_folder(folder) as staging:
+        copy.deepcopy(model).bfloat16().save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
 
 
 def continuation(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, sample: bool) -> str:
-    """The prompt and what the model makes of it, as the beginning of a document."""
+    """Return the prompt and its continuation by the model."""
     inputs = tokenizer(END_OF_TEXT + prompt, return_tensors="pt")
     writer: Any = model  # the annotations of `generate` leave out the very models it is for
     ids = writer.generate(**inputs, max_new_tokens=100, do_sample=sample)  # (1, T)
@@ -281,7 +275,7 @@ What it writes (greedy, then sampled):
 
 
 def report(folder: Path, recipe: Recipe, tokens: int, options: argparse.Namespace) -> str:
-    """The model card, with the numbers of the checkpoint as it was saved and as anyone would load it."""
+    """Return the model card, with the numbers of the saved checkpoint."""
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     score = evaluate(model, tokenizer, corpus.text("test"), recipe.window)
@@ -308,7 +302,7 @@ def report(folder: Path, recipe: Recipe, tokens: int, options: argparse.Namespac
 
 
 def main() -> None:
-    """Trains, saves, reloads, measures what was saved, and writes the model card."""
+    """Train, save, reload, evaluate, and write the model card."""
     parser = argparse.ArgumentParser(description="Train the demo model on the text every CPython carries.")
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="checkpoint folder to write")
     parser.add_argument("--minutes", type=float, default=50, help="training time, which the learning rate follows")
