@@ -1,6 +1,6 @@
-"""Tiny random models of many families, what is checked with every one of them, and the tables of docs/architectures.md.
+"""Build tiny random models of many families, examine them, and write the tables of docs/architectures.md.
 
-``python tests/helpers/families.py`` runs the checks on all families and rewrites the tables.
+``python tests/helpers/families.py`` examines all families and rewrites the tables.
 """
 
 from __future__ import annotations
@@ -48,24 +48,18 @@ from cfsp_framework.recovery.lora import add_adapters, merge, open_adapted, save
 from cfsp_framework.recovery.targets import adapted, trainable_blocks
 from cfsp_plugins.recovery import unit_of_rank
 
-CUT_TOLERANCE = 1e-5
-"""How far, of the largest logit, a cut model may be from a masked one."""
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
+CUT_TOLERANCE = 1e-5
+"""Largest difference, of the largest logit, between a cut model and a masked one."""
 ADAPTER_TOLERANCE = 1e-5
-"""How far, of the largest logit, a model may be from itself with its adapters merged, or written and opened again."""
+"""Largest difference, of the largest logit, after merging adapters or opening them again."""
 VOCABULARY = 320
-IDS = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
+IDS = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))  # (B, T)
 
 _SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 _LLAMA = {**_SMALL, "intermediate_size": 64, "num_key_value_heads": 2}
 _HEADS = {"head_dim": 8}
 _SLIDING = {**_HEADS, "sliding_window": 16}
@@ -74,45 +68,27 @@ _GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_po
 _MIXTURE = {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
 _SMALL_EXPERTS = {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _DEEPSEEK = {
-    **{key: value for key, value in _SMALL_EXPERTS.items() if key != "num_experts"},
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
+    **_LLAMA, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 _LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 8,
-}
+}  # fmt: skip
 _VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
-}
+}  # fmt: skip
 _GEMMA3N = {
-    **_LLAMA,
-    **_SLIDING,
-    "num_hidden_layers": 5,
-    "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
-    "num_kv_shared_layers": 0,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "laurel_rank": 4,
-    "altup_num_inputs": 2,
-}
+    **_LLAMA, **_SLIDING, "num_hidden_layers": 5, "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
+    "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+    "laurel_rank": 4, "altup_num_inputs": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Family:
-    """What to build: a model type of Transformers and its settings. ``refused`` is what a run says of it, if it does."""
+    """A model type of Transformers with settings; ``refused`` is the message of a run that refuses it, if one does."""
 
     model_type: str
     settings: Mapping[str, Any]
@@ -120,13 +96,13 @@ class Family:
 
     @property
     def routed(self) -> int:
-        """How many experts a token is routed to; 0 where there are none."""
+        """Experts that a token is routed to; 0 without experts."""
         routed: int = self.settings.get("num_experts_per_tok") or self.settings.get("moe_k") or 0
         return routed
 
     @property
     def known(self) -> bool:
-        """Whether this version of Transformers has it."""
+        """Whether this version of Transformers has the model type."""
         return self.model_type in CONFIG_MAPPING
 
 
@@ -155,60 +131,33 @@ BASE: dict[str, Family] = {
     **_named({**_LLAMA, **_HEADS}, "glm4", "internlm3", "ministral3"),
     **_named({**_SMALL, "intermediate_size": 64}, "gpt_neox"),
     **_named({**_GPT, "rotary_dim": 4}, "gptj"),
-    **_named(
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_layers": 2,
-            "num_heads": 4,
-            "window_size": 16,
-            "max_position_embeddings": 128,
-            "attention_types": [[["global", "local"], 1]],
-        },
-        "gpt_neo",
-    ),
+    **_named({
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4,
+        "window_size": 16, "max_position_embeddings": 128, "attention_types": [[["global", "local"], 1]],
+    }, "gpt_neo"),
     **_named({**_SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32}, "opt"),
     **_named(_GPT, "gpt2", "gpt_bigcode"),
     **_named({**_SMALL, "ffn_hidden_size": 64}, "falcon"),
     "bloom": Family(
-        "bloom",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4},
-        _FIXED.format("mlp", "bloom"),
+        "bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4}, _FIXED.format("mlp", "bloom")
     ),
-    "mpt": Family(
-        "mpt",
-        {
-            "vocab_size": VOCABULARY,
-            "d_model": 32,
-            "n_layers": 3,
-            "n_heads": 4,
-            "expansion_ratio": 4,
-            "max_seq_len": 128,
-        },
-        _FIXED.format("ffn", "mpt"),
-    ),
+    "mpt": Family("mpt", {
+        "vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "expansion_ratio": 4, "max_seq_len": 128,
+    }, _FIXED.format("ffn", "mpt")),
     **_named(_MIXTURE, "mixtral"),
     **_named({**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2}, "olmoe"),
     **_named({**_SMALL_EXPERTS, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1]}, "qwen2_moe"),
     **_named({**_SMALL_EXPERTS, **_HEADS, "mlp_only_layers": [1]}, "qwen3_moe"),
     **_named({**_DEEPSEEK, **_LATENT}, "deepseek_v3"),
-    **_named(
-        {**_MIXTURE, **_SLIDING, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "gpt_oss"
-    ),
-    **_named(
-        {
-            **_LLAMA,
-            **_HEADS,
-            "intermediate_size_mlp": 96,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": 2,
-        },
-        "llama4_text",
-    ),
-}
-"""The families that have to work, two of them aside whose width nothing sets."""
+    **_named({
+        **_MIXTURE, **_SLIDING, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    }, "gpt_oss"),
+    **_named({
+        **_LLAMA, **_HEADS, "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+    }, "llama4_text"),
+}  # fmt: skip
+"""The families that must work, and two whose width nothing sets."""
 
 MORE: dict[str, Family] = {
     **_named({**_LLAMA, **_SLIDING}, "cohere2", "exaone4"),
@@ -218,85 +167,50 @@ MORE: dict[str, Family] = {
     **_named(_LLAMA, "arcee", "apertus", "diffllama", "nanochat"),
     **_named({**_SMALL, "intermediate_size": 64}, "persimmon"),
     **_named({**_GPT, "rotary_dim": 4}, "codegen"),
-    **_named(
-        {
-            "vocab_size": VOCABULARY,
-            "d_model": 32,
-            "ffn_dim": 64,
-            "num_layers": 3,
-            "attention_heads": 4,
-            "max_position_embeddings": 128,
-        },
-        "xglm",
-    ),
+    **_named({
+        "vocab_size": VOCABULARY, "d_model": 32, "ffn_dim": 64, "num_layers": 3, "attention_heads": 4,
+        "max_position_embeddings": 128,
+    }, "xglm"),
     **_named({**_LLAMA, "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]}, "lfm2"),
     **_named(_MIXTURE, "granitemoe", "phimoe"),
     **_named({**_MIXTURE, **_HEADS}, "minimax"),
-    **_named(
-        {**_LLAMA, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1},
-        "ernie4_5_moe",
-    ),
+    **_named({
+        **_LLAMA, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1,
+    }, "ernie4_5_moe"),
     **_named({**_DEEPSEEK, **_HEADS}, "glm4_moe"),
     **_named(_DEEPSEEK, "dots1"),
-    **_named(
-        {
-            **_SMALL_EXPERTS,
-            **_HEADS,
-            "shared_expert_intermediate_size": 32,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-        },
-        "qwen3_next",
-    ),
-    **_named(
-        {
-            **_LLAMA,
-            "num_experts": 2,
-            "num_experts_per_tok": 1,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "mamba_d_state": 4,
-        },
-        "jamba",
-    ),
-}
-"""Families nobody described: the general finder sees where their feed-forwards are."""
+    **_named({
+        **_SMALL_EXPERTS, **_HEADS, "shared_expert_intermediate_size": 32, "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    }, "qwen3_next"),
+    **_named({
+        **_LLAMA, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4,
+    }, "jamba"),
+}  # fmt: skip
+"""Families that no plugin describes: their feed-forwards are detected."""
 
 _TWO_SHARED = {"deepseek_v3_two_shared": Family("deepseek_v3", {**_DEEPSEEK, **_LATENT, "n_shared_experts": 2})}
 
 SEEING: dict[str, Family] = {
     **_named({"text_config": {**_LLAMA, **_GEMMA}, "vision_config": _VISION, "mm_tokens_per_image": 4}, "gemma3"),
-    **_named(
-        {
-            "text_config": {**_LLAMA, "model_type": "llama"},
-            "vision_config": {**_VISION, "model_type": "clip_vision_model"},
+    **_named({
+        "text_config": {**_LLAMA, "model_type": "llama"},
+        "vision_config": {**_VISION, "model_type": "clip_vision_model"},
+    }, "llava"),
+    **_named({
+        "text_config": {
+            **_LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
         },
-        "llava",
-    ),
-    **_named(
-        {
-            "text_config": {
-                **_LLAMA,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-            },
-            "vision_config": {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
-        },
-        "qwen2_vl",
-    ),
-    **_named(
-        {
-            "text_config": {**_LLAMA, "model_type": "mistral"},
-            "vision_config": {**_VISION, "model_type": "pixtral"},
-        },
-        "mistral3",
-    ),
-}
-"""Models that also see; their text decoder is pruned."""
+        "vision_config": {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+    }, "qwen2_vl"),
+    **_named({
+        "text_config": {**_LLAMA, "model_type": "mistral"},
+        "vision_config": {**_VISION, "model_type": "pixtral"},
+    }, "mistral3"),
+}  # fmt: skip
+"""Vision-language models; their text decoder is pruned."""
 
 ALIEN: dict[str, Family] = {
     "gpt_neox_japanese": Family(
@@ -334,13 +248,13 @@ REFUSED = tuple(name for name, family in FAMILIES.items() if family.refused)
 
 
 def config_of(name: str, **settings: Any) -> PreTrainedConfig:
-    """A family's configuration, with some settings changed."""
+    """Return a family's configuration, with some settings changed."""
     family = FAMILIES[name]
     return AutoConfig.for_model(family.model_type, **copy.deepcopy({**family.settings, **settings}))
 
 
 def build(name: str, **settings: Any) -> PreTrainedModel:
-    """A random model; weights large enough for a difference to show in the logits, norms as they are initialised."""
+    """Build a random model whose weights are large enough for a difference to show in the logits."""
     config = config_of(name, **settings)
     torch.manual_seed(0)
     auto: Any = AutoModelForImageTextToText if name in SEEING else AutoModelForCausalLM
@@ -354,23 +268,23 @@ def build(name: str, **settings: Any) -> PreTrainedModel:
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
+    """Return a tokenizer with one token for each byte."""
     names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    made = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    backend = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def write(model: PreTrainedModel, folder: Path) -> Path:
-    """A checkpoint of several shards."""
+    """Write a checkpoint of several shards, with a tokenizer."""
     model.save_pretrained(folder, max_shard_size="60KB")
     tokenizer().save_pretrained(folder)
     return folder
 
 
 def run_config(model: Path, **options: Any) -> RunConfig:
-    """A short run on a text of its own beside the model."""
+    """Return the configuration of a short run on a text written beside the model."""
     text = model.parent / "calibration.txt"
     if not text.exists():
         text.write_text("".join(f"{n} squared is {n * n}, and the quick brown fox jumps again.\n" for n in range(50)))
@@ -378,21 +292,7 @@ def run_config(model: Path, **options: Any) -> RunConfig:
     return RunConfig.build(model=str(model), calibration=str(text), device="cpu", **settings)
 
 
-def random_plan(decoder: Decoder, step: int | None = None) -> PruningPlan:
-    """A plan that keeps other channels in every feed-forward, fewer from block to block, and in every expert alike many.
-
-    ``step`` is how many fewer.
-    """
-    draw, blocks = torch.Generator().manual_seed(0), list[BlockPlan]()
-    for index in range(len(decoder.blocks)):
-        for group in decoder.groups(index):
-            # torch multiplies experts of aligned width only
-            fewer = step or (8 if any(module.experts for module in group.modules) else 7)
-            left = group.width - fewer * (index + 1)
-            for module in group.modules:
-                for path in module.paths:
-                    kept = torch.randperm(module.width, generator=draw)[: left * module.layout.times].sort().values
-                    blocks.append(BlockPlan(block=index, path=path, width=module.width, kept=tuple(kept.tolist())))
+def _plan(decoder: Decoder, blocks: Sequence[BlockPlan]) -> PruningPlan:
     family = decoder.architecture.family
     return PruningPlan(
         model=ModelIdentity(source="tiny", family=family, fingerprint="", parameters=0),
@@ -407,30 +307,44 @@ def random_plan(decoder: Decoder, step: int | None = None) -> PruningPlan:
     )
 
 
+def _keep(block: int, path: str, width: int, count: int, draw: torch.Generator) -> BlockPlan:
+    kept = torch.randperm(width, generator=draw)[:count].sort().values
+    return BlockPlan(block=block, path=path, width=width, kept=tuple(kept.tolist()))
+
+
+def random_plan(decoder: Decoder, step: int | None = None) -> PruningPlan:
+    """Return a plan that keeps random channels of every feed-forward, ``step`` fewer from block to block.
+
+    Experts of a block keep equally many.
+    """
+    draw, blocks = torch.Generator().manual_seed(0), list[BlockPlan]()
+    for index in range(len(decoder.blocks)):
+        for group in decoder.groups(index):
+            # torch multiplies experts of aligned width only
+            fewer = step or (8 if any(module.experts for module in group.modules) else 7)
+            left = group.width - fewer * (index + 1)
+            for module in group.modules:
+                count = left * module.layout.times
+                blocks += [_keep(index, path, module.width, count, draw) for path in module.paths]
+    return _plan(decoder, blocks)
+
+
 def plan_of(decoder: Decoder, widths: Sequence[int]) -> PruningPlan:
-    """A plan that keeps so many random channels of each feed-forward."""
+    """Return a plan that keeps so many random channels of each feed-forward."""
     draw = torch.Generator().manual_seed(sum(widths))
-    blocks = tuple(
-        BlockPlan(
-            block=block,
-            path=path,
-            width=width,
-            kept=tuple(sorted(torch.randperm(width, generator=draw)[:count].tolist())),
-        )
-        for (block, path, width), count in zip(decoder.places, widths, strict=True)
-    )
-    return random_plan(decoder).model_copy(update={"blocks": blocks})
+    places = zip(decoder.places, widths, strict=True)
+    return _plan(decoder, [_keep(block, path, width, count, draw) for (block, path, width), count in places])
 
 
 def add_biases(decoder: Decoder, names: Sequence[str]) -> Callable[[int, Sequence[torch.Tensor]], list[Update]]:
-    """A compensator that sets biases a family may not have."""
+    """Return a compensator that sets random biases, which a family may not have."""
 
     def compensate(index: int, kept: Sequence[torch.Tensor]) -> list[Update]:
         if not names:
-            return _unchanged(index, kept)
+            return [Update() for _ in kept]
         draw = torch.Generator().manual_seed(index)
-        (feed_forward,), (mine,) = decoder.feed_forwards(index), kept
-        sizes = {name: feed_forward.hidden if name == "down_bias" else len(mine) for name in names}
+        (feed_forward,), (channels,) = decoder.feed_forwards(index), kept
+        sizes = {name: feed_forward.hidden if name == "down_bias" else len(channels) for name in names}
         biases = {name: torch.randn(size, generator=draw) for name, size in sizes.items()}
         return [Update(**biases)]  # type: ignore[arg-type]
 
@@ -439,42 +353,42 @@ def add_biases(decoder: Decoder, names: Sequence[str]) -> Callable[[int, Sequenc
 
 @torch.no_grad()
 def mask(decoder: Decoder, plan: PruningPlan) -> None:
-    """Zero what the channels that go would send to the output, and leave every shape as it is."""
-    parts = [one for index in range(len(decoder.blocks)) for one in decoder.feed_forwards(index)]
-    for one, entry in zip(parts, plan.blocks, strict=True):
+    """Zero the output weights of the channels that the plan removes, and keep every shape."""
+    feed_forwards = [part for index in range(len(decoder.blocks)) for part in decoder.feed_forwards(index)]
+    for feed_forward, entry in zip(feed_forwards, plan.blocks, strict=True):
         removed = sorted({*range(entry.width)} - {*entry.kept})
-        one.down[:, removed] = 0
+        feed_forward.down[:, removed] = 0
 
 
 @torch.no_grad()
 def logits_of(decoder: Decoder) -> torch.Tensor:
-    """``(B, T, V)`` for the ids all checks use."""
-    found: torch.Tensor = decoder.model(IDS, use_cache=False).logits
-    return found
-
-
-def _unchanged(index: int, kept: Sequence[torch.Tensor]) -> list[Update]:
-    """A compensator that changes nothing."""
-    return [Update() for _ in kept]
+    """Return the logits ``(B, T, V)`` of ``IDS``."""
+    logits: torch.Tensor = decoder.model(IDS, use_cache=False).logits
+    return logits
 
 
 def relative(left: torch.Tensor, right: torch.Tensor) -> float:
-    """The largest difference, by the largest value."""
+    """Return the largest difference over the largest value."""
     return ((left - right).abs().max() / right.abs().max()).item()
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whatever the shards."""
+    """Return every tensor of a checkpoint, sharded or not."""
     return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
 
 
 def digest(model: Any, ids: torch.Tensor) -> dict[str, Any]:
-    """The logits, exactly, and what the model writes."""
+    """Return the exact logits, and the tokens the model generates."""
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits.float()
         start = ids[:, :8]
         written = model.generate(start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=5)
     return {"logits": logits.tolist(), "written": written[:, 8:].tolist()}
+
+
+def agree(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Return whether two digests are of the same model, to the last bit."""
+    return bool(left["logits"] == right["logits"] and left["written"] == right["written"])
 
 
 _SCRIPT = """
@@ -488,7 +402,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 {digest}
-told = sys.stdout
+results = sys.stdout
 sys.stdout = sys.stderr
 for line in sys.stdin:
     folder, ids = json.loads(line)
@@ -498,41 +412,35 @@ for line in sys.stdin:
         stock = "AutoModelForCausalLM" if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else "AutoModelForImageTextToText"
         auto = getattr(transformers, head[0] if head else stock)
         model = auto.from_pretrained(folder, trust_remote_code=True)
-        answer = digest(model, torch.tensor(ids)) | {{"own_code": "transformers_modules" in type(model).__module__}}
+        result = digest(model, torch.tensor(ids)) | {{"own_code": "transformers_modules" in type(model).__module__}}
     except Exception:
-        answer = {{"error": traceback.format_exc()}}
-    print(json.dumps(answer), file=told, flush=True)
+        result = {{"error": traceback.format_exc()}}
+    print(json.dumps(result), file=results, flush=True)
 """
 
 
 class Reader:
     """A process without this package that opens checkpoints by the code they bring."""
 
-    def __init__(self, requests: IO[str], answers: IO[str]) -> None:
-        self._requests, self._answers = requests, answers
+    def __init__(self, requests: IO[str], results: IO[str]) -> None:
+        self._requests, self._results = requests, results
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """A digest of what it finds, and whether the checkpoint's ``own_code`` made the model."""
+        """Return the digest of a checkpoint, and whether its ``own_code`` built the model."""
         print(json.dumps([str(folder), IDS.tolist()]), file=self._requests, flush=True)
-        answer: dict[str, Any] = json.loads(self._answers.readline())
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
+        result: dict[str, Any] = json.loads(self._results.readline())
+        if "error" in result:
+            raise RuntimeError(result["error"])
+        return result
 
 
 @contextmanager
 def reader(home: Path) -> Generator[Reader]:
-    """While open, such a process waits for folders; ``home`` is where it copies their code."""
+    """Start such a process and yield it; it copies the code of checkpoints into ``home``."""
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _SCRIPT.format(digest=inspect.getsource(digest))],
-        cwd=home,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
+    script = _SCRIPT.format(digest=inspect.getsource(digest))
+    command, pipe = [sys.executable, "-W", "ignore", "-c", script], subprocess.PIPE
+    with subprocess.Popen(command, cwd=home, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         yield Reader(process.stdin, process.stdout)
@@ -540,28 +448,28 @@ def reader(home: Path) -> Generator[Reader]:
 
 @dataclass(frozen=True)
 class AdapterCheck:
-    """What came of adapters on every matrix of the feed-forwards and the attention, a rank higher from block to block."""
+    """Effects of adapters on every matrix of feed-forwards and attention, of a rank that grows from block to block."""
 
     trained: int
     """Parameters that take gradients."""
     planned: int
-    """Parameters of the ranks that were asked for."""
+    """Parameters of the planned ranks."""
     added: float
-    """How far from the model without adapters that with them is."""
+    """Difference from the model without adapters."""
     merged: float
-    """How far from the model with adapters that is with them merged."""
+    """Difference after merging them."""
     reopened: float
-    """How far from it that is with the adapters written and opened again."""
+    """Difference after writing and opening them again."""
 
     @property
     def holds(self) -> bool:
-        """Whether the adapters are those meant, and stay so."""
+        """Whether the adapters are those planned, and stay so."""
         return self.trained == self.planned and max(self.merged, self.reopened) <= ADAPTER_TOLERANCE < self.added
 
 
 @torch.no_grad()
-def check_adapters(decoder: Decoder, plan: PruningPlan, place: Path) -> AdapterCheck:
-    """Put adapters on a model that was cut by the plan, all but its first block; write and merge them."""
+def check_adapters(decoder: Decoder, plan: PruningPlan, folder: Path) -> AdapterCheck:
+    """Add adapters to a model that was cut by the plan, except to its first block; write and merge them."""
     blocks, plain, other = trainable_blocks(decoder, plan), logits_of(decoder), copy.deepcopy(decoder.model)
     paths = dict.fromkeys(path for block in blocks for path in (*block.feed_forward, *block.attention))
     ranks = tuple(BlockRecovery(block=block.block, rank=block.block, alpha=2 * block.block) for block in blocks)
@@ -569,19 +477,18 @@ def check_adapters(decoder: Decoder, plan: PruningPlan, place: Path) -> AdapterC
     for name, parameter in learner.named_parameters():
         if "lora_B" in name:  # which are 0 at first
             parameter.normal_(0, 0.1)
-    found = logits_of(decoder)
-    save_adapter(learner, place)
-    open_adapted(other, place)
+    adapted_logits = logits_of(decoder)
+    save_adapter(learner, folder)
+    open_adapted(other, folder)
     trained = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
     merge(learner)
+    shapes = [(b.block, shape) for b in blocks for shape in (*b.feed_forward.values(), *b.attention.values())]
     return AdapterCheck(
         trained,
-        sum(
-            b.block * unit_of_rank(shape) for b in blocks for shape in (*b.feed_forward.values(), *b.attention.values())
-        ),
-        added=relative(found, plain),
-        merged=relative(logits_of(decoder), found),
-        reopened=relative(logits_of(replace(decoder, model=other)), found),
+        planned=sum(rank * unit_of_rank(shape) for rank, shape in shapes),
+        added=relative(adapted_logits, plain),
+        merged=relative(logits_of(decoder), adapted_logits),
+        reopened=relative(logits_of(replace(decoder, model=other)), adapted_logits),
     )
 
 
@@ -591,19 +498,19 @@ def _plugins() -> Plugins:
 
 
 class Examination:
-    """One family and what the checks find; each is made when it is first asked for."""
+    """Results of all checks of one family, each computed when it is first used."""
 
-    def __init__(self, name: str, place: Path, remote: Reader, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, name: str, folder: Path, remote: Reader, dtype: torch.dtype = torch.float32) -> None:
         self.name = name
-        self.place = place
+        self.folder = folder
         self._remote = remote
         self._dtype = dtype
 
     @cached_property
     def source(self) -> Path:
-        """The folder of the dense model."""
+        """Folder of the dense model."""
         model: Any = build(self.name)
-        return write(model.to(self._dtype), self.place / "dense")
+        return write(model.to(self._dtype), self.folder / "dense")
 
     @cached_property
     def dense(self) -> Decoder:
@@ -611,27 +518,27 @@ class Examination:
         return open_decoder(load_model(self._config()).model, _plugins())
 
     def open(self) -> Decoder:
-        """Another one, to change."""
+        """Open the dense model again, to change it."""
         return replace(self.dense, model=open_model(self.source))
 
     @cached_property
     def cut(self) -> tuple[float, float]:
-        """How far the logits of a cut model are from those of a masked one, and from those of the dense one."""
+        """Differences between the logits of a cut model and those of a masked one, and of the dense one."""
         cut, masked, plan = self.open(), self.open(), random_plan(self.dense)
         cut_model(cut, plan)
         mask(masked, plan)
-        found = logits_of(cut)
-        return relative(found, logits_of(masked)), relative(found, logits_of(self.dense))
+        logits = logits_of(cut)
+        return relative(logits, logits_of(masked)), relative(logits, logits_of(self.dense))
 
     @cached_property
     def memory(self) -> RunResult:
         """A whole run with the model in memory."""
-        return prune(self._config(), self.place / "memory")
+        return prune(self._config(), self.folder / "memory")
 
     @cached_property
     def streamed(self) -> RunResult:
-        """The same with one block in memory at a time."""
-        return prune(self._config(stream=True), self.place / "streamed")
+        """A whole run with one block in memory at a time."""
+        return prune(self._config(stream=True), self.folder / "streamed")
 
     def _config(self, **options: Any) -> RunConfig:
         bytes_each = torch.finfo(self._dtype).bits // 8
@@ -639,44 +546,45 @@ class Examination:
 
     @cached_property
     def streaming_differences(self) -> list[str]:
-        """What differs between the checkpoints of both runs: nothing, if all is well."""
+        """Tensors and files that differ between the checkpoints of both runs."""
         memory, streamed = tensors_of(self.memory.folder), tensors_of(self.streamed.folder)
         keys = memory.keys() & streamed.keys()
         same = {key: memory[key].dtype == streamed[key].dtype and memory[key].equal(streamed[key]) for key in keys}
         configs = {(result.folder / "config.json").read_text() for result in (self.memory, self.streamed)}
-        found = sorted(memory.keys() ^ streamed.keys()) + sorted(key for key, equal in same.items() if not equal)
-        found += ["the plan"] * (self.memory.plan != self.streamed.plan) + ["config.json"] * (len(configs) > 1)
-        return found
+        differences = sorted(memory.keys() ^ streamed.keys()) + sorted(key for key, equal in same.items() if not equal)
+        return (
+            differences + ["the plan"] * (self.memory.plan != self.streamed.plan) + ["config.json"] * (len(configs) > 1)
+        )
 
     @cached_property
     def adapters(self) -> AdapterCheck:
-        """What comes of adapters on the cut model."""
+        """Effects of adapters on the cut model."""
         decoder, plan = self.open(), random_plan(self.dense)
         cut_model(decoder, plan)
-        return check_adapters(decoder, plan, self.place / "adapter")
+        return check_adapters(decoder, plan, self.folder / "adapter")
 
     @cached_property
     def expected(self) -> dict[str, Any]:
-        """What the dense model computes once it is cut by the run's plan in memory."""
+        """Digest of the dense model after it is cut in memory by the run's plan."""
         decoder = self.open()
         cut_model(decoder, self.memory.plan)
         return digest(decoder.model, IDS)
 
     @cached_property
     def imported(self) -> dict[str, Any]:
-        """What the checkpoint computes where this package is imported."""
+        """Digest of the checkpoint where this package is imported."""
         return digest(open_model(self.memory.folder), IDS)
 
     @cached_property
     def remote(self) -> dict[str, Any]:
-        """What the checkpoint computes where this package is not there, by its own code."""
+        """Digest of the checkpoint built by its own code, without this package."""
         return self._remote.read(self.memory.folder)
 
     def row(self) -> list[str]:
-        """The family's row of the table."""
+        """Return the family's row of the table."""
         layouts = [module.layout for module in self.modules]
-        keys = [f"{one.times} x `{one.width_key}`" if one.times > 1 else f"`{one.width_key}`" for one in layouts]
-        paths = [f"`{one.path}`" if one.path else "the block itself" for one in layouts]
+        keys = [f"{part.times} x `{part.width_key}`" if part.times > 1 else f"`{part.width_key}`" for part in layouts]
+        paths = [f"`{part.path}`" if part.path else "the block itself" for part in layouts]
         code = _passes(lambda: agree(self.remote, self.expected))
         return [
             f"`{self.name}`",
@@ -692,33 +600,25 @@ class Examination:
 
     @property
     def modules(self) -> list[FeedForwardModule]:
-        """One module for every layout, from the first block that has it."""
-        modules = [
-            module for index in range(len(self.dense.blocks)) for module in self.dense.feed_forward_modules(index)
-        ]
-        return [
-            next(module for module in modules if module.layout == layout)
-            for layout in self.dense.architecture.feed_forwards
-            if any(module.layout == layout for module in modules)
-        ]
-
-
-def agree(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    """Whether two digests are of the same model, to the last bit."""
-    return bool(found["logits"] == expected["logits"] and found["written"] == expected["written"])
+        """One module of every layout, from the first block that has it."""
+        modules: dict[Any, FeedForwardModule] = {}
+        for index in range(len(self.dense.blocks)):
+            for module in self.dense.feed_forward_modules(index):
+                modules.setdefault(module.layout, module)
+        return [modules[layout] for layout in self.dense.architecture.feed_forwards if layout in modules]
 
 
 def form_of(module: FeedForwardModule) -> str:
-    """What a module that holds feed-forwards is made of, in words."""
+    """Describe the form of a module that holds feed-forwards."""
     layout = module.layout
     form = "plain" if layout.gate is None else "fused" if layout.fused else "gated"
     if isinstance(module, ExpertFeedForwards):
-        more = [
-            *([] if module.concatenated else ["interleaved"]),
-            *(["transposed"] if module.transposed else []),
-            *(["with biases"] if module.biased else []),
-        ]
-        return " ".join(["experts:", form, *more])
+        details = {
+            "interleaved": not module.concatenated,
+            "transposed": module.transposed,
+            "with biases": module.biased,
+        }
+        return " ".join(["experts:", form, *(detail for detail, holds in details.items() if holds)])
     conv = isinstance(module, DenseFeedForward) and isinstance(module.down, Conv1D)
     return f"{form} Conv1D" if conv else form
 
@@ -726,17 +626,17 @@ def form_of(module: FeedForwardModule) -> str:
 def _passes(check: Callable[[], bool]) -> str:
     try:
         return "yes" if check() else "no"
-    except Exception as error:  # noqa: BLE001  # the table says what is so; the tests say why
+    except Exception as error:  # noqa: BLE001  # the table states results; the tests give reasons
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return "no"
 
 
-def refusal(name: str, place: Path) -> str:
-    """What a run says of a model it refuses; there is no text to calibrate on, and no run gets as far as that."""
-    source = write(build(name), place / "dense")
-    config = RunConfig.build(model=str(source), ratio=0.4, calibration=str(place / "none.txt"), device="cpu")
+def refusal(name: str, folder: Path) -> str:
+    """Return the message of a run that refuses the family; it does not get as far as the missing text."""
+    source = write(build(name), folder / "dense")
+    config = RunConfig.build(model=str(source), ratio=0.4, calibration=str(folder / "none.txt"), device="cpu")
     try:
-        prune(config, place / "out")
+        prune(config, folder / "out")
     except ModelError as error:
         return str(error)
     return ""
@@ -757,32 +657,29 @@ REFUSALS = ("family", "what a run says")
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rewritten(text: str, mark: str, content: str) -> str:
-    """The document with something else between two markers."""
+    """Return the document with new content between two markers."""
     pattern = rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)"
-    return re.sub(pattern, lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text, flags=re.DOTALL)
+    return re.sub(pattern, lambda match: f"{match[1]}\n{content}\n\n{match[2]}", text, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Examine every family and write what is found into the document."""
+    """Examine every family and write the results into the document."""
     silence_transformers()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, reader(Path(folder)) as remote:
-        place = Path(folder)
-        rows = [Examination(name, _made(place / name), remote).row() for name in PRUNED]
-        refusals = [[f"`{name}`", refusal(name, _made(place / name))] for name in REFUSED]
+    with tempfile.TemporaryDirectory() as root, reader(Path(root)) as remote:
+        folders = {name: Path(root) / name for name in (*PRUNED, *REFUSED)}
+        for folder in folders.values():
+            folder.mkdir()
+        rows = [Examination(name, folders[name], remote).row() for name in PRUNED]
+        refusals = [[f"`{name}`", refusal(name, folders[name])] for name in REFUSED]
     text = rewritten(DOCUMENT.read_text(encoding="utf-8"), "families", table(HEADINGS, rows))
     DOCUMENT.write_text(rewritten(text, "refused families", table(REFUSALS, refusals)), encoding="utf-8")
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 if __name__ == "__main__":
