@@ -1,4 +1,7 @@
-"""The statistics the built-in collectors provide. ``h (T, F)`` is the input of the down projection, over all tokens."""
+"""Statistics of the built-in collectors; ``h (T, F)`` is the input of the down projection, over all tokens.
+
+The heavy ones and the mean are also collected for held-out windows: ``DOWN_INPUT_GRAM.held_out()``.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +19,13 @@ DOWN_INPUT_FLUCTUATION: Final = Statistic(
 )
 
 DOWN_INPUT_GRAM: Final = Statistic("down_input_gram", "(F, F)", "sum of h hᵀ over tokens", heavy=True, unseen=1.0)
-DOWN_INPUT_GRAM_HELD_OUT: Final = Statistic(
-    "down_input_gram_held_out", "(F, F)", "sum of h hᵀ over the tokens of held-out windows", heavy=True
-)
-DOWN_INPUT_MEAN_HELD_OUT: Final = Statistic("down_input_mean_held_out", summary="mean of h over held-out windows")
 DOWN_CROSS: Final = Statistic("down_cross", "(D, F)", "sum of target times hᵀ over tokens", heavy=True)
-DOWN_CROSS_HELD_OUT: Final = Statistic(
-    "down_cross_held_out", "(D, F)", "sum of target times hᵀ over the tokens of held-out windows", heavy=True
-)
 DOWN_TARGET_SQUARES: Final = Statistic("down_target_squares", "()", "sum of squares of the target")
-DOWN_TARGET_SQUARES_HELD_OUT: Final = Statistic(
-    "down_target_squares_held_out", "()", "sum of squares of the target over held-out windows"
-)
 FEED_FORWARD_INPUTS: Final = Statistic(
     "feed_forward_inputs", "(n, D)", "inputs of the feed-forward, token by token", heavy=True
 )
-FEED_FORWARD_INPUTS_HELD_OUT: Final = Statistic(
-    "feed_forward_inputs_held_out", "(n, D)", "inputs of the feed-forward in held-out windows", heavy=True
-)
 FEED_FORWARD_TARGETS: Final = Statistic(
-    "feed_forward_targets", "(n, D)", "what the feed-forward should give for its inputs", heavy=True
-)
-FEED_FORWARD_TARGETS_HELD_OUT: Final = Statistic(
-    "feed_forward_targets_held_out", "(n, D)", "what it should give in held-out windows", heavy=True
+    "feed_forward_targets", "(n, D)", "target outputs of the feed-forward, token by token", heavy=True
 )
 
 BLOCK_OUTPUT_SQUARES: Final = Statistic("block_output_squares", "()", "sum of squares of the block's output")

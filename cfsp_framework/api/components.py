@@ -84,9 +84,12 @@ class Collector(Component):
     windows: ClassVar[Windows] = Windows.ALL
     ordered: ClassVar[bool] = False
 
-    @abstractmethod
+    accumulator: ClassVar[Callable[[], Accumulator]]
+    """Makes the accumulator: a class without required arguments. A collector with options overrides ``start`` instead."""
+
     def start(self) -> Accumulator:
-        """A fresh accumulator; called once per block and feed-forward."""
+        """Return a fresh accumulator; called once per block and feed-forward."""
+        return type(self).accumulator()
 
 
 class Allocator(Component):

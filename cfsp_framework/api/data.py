@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Literal
 
@@ -75,7 +75,11 @@ class Statistic:
     summary: str = field(default="", compare=False)
     heavy: bool = field(default=False, compare=False)
     unseen: float = field(default=0.0, compare=False)
-    """What a vector is filled with for an expert no token was routed to, and the diagonal of a square matrix."""
+    """Fills a vector, and the diagonal of a square matrix, of an expert that no token was routed to."""
+
+    def held_out(self) -> Statistic:
+        """Return the statistic that measures the same over held-out windows only."""
+        return replace(self, name=f"{self.name}_held_out", summary=f"{self.summary}, held-out windows only", unseen=0.0)
 
 
 class BlockStatistics(Mapping[Statistic, "Tensor"]):

@@ -251,6 +251,8 @@ def _checked(offered: object, base: type[C], hook: str, origin: Origin) -> type[
         if not isinstance(statistic, Statistic):
             raise PluginError(f"{where} requires {statistic!r}, which is not a Statistic.")
     abstract = ", ".join(sorted(offered.__abstractmethods__))
+    if getattr(offered, "start", None) is Collector.start and not hasattr(offered, "accumulator"):
+        abstract = "start"
     if abstract:
         raise PluginError(f"{where} does not define {abstract}().")
     return offered

@@ -4,77 +4,34 @@ from __future__ import annotations
 
 from cfsp_framework import Collector, Compensator, Observer, RecoveryScheduler, hookimpl
 
-from .activations import (
-    DownInputFluctuation,
-    DownInputMean,
-    DownInputMeanHeldOut,
-    DownInputSquares,
-    DownInputTaylor,
-    DownInputTaylorSquared,
-    DownInputVariance,
-)
 from .architectures import cfsp_architecture
-from .compensators import Bias, NoCompensation
-from .distances import AngularDistance, CosineDistance, MaeDistance, MseDistance
-from .least_squares import LeastSquares, LeastSquaresBias, Procrustes, Sequential
-from .local_reconstruction import LocalReconstruction
+from .collectors import COLLECTORS
+from .compensators import COMPENSATORS
 from .observers import Jsonl, TensorBoard
 from .recovery import Full, IgLora, NoRecovery, UniformLora
-from .second_order import (
-    BlockOutputSquares,
-    DownCross,
-    DownCrossHeldOut,
-    DownInputGram,
-    DownInputGramHeldOut,
-    DownTargetSquares,
-    DownTargetSquaresHeldOut,
-    FeedForwardInputs,
-    FeedForwardInputsHeldOut,
-    FeedForwardTargets,
-    FeedForwardTargetsHeldOut,
-)
 
 __all__ = ["cfsp_architecture", "cfsp_collectors", "cfsp_compensators", "cfsp_observers", "cfsp_recovery_schedulers"]
 
 
 @hookimpl
-def cfsp_collectors() -> list[type[Collector]]:
-    return [
-        DownInputSquares,
-        DownInputMean,
-        DownInputMeanHeldOut,
-        DownInputVariance,
-        DownInputFluctuation,
-        DownInputTaylor,
-        DownInputTaylorSquared,
-        AngularDistance,
-        CosineDistance,
-        MseDistance,
-        MaeDistance,
-        DownInputGram,
-        DownInputGramHeldOut,
-        DownCross,
-        DownCrossHeldOut,
-        DownTargetSquares,
-        DownTargetSquaresHeldOut,
-        FeedForwardInputs,
-        FeedForwardInputsHeldOut,
-        FeedForwardTargets,
-        FeedForwardTargetsHeldOut,
-        BlockOutputSquares,
-    ]
+def cfsp_collectors() -> tuple[type[Collector], ...]:
+    """Offer the built-in collectors."""
+    return COLLECTORS
 
 
 @hookimpl
-def cfsp_compensators() -> list[type[Compensator]]:
-    return [NoCompensation, Bias, LeastSquares, LeastSquaresBias, Procrustes, Sequential, LocalReconstruction]
+def cfsp_compensators() -> tuple[type[Compensator], ...]:
+    """Offer the built-in compensators."""
+    return COMPENSATORS
 
 
 @hookimpl
 def cfsp_recovery_schedulers() -> list[type[RecoveryScheduler]]:
+    """Offer the built-in recovery schedulers."""
     return [NoRecovery, UniformLora, IgLora, Full]
 
 
 @hookimpl
 def cfsp_observers() -> list[type[Observer]]:
+    """Offer the built-in observers."""
     return [Jsonl, TensorBoard]

@@ -1,4 +1,4 @@
-"""Where the families that are known by name keep their feed-forwards; others are looked for in the model."""
+"""Describe the families that are known by name; the host detects others in the model."""
 
 from __future__ import annotations
 
@@ -69,29 +69,33 @@ OTHERS = {
     ),
 }
 
-# Attentions that return what the block adds to its stream, and nothing the block needs beside it.
+# Families whose attention returns only what the block adds to the residual stream.
 DROPPABLE = frozenset(
     {
         *(
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
             "gemma",
             "gemma2",
             "gemma3_text",
-            "phi3",
-            "olmo2",
             "granite",
-            "smollm3",
+            "internlm3",
+            "llama",
+            "ministral3",
+            "mistral",
+            "nemotron",
+            "olmo",
         ),
-        *("internlm3", "ministral3", "olmo", "starcoder2", "nemotron"),
+        *("olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"),
     }
 )
 
 
 @hookimpl(trylast=True)
 def cfsp_architecture(config: PreTrainedConfig) -> Architecture | None:
+    """Describe the family of ``config`` if it is known.
+
+    Raises:
+        ModelError: the family cannot be pruned exactly.
+    """
     family = config.model_type
     if family in OTHERS:
         return replace(OTHERS[family], attention=None)
@@ -100,8 +104,8 @@ def cfsp_architecture(config: PreTrainedConfig) -> Architecture | None:
         layouts = (GATED, ROUTED, replace(ROUTED_SHARED, times=config.n_shared_experts))
     if family == "gemma3n_text" and any(config.activation_sparsity_pattern or ()):
         raise ModelError(
-            "this Gemma 3n keeps a channel where it exceeds a quantile over all channels of its block, "
-            "which changes for all when some go: it cannot be pruned exactly."
+            "this Gemma 3n keeps the channels above a quantile over all channels of a block, which changes when some are "
+            "removed: it cannot be pruned exactly."
         )
     if layouts is None:
         return None

@@ -1,4 +1,4 @@
-"""Logs of a run: lines of JSON, and TensorBoard."""
+"""Log a run as lines of JSON, or to TensorBoard."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from cfsp_framework.errors import ConfigError
 
 
 class Jsonl(Observer):
-    """Writes a line of JSON for every event, at once, to the end of a file."""
+    """Append a line of JSON to a file for every event."""
 
     name: ClassVar[str] = "jsonl"
-    path: str = Field(default="run.jsonl", description="The file; what it holds already stays.")
+    path: str = Field(default="run.jsonl", description="The file; existing lines stay.")
 
     def start(self) -> Callable[[Event], None]:
         path = Path(self.path)
@@ -38,15 +38,15 @@ class Jsonl(Observer):
             raise ConfigError(f"--observer jsonl: {path} cannot be written: {error.strerror}.") from error
 
         def write(event: Event) -> None:
-            line = {"time": datetime.now(UTC).isoformat(), "event": type(event).__name__, **_told(event)}
+            line = {"time": datetime.now(UTC).isoformat(), "event": type(event).__name__, **_fields(event)}
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
         return write
 
 
-def _told(event: Event) -> dict[str, Any]:
-    """An event's own fields, as JSON."""
+def _fields(event: Event) -> dict[str, Any]:
+    """Return an event's fields as JSON values."""
     match event:
         case RunStarted(config):
             return {"config": config.to_json_options()}
@@ -57,14 +57,14 @@ def _told(event: Event) -> dict[str, Any]:
         case BlockFinished(phase, block, of):
             return {"phase": phase, "block": block, "of": of}
         case RunFinished(plan, report, folder):
-            found = report.model_dump(mode="json", exclude={"blocks"}) if report else None
-            return {"folder": str(folder) if folder else None, "widths": plan.widths, "report": found}
+            summary = report.model_dump(mode="json", exclude={"blocks"}) if report else None
+            return {"folder": str(folder) if folder else None, "widths": plan.widths, "report": summary}
         case RunFailed(error):
             return {"error": f"{type(error).__name__}: {error}".rstrip(": ")}
 
 
 class TensorBoard(Observer):
-    """Writes what TensorBoard shows: seconds of every phase, blocks done, widths, importance and perplexities."""
+    """Write seconds of every phase, finished blocks, widths, importance and perplexities for TensorBoard."""
 
     name: ClassVar[str] = "tensorboard"
     folder: str = Field(default="runs", description="Every run writes a file of its own into this folder.")
@@ -96,14 +96,15 @@ def _draw(writer: Any, event: Event) -> None:
         case BlockFinished(phase, block):
             writer.add_scalar(f"blocks/{phase}", block + 1, block)
         case RunFinished(plan, report, _):
-            for number, one in enumerate(plan.blocks):  # of a mixture every expert is one
-                writer.add_scalar("kept/share", len(one.kept) / one.width, number)
-                if one.importance is not None:
-                    writer.add_scalar("kept/importance", one.importance, number)
-            for found in report.evaluations if report else ():
-                for step, measured in enumerate((found.dense, found.pruned, found.recovered)):
+            for number, entry in enumerate(plan.blocks):  # every expert of a mixture has an entry
+                writer.add_scalar("kept/share", len(entry.kept) / entry.width, number)
+                if entry.importance is not None:
+                    writer.add_scalar("kept/importance", entry.importance, number)
+            for evaluation in report.evaluations if report else ():
+                name = f"perplexity/{evaluation.data.replace(':', '/')}"
+                for step, measured in enumerate((evaluation.dense, evaluation.pruned, evaluation.recovered)):
                     if measured is not None:
-                        writer.add_scalar(f"perplexity/{found.data.replace(':', '/')}", measured.perplexity, step)
+                        writer.add_scalar(name, measured.perplexity, step)
         case RunFailed(error):
             writer.add_text("error", str(error))
         case PhaseStarted():

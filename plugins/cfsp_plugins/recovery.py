@@ -1,4 +1,4 @@
-"""What is trained after the cut: adapters whose ranks follow the coarse importance, or are equal; all weights; nothing."""
+"""Schedule the training after the cut: adapters with ranks by coarse importance or equal ranks, all weights, nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cfsp_framework.errors import ConfigError
 _EXACT = 1e-9
 """Below this a share of a rank is rounding."""
 _NOTHING = 1e-12
-"""Stands for a weight of 0, of the largest weight."""
+"""Replaces a weight of 0, relative to the largest weight."""
 
 
 class NoRecovery(RecoveryScheduler):
@@ -39,10 +39,10 @@ class NoRecovery(RecoveryScheduler):
 
 
 class Training(RecoveryScheduler):
-    """How to train, whatever is trained."""
+    """Options of every training."""
 
     times_full: ClassVar[float] = 1.0
-    """The learning rate, over the one for all weights, where none is given."""
+    """Default learning rate, as a multiple of the one for all weights."""
 
     learning_rate: float | None = Field(
         default=None, gt=0, description="the highest, of AdamW; null: by the hidden size, docs/recovery.md"
@@ -66,7 +66,7 @@ class Training(RecoveryScheduler):
         *,
         full: bool = False,
     ) -> RecoveryPlan:
-        """The training of some of these blocks with this component's options."""
+        """Return the plan that trains some of the blocks with this component's options."""
         hidden = next(iter(blocks[0].feed_forward.values()))[-1]  # the up or gate projection's inputs
         teacher = Distillation(weight=self.distillation, temperature=self.temperature) if self.distillation else None
         return RecoveryPlan(
@@ -83,7 +83,7 @@ class Training(RecoveryScheduler):
 
 
 class Full(Training):
-    """Train all weights of the feed-forwards, and nothing else."""
+    """Train all weights of the feed-forwards only."""
 
     name: ClassVar[str] = "full"
 
@@ -94,9 +94,9 @@ class Full(Training):
 
 
 class LowRank(Training):
-    """Train low-rank adapters of the feed-forwards (LoRA, arXiv 2106.09685), ranks by a weight for every block.
+    """Train low-rank adapters of the feed-forwards (LoRA, arXiv 2106.09685), with ranks by a weight for every block.
 
-    All schedulers of this kind train the same number of parameters: those of rank ``rank`` in every block.
+    All schedulers of this kind train the same number of parameters, that of rank ``rank`` in every block.
     """
 
     times_full: ClassVar[float] = 10.0
@@ -107,10 +107,10 @@ class LowRank(Training):
 
     @abstractmethod
     def weights(self, plan: PruningPlan, blocks: Sequence[TrainableBlock]) -> list[float]:
-        """Non-negative numbers that the blocks' ranks are in proportion to."""
+        """Return non-negative numbers that the blocks' ranks are proportional to."""
 
     def bounds(self) -> tuple[int, int | None]:
-        """The least and the largest rank of a block; None where its matrices alone set a limit."""
+        """Return the least and the largest rank of a block; None if only its matrices limit it."""
         return 1, None
 
     def schedule(
@@ -142,11 +142,11 @@ class UniformLora(LowRank):
 
 
 class IgLora(LowRank):
-    """Importance-guided adapters: ranks in proportion to what the blocks are worth, or to what was removed of them.
+    """Importance-guided adapters: ranks proportional to the blocks' importance, or to their removed share.
 
-    CFSP's paper (arXiv 2409.13199) lets the coarse importance allocate the effort of recovery and publishes neither a
-    formula nor code, so this is a reading of it. `importance` is the allocator's, or the kept share where it has
-    none; both directions are there because blocks worth more lose less, so that they are nearly opposite.
+    CFSP's paper (arXiv 2409.13199) allocates recovery by coarse importance and publishes neither a formula nor code, so
+    this is this project's reading. The importance is the allocator's, or the kept share if it has none. The two
+    directions are nearly opposite, since important blocks lose less.
     """
 
     name: ClassVar[str] = "ig-lora"
@@ -159,10 +159,10 @@ class IgLora(LowRank):
 
     def weights(self, plan: PruningPlan, blocks: Sequence[TrainableBlock]) -> list[float]:
         entries = [[entry for entry in plan.blocks if entry.block == block.block] for block in blocks]
-        kept = [sum(len(entry.kept) for entry in mine) / sum(entry.width for entry in mine) for mine in entries]
+        kept = [sum(len(entry.kept) for entry in block) / sum(entry.width for entry in block) for block in entries]
         if self.direction == "removed":
             return [1 - share for share in kept]
-        importance = [[entry.importance for entry in mine if entry.importance is not None] for mine in entries]
+        importance = [[entry.importance for entry in block if entry.importance is not None] for block in entries]
         return [max(0.0, fmean(values)) for values in importance] if all(importance) else kept
 
     def bounds(self) -> tuple[int, int | None]:
@@ -172,27 +172,27 @@ class IgLora(LowRank):
 
 
 def usual_learning_rate(hidden: int) -> float:
-    """What trains all weights of a Llama of hidden size ``hidden`` well; low-rank adapters take ten times as much.
+    """Return a learning rate for all weights of a Llama of hidden size ``hidden``; adapters take ten times as much.
 
-    The fit of Schulman and others, "LoRA Without Regret" (Thinking Machines, 2025), as Tinker's documentation gives it.
+    Source: the fit of Schulman and others, "LoRA Without Regret" (Thinking Machines, 2025), as Tinker's documentation gives it.
     """
     return float(5e-5 * (2000 / hidden) ** 0.781)
 
 
 def unit_of_rank(shape: tuple[int, ...]) -> int:
-    """Parameters of one unit of rank on matrices ``(out, in)``, or on each of ``(experts, out, in)``."""
+    """Count the parameters of one unit of rank on matrices ``(out, in)``, or on each of ``(experts, out, in)``."""
     return math.prod(shape[:-2]) * sum(shape[-2:])
 
 
 def spread_ranks(
     weights: Sequence[float], costs: Sequence[int], caps: Sequence[float], rank: int, least: int = 1
 ) -> list[int]:
-    """Whole ranks in proportion to ``weights``, between ``least`` and ``caps``, that cost what ``rank`` everywhere costs.
+    """Spread ranks in proportion to ``weights``, between ``least`` and ``caps``, at the cost of ``rank`` everywhere.
 
     A unit of rank costs ``costs[i]`` parameters in block i. Ranks are rounded by largest remainders: all are rounded
-    down, and what is left of the parameters buys one unit after another where most was lost, until one is too dear. So
-    the total never exceeds the budget, falls short of it by less than one unit of rank, and meets it where all costs
-    are the same; and a block of more weight never gets less, up to its cap. Weights of 0 only get what caps leave over.
+    down, and the remaining parameters buy one unit after another where rounding removed most, until one exceeds them.
+    So the total never exceeds the budget, falls short of it by less than one unit of rank, and meets it if all costs
+    are equal; a block of more weight never gets less, up to its cap. Weights of 0 only get what caps leave over.
 
     Raises:
         ConfigError: the budget is too small for ``least``, or too large for ``caps``.
@@ -205,7 +205,7 @@ def spread_ranks(
     room = sum(cost * cap for cost, cap in zip(costs, caps, strict=True))
     if budget > room:
         raise ConfigError(
-            f"rank {rank} is too large a budget: what the matrices hold, or max_rank, is {room / sum(costs):.4g} on average; "
+            f"rank {rank} is too large a budget: the matrices, or max_rank, allow {room / sum(costs):.4g} on average; "
             "lower it."
         )
     exact = _water_level(weights, costs, caps, least, budget)
@@ -222,7 +222,7 @@ def spread_ranks(
 def _water_level(
     weights: Sequence[float], costs: Sequence[int], caps: Sequence[float], least: int, budget: int
 ) -> list[float]:
-    """``clamp(level * weight, least, cap)`` for the level at which the ranks cost the budget, found by bisection."""
+    """Return ``clamp(level * weight, least, cap)`` at the level whose ranks cost the budget, by bisection."""
     largest = max(weights)
     weights = [max(weight / largest, _NOTHING) if largest else 1.0 for weight in weights]
 

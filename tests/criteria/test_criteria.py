@@ -23,9 +23,8 @@ from cfsp_framework.statistics import (
     DOWN_INPUT_SQUARES,
     DOWN_INPUT_VARIANCE,
 )
-from cfsp_plugins.activations import DownInputFluctuation, DownInputMean, DownInputSquares, DownInputVariance
-from cfsp_plugins.compensators import Bias, NoCompensation
-from cfsp_plugins.distances import (
+from cfsp_plugins.collectors import DownInputFluctuation, DownInputMean, DownInputSquares, DownInputVariance
+from cfsp_plugins.collectors.distances import (
     AngularDistance,
     CosineDistance,
     MaeDistance,
@@ -36,6 +35,7 @@ from cfsp_plugins.distances import (
     mae_distance,
     mse_distance,
 )
+from cfsp_plugins.compensators import Bias, NoCompensation
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 

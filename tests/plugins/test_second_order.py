@@ -29,30 +29,18 @@ from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import (
     BLOCK_OUTPUT_SQUARES,
     DOWN_CROSS,
-    DOWN_CROSS_HELD_OUT,
     DOWN_INPUT_GRAM,
-    DOWN_INPUT_GRAM_HELD_OUT,
-    DOWN_INPUT_MEAN_HELD_OUT,
+    DOWN_INPUT_MEAN,
     DOWN_INPUT_SQUARES,
     DOWN_INPUT_TAYLOR,
     DOWN_INPUT_TAYLOR_SQUARED,
     FEED_FORWARD_INPUTS,
-    FEED_FORWARD_INPUTS_HELD_OUT,
     FEED_FORWARD_TARGETS,
-    FEED_FORWARD_TARGETS_HELD_OUT,
 )
-from cfsp_plugins.activations import DownInputMeanHeldOut
-from cfsp_plugins.second_order import (
-    BlockOutputSquares,
-    DownCross,
-    DownCrossHeldOut,
-    DownInputGram,
-    DownInputGramHeldOut,
-    FeedForwardInputs,
-    FeedForwardInputsHeldOut,
-    FeedForwardTargets,
-    FeedForwardTargetsHeldOut,
-)
+from cfsp_plugins.collectors.activations import DownInputMean
+from cfsp_plugins.collectors.second_moments import BlockOutputSquares, DownCross, DownInputGram
+from cfsp_plugins.collectors.sums import held_out as on_held_out
+from cfsp_plugins.collectors.tokens import FeedForwardInputs, FeedForwardTargets
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]
 untimed = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -64,15 +52,15 @@ SECOND_ORDER = frozenset(
     {
         BLOCK_OUTPUT_SQUARES,
         DOWN_CROSS,
-        DOWN_CROSS_HELD_OUT,
+        DOWN_CROSS.held_out(),
         DOWN_INPUT_GRAM,
-        DOWN_INPUT_GRAM_HELD_OUT,
-        DOWN_INPUT_MEAN_HELD_OUT,
+        DOWN_INPUT_GRAM.held_out(),
+        DOWN_INPUT_MEAN.held_out(),
         DOWN_INPUT_SQUARES,
         FEED_FORWARD_INPUTS,
-        FEED_FORWARD_INPUTS_HELD_OUT,
+        FEED_FORWARD_INPUTS.held_out(),
         FEED_FORWARD_TARGETS,
-        FEED_FORWARD_TARGETS_HELD_OUT,
+        FEED_FORWARD_TARGETS.held_out(),
     }
 )
 
@@ -144,13 +132,13 @@ def test_held_out_collectors_see_every_tenth_window_and_nothing_else(
     inputs, outputs = activations(windows, tokens, width, seed), activations(windows, tokens, 5, seed + 1)
     seen_in = inputs[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY].flatten(0, 1)  # (n, F)
     seen_out = outputs[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY].flatten(0, 1)  # (n, D)
-    gram = collected(DownInputGramHeldOut(), list(inputs), list(outputs))
-    cross = collected(DownCrossHeldOut(), list(inputs), list(outputs))
-    mean = collected(DownInputMeanHeldOut(), list(inputs), list(outputs))
+    gram = collected(on_held_out(DownInputGram)(), list(inputs), list(outputs))
+    cross = collected(on_held_out(DownCross)(), list(inputs), list(outputs))
+    mean = collected(on_held_out(DownInputMean)(), list(inputs), list(outputs))
     assert_products(gram, seen_in, seen_in)
     assert_products(cross, seen_out, seen_in)
-    assert torch.equal(collected(FeedForwardInputsHeldOut(), list(inputs), list(outputs)), seen_in)
-    assert torch.equal(collected(FeedForwardTargetsHeldOut(), list(inputs), list(outputs)), seen_out)
+    assert torch.equal(collected(on_held_out(FeedForwardInputs)(), list(inputs), list(outputs)), seen_in)
+    assert torch.equal(collected(on_held_out(FeedForwardTargets)(), list(inputs), list(outputs)), seen_out)
     expected = seen_in.double().mean(0) if len(seen_in) else torch.zeros(width, dtype=torch.float64)
     torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -184,7 +172,7 @@ def test_sums_of_several_processes_add_up(collector: Collector) -> None:
 def test_half_precision_activations_are_counted_and_summed_exactly(dtype: torch.dtype, tokens: int) -> None:
     inputs = (activations(10, tokens, 4) / 100).to(dtype)  # 257 tokens are no bfloat16, 2049 no float16
     windows = list(inputs)
-    mean = collected(DownInputMeanHeldOut(), windows, windows)
+    mean = collected(on_held_out(DownInputMean)(), windows, windows)
     torch.testing.assert_close(mean.double(), inputs[9].double().mean(0), rtol=1e-5, atol=0)
     gram = collected(DownInputGram(), windows, windows)
     assert gram.dtype == torch.float32
@@ -195,13 +183,13 @@ def test_half_precision_activations_are_counted_and_summed_exactly(dtype: torch.
     "collector",
     [
         DownInputGram(),
-        DownInputGramHeldOut(),
+        on_held_out(DownInputGram)(),
         DownCross(),
-        DownCrossHeldOut(),
+        on_held_out(DownCross)(),
         FeedForwardInputs(),
-        FeedForwardInputsHeldOut(),
+        on_held_out(FeedForwardInputs)(),
         FeedForwardTargets(),
-        FeedForwardTargetsHeldOut(),
+        on_held_out(FeedForwardTargets)(),
         BlockOutputSquares(),
     ],
     ids=repr,
@@ -265,14 +253,14 @@ def test_second_order_statistics_are_those_of_the_models_own_forward(decoder: De
         inputs = downs[index][0]  # (N, T, F)
         flat, held_out = inputs.flatten(0, 1), inputs[HELD_OUT].flatten(0, 1)
         assert_products(statistics[DOWN_INPUT_GRAM], flat, flat)
-        assert_products(statistics[DOWN_INPUT_GRAM_HELD_OUT], held_out, held_out)
+        assert_products(statistics[DOWN_INPUT_GRAM.held_out()], held_out, held_out)
         torch.testing.assert_close(
             statistics[DOWN_INPUT_GRAM].diagonal(), statistics[DOWN_INPUT_SQUARES], rtol=1e-5, atol=0
         )
-        torch.testing.assert_close(statistics[DOWN_INPUT_MEAN_HELD_OUT], held_out.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(statistics[DOWN_INPUT_MEAN.held_out()], held_out.mean(0), rtol=1e-5, atol=1e-6)
         for windows, entering, leaving in (
             (FITTED, FEED_FORWARD_INPUTS, FEED_FORWARD_TARGETS),
-            (HELD_OUT, FEED_FORWARD_INPUTS_HELD_OUT, FEED_FORWARD_TARGETS_HELD_OUT),
+            (HELD_OUT, FEED_FORWARD_INPUTS.held_out(), FEED_FORWARD_TARGETS.held_out()),
         ):
             whole_in, whole_out = (side[windows].flatten(0, 1) for side in wholes[index])  # (n, D) each
             torch.testing.assert_close(statistics[entering], whole_in, rtol=1e-5, atol=1e-5)
@@ -284,7 +272,7 @@ def test_second_order_statistics_are_those_of_the_models_own_forward(decoder: De
 def test_on_the_dense_stream_the_target_is_the_product_without_a_bias(decoder: Decoder, plugins: Plugins) -> None:
     for index, statistics in enumerate(measured(decoder, plugins, WINDOWS, batch_size=23)):
         weight = decoder.feed_forwards(index)[0].down.double()
-        for gram, cross in ((DOWN_INPUT_GRAM, DOWN_CROSS), (DOWN_INPUT_GRAM_HELD_OUT, DOWN_CROSS_HELD_OUT)):
+        for gram, cross in ((DOWN_INPUT_GRAM, DOWN_CROSS), (DOWN_INPUT_GRAM.held_out(), DOWN_CROSS.held_out())):
             product = weight @ statistics[gram].double()  # (D, F)
             torch.testing.assert_close(
                 statistics[cross].double(), product, rtol=1e-4, atol=1e-5 * product.abs().max().item()
@@ -311,9 +299,9 @@ def test_fewer_than_ten_windows_hold_nothing_out(
     llama = open_tiny(make_model("llama"))[1]
     statistics = measured(llama, plugins, WINDOWS[:count], batch_size=4)[0]
     assert (statistics.tokens, statistics.held_out_tokens) == (count * 12, held_out * 12)
-    for statistic in (DOWN_INPUT_GRAM_HELD_OUT, DOWN_CROSS_HELD_OUT, DOWN_INPUT_MEAN_HELD_OUT):
+    for statistic in (DOWN_INPUT_GRAM.held_out(), DOWN_CROSS.held_out(), DOWN_INPUT_MEAN.held_out()):
         assert bool(statistics[statistic].any()) == (held_out > 0)
-    for statistic in (FEED_FORWARD_INPUTS_HELD_OUT, FEED_FORWARD_TARGETS_HELD_OUT):
+    for statistic in (FEED_FORWARD_INPUTS.held_out(), FEED_FORWARD_TARGETS.held_out()):
         assert len(statistics[statistic]) == held_out * 12
     for kept in (statistics.light(), statistics.only(SECOND_ORDER), statistics.to("cpu"), statistics | {}):
         assert (kept.tokens, kept.held_out_tokens) == (count * 12, held_out * 12)

@@ -43,20 +43,15 @@ from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.pruning.surgery import apply_updates, cut_block
 from cfsp_framework.statistics import (
     DOWN_CROSS,
-    DOWN_CROSS_HELD_OUT,
     DOWN_INPUT_GRAM,
-    DOWN_INPUT_GRAM_HELD_OUT,
     DOWN_INPUT_MEAN,
-    DOWN_INPUT_MEAN_HELD_OUT,
     DOWN_TARGET_SQUARES,
-    DOWN_TARGET_SQUARES_HELD_OUT,
     FEED_FORWARD_INPUTS,
-    FEED_FORWARD_INPUTS_HELD_OUT,
     FEED_FORWARD_TARGETS,
-    FEED_FORWARD_TARGETS_HELD_OUT,
 )
-from cfsp_plugins.least_squares import LeastSquares, LeastSquaresBias, Procrustes, Sequential, guarded
-from cfsp_plugins.local_reconstruction import LocalReconstruction, Weights
+from cfsp_plugins.compensators import LeastSquares, LeastSquaresBias, LocalReconstruction, Procrustes, Sequential
+from cfsp_plugins.compensators.held_out_guard import guarded
+from cfsp_plugins.compensators.local_reconstruction import Weights
 
 Open = Callable[..., tuple[LoadedModel, Decoder]]
 MakePlan = Callable[..., PruningPlan]
@@ -100,13 +95,13 @@ class Sample:
         gram, judge = inputs.mT @ inputs, held_out.mT @ held_out
         values = {
             DOWN_INPUT_GRAM: gram,
-            DOWN_INPUT_GRAM_HELD_OUT: judge,
+            DOWN_INPUT_GRAM.held_out(): judge,
             DOWN_CROSS: down @ gram,
-            DOWN_CROSS_HELD_OUT: down @ judge,
+            DOWN_CROSS.held_out(): down @ judge,
             DOWN_TARGET_SQUARES: ((down @ gram) * down).sum(),
-            DOWN_TARGET_SQUARES_HELD_OUT: ((down @ judge) * down).sum(),
+            DOWN_TARGET_SQUARES.held_out(): ((down @ judge) * down).sum(),
             DOWN_INPUT_MEAN: inputs.mean(0),
-            DOWN_INPUT_MEAN_HELD_OUT: held_out.mean(0) if len(held_out) else inputs[0] * 0,
+            DOWN_INPUT_MEAN.held_out(): held_out.mean(0) if len(held_out) else inputs[0] * 0,
         }
         return BlockStatistics(values, len(inputs), len(held_out))
 
@@ -394,15 +389,15 @@ def test_an_error_that_is_no_number_is_refused(error: str, monkeypatch: pytest.M
 HEAVY = frozenset(
     {
         DOWN_INPUT_GRAM,
-        DOWN_INPUT_GRAM_HELD_OUT,
+        DOWN_INPUT_GRAM.held_out(),
         DOWN_CROSS,
-        DOWN_CROSS_HELD_OUT,
+        DOWN_CROSS.held_out(),
         DOWN_TARGET_SQUARES,
-        DOWN_TARGET_SQUARES_HELD_OUT,
+        DOWN_TARGET_SQUARES.held_out(),
         FEED_FORWARD_INPUTS,
-        FEED_FORWARD_INPUTS_HELD_OUT,
+        FEED_FORWARD_INPUTS.held_out(),
         FEED_FORWARD_TARGETS,
-        FEED_FORWARD_TARGETS_HELD_OUT,
+        FEED_FORWARD_TARGETS.held_out(),
     }
 )
 
@@ -479,9 +474,9 @@ def window_statistics(inputs: Tensor, targets: Tensor) -> dict[Statistic, Tensor
     held_out = torch.arange(1, len(inputs) + 1) % HELD_OUT_EVERY == 0
     return {
         FEED_FORWARD_INPUTS: inputs[~held_out].flatten(0, 1),
-        FEED_FORWARD_INPUTS_HELD_OUT: inputs[held_out].flatten(0, 1),
+        FEED_FORWARD_INPUTS.held_out(): inputs[held_out].flatten(0, 1),
         FEED_FORWARD_TARGETS: targets[~held_out].flatten(0, 1),
-        FEED_FORWARD_TARGETS_HELD_OUT: targets[held_out].flatten(0, 1),
+        FEED_FORWARD_TARGETS.held_out(): targets[held_out].flatten(0, 1),
     }
 
 
@@ -494,7 +489,7 @@ def expected_statistics(cut_so_far: Decoder, dense: Decoder, index: int, mix: fl
     found = window_statistics(own["feed_forward in"], own["feed_forward out"] + correction)
     for windows, gram, cross, squares in (
         (slice(None), DOWN_INPUT_GRAM, DOWN_CROSS, DOWN_TARGET_SQUARES),
-        (IS_HELD_OUT, DOWN_INPUT_GRAM_HELD_OUT, DOWN_CROSS_HELD_OUT, DOWN_TARGET_SQUARES_HELD_OUT),
+        (IS_HELD_OUT, DOWN_INPUT_GRAM.held_out(), DOWN_CROSS.held_out(), DOWN_TARGET_SQUARES.held_out()),
     ):
         inputs, targets = own["down in"][windows].flatten(0, 1), target[windows].flatten(0, 1)
         found[gram], found[cross], found[squares] = inputs.mT @ inputs, targets.mT @ inputs, targets.square().sum()
@@ -928,7 +923,7 @@ def test_the_report_says_where_compensation_was_refused(
     model = make_model("llama")
     plain = run("cfsp-refined", tmp_path / "plain", model, calibration_text, compensator="none")
     assert plain.report.notes == ()
-    monkeypatch.setattr("cfsp_plugins.least_squares.output_error", lambda *_: 1.0)
+    monkeypatch.setattr("cfsp_plugins.compensators.least_squares.output_error", lambda *_: 1.0)
     monkeypatch.setattr(Weights, "error", lambda *_: 1.0)
     refused = run("cfsp-refined", tmp_path / "refused", model, calibration_text, compensator=compensator)
     name = compensator.partition(":")[0]

@@ -754,7 +754,7 @@ def test_the_contracts_need_neither_pytest_nor_hypothesis() -> None:
         "import cfsp_framework.testing.contract as contract\n"
         "contract.find_spec = lambda name: None if name == 'hypothesis' else real(name)\n"
         "from cfsp_criteria import WandaSp\n"
-        "from cfsp_plugins.activations import DownInputMean\n"
+        "from cfsp_plugins.collectors import DownInputMean\n"
         "from cfsp_framework.testing import CONTRACTS\n"
         "for component in (WandaSp(), DownInputMean()):\n"
         "    for name in CONTRACTS[component.kind].checks():\n"

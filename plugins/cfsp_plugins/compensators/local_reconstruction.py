@@ -1,4 +1,4 @@
-"""Local reconstruction: each narrowed feed-forward is trained for a moment to give what the dense one gave."""
+"""Train each narrowed feed-forward to reproduce the output of the dense one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ from cfsp_framework.errors import ConfigError
 from cfsp_framework.linalg import least_squares
 from cfsp_framework.statistics import (
     FEED_FORWARD_INPUTS,
-    FEED_FORWARD_INPUTS_HELD_OUT,
     FEED_FORWARD_TARGETS,
-    FEED_FORWARD_TARGETS_HELD_OUT,
 )
 
 _CHUNK = 8192
@@ -43,7 +41,12 @@ class LocalReconstruction(Compensator):
 
     name: ClassVar[str] = "local-reconstruction"
     requires: ClassVar[frozenset[Statistic]] = frozenset(
-        {FEED_FORWARD_INPUTS, FEED_FORWARD_INPUTS_HELD_OUT, FEED_FORWARD_TARGETS, FEED_FORWARD_TARGETS_HELD_OUT}
+        {
+            FEED_FORWARD_INPUTS,
+            FEED_FORWARD_INPUTS.held_out(),
+            FEED_FORWARD_TARGETS,
+            FEED_FORWARD_TARGETS.held_out(),
+        }
     )
 
     steps: int = Field(default=300, ge=1, description="optimiser steps a block")
@@ -62,40 +65,42 @@ class LocalReconstruction(Compensator):
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
         tokens = _tokens(statistics)
         plain = Weights.of(feed_forward, kept)
-        whole = tokens.held_out_targets.square().mean().item() or 1.0  # targets of 0 leave nothing to lose
-        before = plain.error(tokens.held_out_inputs, tokens.held_out_targets)
+        scale = tokens.held_out_targets.square().mean().item() or 1.0  # targets of 0 leave nothing to lose
+        plain_error = plain.error(tokens.held_out_inputs, tokens.held_out_targets)
         fitted = replace(plain, down=self._least_squares(feed_forward, plain, kept, tokens))
         start = min((plain, fitted), key=lambda w: w.error(tokens.held_out_inputs, tokens.held_out_targets))
         best, error = self._train(start, tokens, feed_forward.generator())
-        if not error < before:
-            return Update(error_plain=before / whole, error=error / whole)
-        return best.update(before / whole, error / whole)
+        if not error < plain_error:
+            return Update(error_plain=plain_error / scale, error=error / scale)
+        return best.update(plain_error / scale, error / scale)
 
-    def _least_squares(self, feed_forward: FeedForward, plain: Weights, kept: Tensor, tokens: TokenCounts) -> Tensor:
-        """The least-squares down weights ``(D, K)`` for the fitting tokens."""
+    def _least_squares(
+        self, feed_forward: FeedForward, plain: Weights, kept: Tensor, tokens: CalibrationTokens
+    ) -> Tensor:
+        """Return the least-squares down weights ``(D, K)`` for the tokens to fit on."""
         count = len(kept)
         gram = plain.down.new_zeros(count, count, dtype=torch.float64)  # (K, K)
         cross = plain.down.new_zeros(feed_forward.hidden, count, dtype=torch.float64)  # (D, K)
         pieces = zip(tokens.inputs.split(_CHUNK), tokens.targets.split(_CHUNK), strict=True)
         for inputs, targets in pieces:
             activations = plain.activations(inputs)  # (n, K)
-            goal = targets if plain.down_bias is None else targets - plain.down_bias  # (n, D)
+            residual = targets if plain.down_bias is None else targets - plain.down_bias  # (n, D)
             gram += (activations.mT @ activations).double()
-            cross += (goal.mT @ activations).double()
+            cross += (residual.mT @ activations).double()
         return least_squares(plain.down, gram, cross, torch.arange(count, device=kept.device), self.damping).float()
 
-    def _train(self, start: Weights, tokens: TokenCounts, generator: torch.Generator) -> tuple[Weights, float]:
-        """The weights of the best look at the held-out tokens, and their mean squared error there."""
+    def _train(self, start: Weights, tokens: CalibrationTokens, generator: torch.Generator) -> tuple[Weights, float]:
+        """Return the weights of the best held-out step, and their mean squared error on the held-out tokens."""
         best, least = start, start.error(tokens.held_out_inputs, tokens.held_out_targets)
         weights = start.trainable()
         parameters = weights.tensors()
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
         for step in range(1, self.steps + 1):
-            chosen = torch.randint(len(tokens.inputs), (self.batch_tokens,), generator=generator)
-            chosen = chosen.to(tokens.inputs.device)  # (n,)
+            rows = torch.randint(len(tokens.inputs), (self.batch_tokens,), generator=generator)
+            rows = rows.to(tokens.inputs.device)  # (n,)
             with torch.enable_grad():
-                loss = functional.mse_loss(weights.output(tokens.inputs[chosen]), tokens.targets[chosen])
+                loss = functional.mse_loss(weights.output(tokens.inputs[rows]), tokens.targets[rows])
             gradients = torch.autograd.grad(loss, parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -109,8 +114,8 @@ class LocalReconstruction(Compensator):
 
 
 @dataclass(frozen=True)
-class TokenCounts:
-    """Feed-forward inputs and targets ``(n, D)``, to fit on and held out."""
+class CalibrationTokens:
+    """Feed-forward inputs and targets ``(n, D)`` float32, to fit on and held out."""
 
     inputs: Tensor
     targets: Tensor
@@ -118,13 +123,13 @@ class TokenCounts:
     held_out_targets: Tensor
 
 
-def _tokens(statistics: BlockStatistics) -> TokenCounts:
-    """The tokens to fit on and those to judge by; where none are held out the last tenth is."""
-    tokens = TokenCounts(
+def _tokens(statistics: BlockStatistics) -> CalibrationTokens:
+    """Return the tokens to fit on and those to judge by; if none are held out, the last tenth is."""
+    tokens = CalibrationTokens(
         statistics[FEED_FORWARD_INPUTS],
         statistics[FEED_FORWARD_TARGETS],
-        statistics[FEED_FORWARD_INPUTS_HELD_OUT],
-        statistics[FEED_FORWARD_TARGETS_HELD_OUT],
+        statistics[FEED_FORWARD_INPUTS.held_out()],
+        statistics[FEED_FORWARD_TARGETS.held_out()],
     )
     if len(tokens.inputs) and len(tokens.held_out_inputs):
         return tokens
@@ -132,15 +137,19 @@ def _tokens(statistics: BlockStatistics) -> TokenCounts:
     targets = torch.cat([tokens.targets, tokens.held_out_targets])
     fit = max(1, len(inputs) - -(-len(inputs) // HELD_OUT_EVERY))
     held_out = slice(fit if fit < len(inputs) else 0, None)
-    return TokenCounts(inputs[:fit], targets[:fit], inputs[held_out], targets[held_out])
+    return CalibrationTokens(inputs[:fit], targets[:fit], inputs[held_out], targets[held_out])
 
 
-def _function(feed_forward: FeedForward) -> Callable[[Tensor], Tensor]:
-    """The activation between up and down, if it is one that has a name."""
+def _activation(feed_forward: FeedForward) -> Callable[[Tensor], Tensor]:
+    """Return the activation between up and down.
+
+    Raises:
+        ConfigError: the family's activation has no name in ``ACT2FN``.
+    """
     if feed_forward.activation not in ACT2FN:
         raise ConfigError(
-            f"local-reconstruction cannot train {feed_forward.path}: what its family computes between gate, up and down "
-            "has no name; choose sequential or least-squares."
+            f"local-reconstruction cannot train {feed_forward.path}: the activation of its family is unknown; choose "
+            "sequential or least-squares."
         )
     function: Callable[[Tensor], Tensor] = ACT2FN[feed_forward.activation]
     return function
@@ -160,13 +169,13 @@ class Weights:
 
     @classmethod
     def of(cls, feed_forward: FeedForward, kept: Tensor) -> Weights:
-        """The kept channels ``kept (K,)`` of a dense feed-forward."""
+        """Take the channels ``kept (K,)`` of a dense feed-forward."""
 
         def rows(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[kept].float()
 
         return cls(
-            activation=_function(feed_forward),
+            activation=_activation(feed_forward),
             up=feed_forward.up[kept].float(),
             down=feed_forward.down[:, kept].float(),
             gate=rows(feed_forward.gate),
@@ -176,34 +185,34 @@ class Weights:
         )
 
     def activations(self, inputs: Tensor) -> Tensor:
-        """What enters the down projection, ``(n, D)`` -> ``(n, K)``."""
+        """Return the inputs of the down projection, ``(n, K)`` for ``inputs (n, D)``."""
         up = functional.linear(inputs, self.up, self.up_bias)  # (n, K)
         if self.gate is None:
             return self.activation(up)
         return self.activation(functional.linear(inputs, self.gate, self.gate_bias)) * up  # (n, K)
 
     def output(self, inputs: Tensor) -> Tensor:
-        """``(n, D)`` -> ``(n, D)``."""
+        """Return the output ``(n, D)`` for ``inputs (n, D)``."""
         return functional.linear(self.activations(inputs), self.down, self.down_bias)
 
     def error(self, inputs: Tensor, targets: Tensor) -> float:
-        """Mean squared error on some tokens."""
+        """Return the mean squared error on tokens ``(n, D)``."""
         with torch.no_grad():
             pieces = zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True)
             total: float = sum((self.output(i) - t).square().sum(dtype=torch.float64).item() for i, t in pieces)
         return total / targets.numel()
 
     def tensors(self) -> Sequence[Tensor]:
-        """All weights that exist."""
-        found = (self.up, self.down, self.gate, self.up_bias, self.gate_bias, self.down_bias)
-        return [tensor for tensor in found if tensor is not None]
+        """Return the weights that exist."""
+        tensors = (self.up, self.down, self.gate, self.up_bias, self.gate_bias, self.down_bias)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def copy(self) -> Weights:
-        """The same values, detached from training."""
+        """Return the values detached from training."""
         return self._map(lambda tensor: tensor.detach().clone())
 
     def trainable(self) -> Weights:
-        """The same values as leaves that take gradients."""
+        """Return the values as leaves that take gradients."""
         return self._map(lambda tensor: tensor.detach().clone().requires_grad_())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Weights:
@@ -212,7 +221,7 @@ class Weights:
         return replace(self, **changed)
 
     def update(self, error_plain: float, error: float) -> Update:
-        """These weights as a compensator's answer."""
+        """Return the weights as a compensator's update."""
         return Update(
             down=self.down,
             up=self.up,

@@ -1,4 +1,4 @@
-"""What changes in the kept weights once the channels are chosen."""
+"""Leave the kept weights, or correct the output by a constant."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class NoCompensation(Compensator):
 
 
 class Bias(Compensator):
-    """Add what the removed channels output on average to the down projection's bias (FLAP, arXiv 2312.11983).
+    """Add the removed channels' mean output to the down projection's bias (FLAP, arXiv 2312.11983).
 
-    That is the best constant correction of the output. A family without that bias gets one: D parameters a block.
+    This is the best constant correction of the output. A family without that bias gets one: D parameters a block.
     """
 
     name: ClassVar[str] = "bias"
@@ -33,5 +33,6 @@ class Bias(Compensator):
         removed = torch.ones(feed_forward.width, dtype=torch.bool, device=kept.device)
         removed[kept] = False
         mean = statistics[DOWN_INPUT_MEAN] * removed  # (F,)
-        lost = feed_forward.down.float() @ mean  # (D,)
-        return Update(down_bias=lost if feed_forward.down_bias is None else feed_forward.down_bias.float() + lost)
+        correction = feed_forward.down.float() @ mean  # (D,)
+        bias = feed_forward.down_bias
+        return Update(down_bias=correction if bias is None else bias.float() + correction)

@@ -1,0 +1,49 @@
+"""Accumulators of float64 sums, and collectors derived for held-out windows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cfsp_framework import Collector, Windows
+
+
+class Sums:
+    """Keep named float64 sums that take their shape from the first value added.
+
+    A subclass adds to them in ``update``. ``value`` returns the sum called ``total`` unless a subclass overrides it.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add ``value`` to the sum called ``name``."""
+        value = value.double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def value(self, tokens: int) -> Tensor:
+        """Return the total."""
+        return self.sums["total"]
+
+
+class OutputSquares(Sums):
+    """Sum of squares of the site's outputs, ``()``."""
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        self.add("total", outputs.float().square().sum(dtype=torch.float64))  # ()
+
+
+def held_out(collector: type[Collector]) -> type[Collector]:
+    """Derive a collector that measures the same on held-out windows only, under the statistic's held-out name."""
+    return type(
+        f"{collector.__name__}HeldOut",
+        (collector,),
+        {
+            "__module__": collector.__module__,
+            "__doc__": f"{(collector.__doc__ or '').partition('.')[0]}, over held-out windows.",
+            "name": f"{collector.name}-held-out",
+            "provides": collector.provides.held_out(),
+            "windows": Windows.HELD_OUT,
+        },
+    )

@@ -1,0 +1,48 @@
+"""Collect a feed-forward's inputs and targets token by token, for compensators that train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cfsp_framework import Accumulator, Collector, Site, Statistic, Windows
+from cfsp_framework.statistics import FEED_FORWARD_INPUTS, FEED_FORWARD_TARGETS
+
+
+class _Rows:
+    def __init__(self, *, outputs: bool) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._outputs = outputs
+        self._windows: list[Tensor] = []
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        self._windows.append((outputs if self._outputs else inputs).clone())
+
+    def value(self, tokens: int) -> Tensor:
+        return torch.cat(self._windows)  # (n, D)
+
+
+class FeedForwardInputs(Collector):
+    """Inputs of the feed-forward, token by token, in windows that are not held out."""
+
+    name: ClassVar[str] = "feed-forward-inputs"
+    provides: ClassVar[Statistic] = FEED_FORWARD_INPUTS
+    site: ClassVar[Site] = Site.FEED_FORWARD
+    windows: ClassVar[Windows] = Windows.FITTED
+    ordered: ClassVar[bool] = True
+    accumulator: ClassVar[Callable[[], Accumulator]] = partial(_Rows, outputs=False)
+
+
+class FeedForwardTargets(Collector):
+    """Target outputs of the feed-forward, token by token, in windows that are not held out."""
+
+    name: ClassVar[str] = "feed-forward-targets"
+    provides: ClassVar[Statistic] = FEED_FORWARD_TARGETS
+    site: ClassVar[Site] = Site.FEED_FORWARD
+    windows: ClassVar[Windows] = Windows.FITTED
+    ordered: ClassVar[bool] = True
+    accumulator: ClassVar[Callable[[], Accumulator]] = partial(_Rows, outputs=True)
