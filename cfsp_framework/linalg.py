@@ -15,7 +15,7 @@ _RAISES = 5
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """``G`` with ``damping`` times its mean diagonal added, float64; a diagonal that is still 0 becomes 1."""
+    """Add ``damping`` times the mean diagonal to that of ``G (F, F)``, float64; entries that are still 0 become 1."""
     exact = gram.double()
     diagonal = exact.diagonal()
     added = damping * diagonal.mean()
@@ -23,15 +23,15 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 
 def positive_inverse(matrix: Tensor) -> Tensor:
-    """The inverse of a positive definite matrix ``(F, F)`` through its Cholesky factor."""
+    """Invert a positive definite matrix ``(F, F)`` through its Cholesky factor."""
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
 
 def damped_inverse(gram: Tensor, damping: float) -> Tensor:
-    """The inverse of the damped Gram matrix, ``(F, F)``; where it is not positive definite the damping grows tenfold.
+    """Invert the damped Gram matrix ``(F, F)``; the damping grows tenfold until it is positive definite.
 
     Raises:
-        torch.linalg.LinAlgError: five times more were not enough.
+        torch.linalg.LinAlgError: it is not, after five times.
     """
     for attempt in range(_RAISES):
         try:
@@ -42,21 +42,21 @@ def damped_inverse(gram: Tensor, damping: float) -> Tensor:
 
 
 def greedy_removal(weight: Tensor, gram: Tensor, damping: float = 1e-2, batch: int = 8) -> tuple[Tensor, Tensor]:
-    """The order ``(F,)`` in which channels go, first removed first, and the squared output error after each, ``(F+1,)``.
+    """Return the order of removal ``(F,)``, first removed first, and the squared output error after each, ``(F + 1,)``.
 
-    Each step removes the ``batch`` channels whose loss, all others being re-fitted, is least, and updates the weights
-    and the inverse of what is left. The order is nested: the kept channels of any width are its tail. Inside a batch
+    Each step removes the ``batch`` channels with the least loss after re-fitting all others, and updates the weights and
+    the inverse of the remaining ones. The order is nested: the kept channels of any width are its tail. Inside a batch
     the error is interpolated.
     """
     weights = weight.double().clone()  # (D, A), A channels still in the arrays
     inverse = damped_inverse(gram, damping)  # (A, A)
     alive = torch.arange(weight.shape[1], device=weight.device)  # (A,) their indices
-    gone = torch.zeros_like(alive, dtype=torch.bool)  # (A,) removed since the arrays were last made smaller
+    removed = torch.zeros_like(alive, dtype=torch.bool)  # (A,) since the arrays were last made smaller
     order: list[Tensor] = []
     errors = [weights.new_zeros(1)]
     for left in range(len(alive), 0, -batch):
         losses = weights.square().sum(0) / inverse.diagonal()  # (A,)
-        chosen = losses.masked_fill(gone, torch.inf).argsort(stable=True)[: min(batch, left)]  # (B,)
+        chosen = losses.masked_fill(removed, torch.inf).argsort(stable=True)[: min(batch, left)]  # (B,)
         rows, columns = inverse[chosen], weights[:, chosen]  # (B, A), (D, B)
         coupling = torch.linalg.inv(rows[:, chosen])  # (B, B)
         lost = ((columns @ coupling) * columns).sum()
@@ -66,17 +66,17 @@ def greedy_removal(weight: Tensor, gram: Tensor, damping: float = 1e-2, batch: i
         correction = coupling @ rows  # (B, A)
         weights.addmm_(columns, correction, alpha=-1)
         inverse.addmm_(rows.mT, correction, alpha=-1)
-        gone[chosen] = True
-        if 4 * int(gone.sum()) >= len(alive):  # copying at every step would take longer than the algebra
-            weights, alive = weights[:, ~gone], alive[~gone]
-            inverse = inverse[~gone][:, ~gone]
+        removed[chosen] = True
+        if 4 * int(removed.sum()) >= len(alive):  # copying at every step would take longer than the algebra
+            weights, alive = weights[:, ~removed], alive[~removed]
+            inverse = inverse[~removed][:, ~removed]
             inverse = (inverse + inverse.mT) / 2
-            gone = torch.zeros_like(alive, dtype=torch.bool)
+            removed = torch.zeros_like(alive, dtype=torch.bool)
     return torch.cat(order), torch.cat(errors)
 
 
 def plain_curve(weight: Tensor, gram: Tensor, order: Tensor) -> Tensor:
-    """Squared output error after removing the first k channels of ``order (F,)``, for k = 0..F, and changing nothing else.
+    """Return the squared output error after removing the first k channels of ``order (F,)`` only, for k = 0..F.
 
     ``trace(W_P G_PP W_P^T)``, ``(F + 1,)`` float64.
     """
@@ -86,7 +86,7 @@ def plain_curve(weight: Tensor, gram: Tensor, order: Tensor) -> Tensor:
 
 
 def compensated_curve(weight: Tensor, inverse: Tensor, order: Tensor) -> Tensor:
-    """``plain_curve`` with the kept weights re-fitted, from the ``inverse (F, F)`` of the damped Gram matrix ``H``.
+    """Return ``plain_curve`` with the kept weights re-fitted, from the ``inverse (F, F)`` of the damped Gram matrix ``H``.
 
     ``trace(W_P ([H^-1]_PP)^-1 W_P^T)``; one factorisation serves all k.
     """
@@ -100,9 +100,9 @@ def _summed(steps: Tensor) -> Tensor:
 
 
 def least_squares(weight: Tensor, gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
-    """The kept weights ``(D, K)`` that map ``h_K`` closest to a target ``t``, damped toward the ones they had.
+    """Return the kept weights ``(D, K)`` that map ``h_K`` closest to a target ``t``, damped toward the original ones.
 
-    ``cross (D, F)`` is ``sum_t t h^T``: ``W G`` where the target is the dense output itself. Minimises
+    ``cross (D, F)`` is ``sum_t t h^T``; ``W G`` if the target is the dense output itself. Minimises
     ``|t - (W_K + U) h_K|^2 + damping * mean(diag G) |U|^2`` over the update U, so a large damping is plain pruning.
     """
     exact = gram.double()
@@ -115,13 +115,13 @@ def least_squares(weight: Tensor, gram: Tensor, cross: Tensor, kept: Tensor, dam
 
 
 def output_square(weight: Tensor, gram: Tensor) -> float:
-    """Squared output ``trace(W G W^T)`` of all F channels."""
+    """Return the squared output ``trace(W G W^T)`` of all F channels."""
     exact = weight.double()
     return ((exact @ gram.double()) * exact).sum().item()
 
 
 def output_error(weight: Tensor, kept_weight: Tensor, kept: Tensor, gram: Tensor, cross: Tensor | None = None) -> float:
-    """Squared error of ``W'_K h_K`` against the target, up to the target's own square when ``cross`` is given.
+    """Return the squared error of ``W'_K h_K`` against the target, minus the target's square if ``cross`` is given.
 
     Without ``cross`` the target is ``W h`` and the value is ``trace(R G R^T)``, R the change of all F weights.
     """

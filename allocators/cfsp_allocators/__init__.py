@@ -17,4 +17,5 @@ __all__ = ["Cfsp", "ErrorCurve", "GlobalZscore", "LogIncrease", "Owl", "SoftmaxB
 
 @hookimpl
 def cfsp_allocators() -> list[type[Allocator]]:
+    """Offer the built-in allocators."""
     return [Cfsp, ErrorCurve, GlobalZscore, LogIncrease, Owl, SoftmaxBi, Uniform]

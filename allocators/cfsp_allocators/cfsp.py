@@ -1,4 +1,4 @@
-"""CFSP's coarse allocator: blocks that change the residual stream more keep more."""
+"""Allocate by CFSP's coarse importance: blocks that change the residual stream more keep more."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Cfsp(Allocator):
 
     The published code (wyxscir/CFSP, lib/prune.py) sums the distances over all tokens and divides by 1e4, so its
     allocation changes with the size of the calibration set; here the distance is a mean per token and the temperature
-    explicit, by default the one the released code has at its own 128 x 1024 tokens. Where the largest share would
-    reach 1, the spread around the mean is shrunk until the largest is ``(1 - ratio) + ratio / 1.05``.
+    explicit, by default that of the released code at its 128 x 1024 tokens. If the largest share would reach 1, the
+    spread around the mean is shrunk until the largest is ``(1 - ratio) + ratio / 1.05``.
     """
 
     name: ClassVar[str] = "cfsp"
@@ -71,7 +71,7 @@ class Cfsp(Allocator):
 
 
 def spread(importance: Sequence[float], temperature: float, ratio: float) -> list[float]:
-    """Shares in (0, 1) with mean ``1 - ratio``, increasing in ``importance``; ``ratio`` in (0, 1)."""
+    """Return shares in (0, 1) with mean ``1 - ratio``, increasing in ``importance``; ``ratio`` in (0, 1)."""
     centre = fmean(importance)
     z = [_sigmoid(temperature * (value - centre)) for value in importance]
     mean, largest = fmean(z), max(z)

@@ -1,4 +1,4 @@
-"""Error curve: take channels where the measured output error grows least."""
+"""Allocate along measured removal-error curves: remove channels where the error grows least."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cfsp_framework.statistics import BLOCK_OUTPUT_SQUARES
 class ErrorCurve(Allocator):
     """Minimise the weighted sum of all blocks' removal errors at multiples of the rounding.
 
-    A block's error counts relative to the squares of the residual stream that leaves it. Curves are replaced by their
-    lower convex hulls, so that taking the cheapest step again and again is exact on them.
+    A block's error is relative to the sum of squares of its output. Curves are replaced by their lower convex hulls, on
+    which taking the cheapest step repeatedly is exact.
     """
 
     name: ClassVar[str] = "error-curve"
@@ -31,15 +31,15 @@ class ErrorCurve(Allocator):
         widths = [summary.width for summary in summaries]
         hulls = [_hull(_points(summary, budget.round_to)) for summary in summaries]
         removed = cheapest(hulls, round(budget.ratio * sum(widths)))
-        return [(width - gone) / width for width, gone in zip(widths, removed, strict=True)]
+        return [(width - count) / width for width, count in zip(widths, removed, strict=True)]
 
 
 Point = tuple[int, float]
-"""Channels removed from a block, and the error that costs."""
+"""Channels removed from a block, and the error they cause."""
 
 
 def cheapest(hulls: Sequence[Sequence[Point]], total: int) -> list[int]:
-    """Channels to remove from each block, about ``total`` together, along the hulls' cheapest slopes."""
+    """Return the channels to remove from each block, about ``total`` together, along the hulls' cheapest slopes."""
     removed = [0] * len(hulls)
     heap = [(_slope(hull[0], hull[1]), block, 1) for block, hull in enumerate(hulls) if len(hull) > 1]
     heapq.heapify(heap)
@@ -56,7 +56,7 @@ def cheapest(hulls: Sequence[Sequence[Point]], total: int) -> list[int]:
 
 
 def _points(summary: BlockSummary, step: int) -> list[Point]:
-    """The weighted curve where the rounding allows a width, at least one multiple kept."""
+    """Return the weighted curve at the widths the rounding allows, keeping at least one multiple."""
     assert summary.curve is not None, "the host computes the curve this allocator asks for"
     weight = 1 / summary.statistics[BLOCK_OUTPUT_SQUARES]
     kept = [summary.width, *range(summary.width - 1 - (summary.width - 1) % step, 0, -step)]
@@ -64,7 +64,7 @@ def _points(summary: BlockSummary, step: int) -> list[Point]:
 
 
 def _hull(points: Sequence[Point]) -> list[Point]:
-    """The lower convex hull, from left to right."""
+    """Return the lower convex hull, from left to right."""
     hull: list[Point] = []
     for point in points:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):

@@ -1,4 +1,4 @@
-"""Global z-score: one threshold over the standardised scores of all blocks."""
+"""Allocate by one threshold over the standardised scores of all blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cfsp_framework import Allocator, BlockSummary, Budget
 
 
 class GlobalZscore(Allocator):
-    """Each block keeps its channels among the highest z-scores of all, as Wanda-SP and FLAP do (arXiv 2312.11983).
+    """Keep the channels with the highest z-scores of all blocks, as Wanda-SP and FLAP do (arXiv 2312.11983).
 
     Scores are standardised inside their block (divisor F - 1); a block whose scores are all equal gets 0 everywhere.
     """
@@ -28,6 +28,6 @@ class GlobalZscore(Allocator):
 
 
 def _standardised(scores: Tensor) -> Tensor:
-    if scores.amin() == scores.amax():  # tested exactly: the mean of equal scores may round, and leave a deviation
+    if scores.amin() == scores.amax():  # compared exactly: the mean of equal scores may round and leave a deviation
         return torch.zeros_like(scores)
     return (scores - scores.mean()) / scores.std()  # (F,)

@@ -1,4 +1,4 @@
-"""Log increase: deeper blocks lose more, along a logarithm."""
+"""Allocate by depth: deeper blocks lose more, along a logarithm."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from cfsp_framework import Allocator, BlockSummary, Budget
 class LogIncrease(Allocator):
     """Removed share ``p0 + spread * log(i + 1) / log(L)`` of block i of L, with the ratio as its mean (SlimGPT).
 
-    No data needed. The spread SlimGPT (arXiv 2412.18110) uses is not known here; it is cut to what keeps every share
+    It needs no data. SlimGPT's own spread (arXiv 2412.18110) is not known here; it is limited so that every share stays
     between 0 and 1.
     """
 
     name: ClassVar[str] = "log-increase"
 
-    spread: float = Field(default=0.2, ge=0, le=1, description="what the last block loses more than the first")
+    spread: float = Field(
+        default=0.2, ge=0, le=1, description="additional share that the last block loses beyond the first"
+    )
 
     def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
         count = len(summaries)

@@ -1,4 +1,4 @@
-"""OWL: blocks with more outlying channels keep more."""
+"""Allocate by outliers: blocks with more outlying channels keep more (OWL)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Owl(Allocator):
     """Share kept ``1 - ratio + u - mean(u)``, ``u`` the rescaled share of outliers of each block (arXiv 2310.05175).
 
     OWL counts single weights times activations that exceed ``outlier`` times their block's mean; structured pruning
-    has one score a channel, so channels are counted, by the chosen criterion's scores. It goes with criteria whose
-    scores are magnitudes (wanda-sp, wanda-l2, flap); ranks, as obs gives them, have no outliers.
+    has one score for each channel, so channels are counted, by the chosen criterion's scores. Use it with criteria whose
+    scores are magnitudes (wanda-sp, wanda-l2, flap); the ranks of obs have no outliers.
     """
 
     name: ClassVar[str] = "owl"

@@ -1,4 +1,4 @@
-"""Softmax of block influence: blocks that change the direction of the residual stream least lose most."""
+"""Allocate by a softmax of block influence: blocks that turn the residual stream least lose most."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cfsp_framework.statistics import COSINE_DISTANCE
 class SoftmaxBi(Allocator):
     """Removed share ``L * ratio * softmax(-S / temperature)``, S one minus the mean cosine (MoDeGPT, arXiv 2408.09632).
 
-    Shares above ``largest`` are set to it and what they leave is spread over the others in proportion. MoDeGPT's own
+    Shares above ``largest`` are set to it and the remainder is spread over the others in proportion. MoDeGPT's own
     temperature is not known here; re-implementations use 0.1 and 0.015.
     """
 
@@ -23,7 +23,9 @@ class SoftmaxBi(Allocator):
     requires: ClassVar[frozenset[Statistic]] = frozenset({COSINE_DISTANCE})
 
     temperature: float = Field(default=0.1, gt=0, description="the smaller, the more blocks differ")
-    largest: float = Field(default=0.8, gt=0, lt=1, description="most a block may lose, where the ratio allows")
+    largest: float = Field(
+        default=0.8, gt=0, lt=1, description="largest share a block may lose, if the ratio allows it"
+    )
 
     def importance(self, summaries: Sequence[BlockSummary]) -> list[float]:
         return [summary.statistics[COSINE_DISTANCE] for summary in summaries]
@@ -36,10 +38,10 @@ class SoftmaxBi(Allocator):
 
 
 def capped(exponents: Sequence[float], total: float, largest: float) -> list[float]:
-    """``total`` in proportion to ``exp(exponents)``, none above ``largest``; needs ``total < largest * len(exponents)``."""
+    """Split ``total`` in proportion to ``exp(exponents)``, none above ``largest``; needs ``total < largest * len(exponents)``."""
     full: set[int] = set()
     while True:
-        # Relative to the greatest that is not full: the others may vanish beside it, never all of them.
+        # Relative to the greatest that is not full, so that not all weights underflow to 0.
         greatest = max(exponent for block, exponent in enumerate(exponents) if block not in full)
         weights = [0.0 if block in full else math.exp(value - greatest) for block, value in enumerate(exponents)]
         rest = total - largest * len(full)

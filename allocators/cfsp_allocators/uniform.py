@@ -1,4 +1,4 @@
-"""Uniform: every block keeps the same share, so equal blocks stay equal and the checkpoint an ordinary one."""
+"""Allocate the same share to every block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cfsp_framework import Allocator, BlockSummary, Budget
 
 
 class Uniform(Allocator):
-    """The same share for every block; no data needed."""
+    """Keep the same share of every block; it needs no data."""
 
     name: ClassVar[str] = "uniform"
 

@@ -1,4 +1,4 @@
-"""What a plugin author implements: six kinds of component, and the data each of them sees.
+"""Base classes of the six kinds of component that plugins implement.
 
 Shapes use these letters everywhere: ``F`` channels of a feed-forward (its intermediate size), ``D`` hidden size,
 ``T`` tokens of a calibration window, ``K`` channels that are kept.
@@ -34,28 +34,31 @@ if TYPE_CHECKING:  # torch is imported by the commands that need it, not by `cfs
 
 
 API_VERSION = 1
-"""The version of what this module and ``hookspecs`` promise; a plugin may declare the one it needs: ``cfsp_api = 1``."""
+"""Version of the plugin API: this module, ``data`` and ``hookspecs``. A plugin may declare the version it needs, ``cfsp_api = 1``."""
 
 
 class Component(BaseModel, ABC):
-    """Anything selected by name. Its fields are its options; an option it does not have is an error."""
+    """A part of a run that is selected by name. Its fields are its options; an unknown option is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: ClassVar[str]
+    """Set by the base class of each kind."""
     name: ClassVar[str]
+    """Unique among components of the kind; users select by it."""
     requires: ClassVar[frozenset[Statistic]] = frozenset()
+    """Statistics that the component reads; the host measures their union and passes no others."""
 
     def required(self) -> frozenset[Statistic]:
-        """The statistics this component reads. Override it where options decide; else set ``requires``."""
+        """Return the statistics this component reads. Set ``requires``; override this only if options decide."""
         return self.requires
 
 
 class Accumulator(Protocol):
     """Running state of one statistic at one site.
 
-    ``sums`` holds every tensor that adds up over windows, in float64 where it is small enough: the host adds the sums
-    of several processes together before it asks for the value. There is at least one update, be it without tokens.
+    ``sums`` holds every tensor that adds up over windows, in float64 if it is small enough: the host adds the sums of all
+    processes before it calls ``value``. There is at least one update, possibly without tokens.
     """
 
     sums: dict[str, Tensor]
@@ -63,29 +66,29 @@ class Accumulator(Protocol):
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add one calibration window: ``inputs (T, F or D)`` and ``outputs (T, D)`` of the site, without padding.
 
-        ``T`` is 0 where an expert got no token of the window.
+        ``T`` is 0 for an expert that no token of the window was routed to.
         """
         ...
 
     def value(self, tokens: int) -> Tensor:
-        """The statistic after ``tokens`` tokens, at least 1 (an expert that saw none is not asked for its value)."""
+        """Return the statistic after ``tokens`` tokens, at least 1; it is not called for an expert without tokens."""
         ...
 
 
 class Collector(Component):
-    """Measures one statistic at one site, on the ``windows`` it wants.
-
-    ``ordered`` says that its state is more than sums, so that windows cannot be shared out over processes.
-    """
+    """Measure one statistic at one site of every block."""
 
     kind: ClassVar[str] = "collector"
     provides: ClassVar[Statistic]
+    """The statistic; exactly one loaded collector may provide it."""
     site: ClassVar[Site]
+    """The place in a block whose inputs and outputs it gets."""
     windows: ClassVar[Windows] = Windows.ALL
+    """The calibration windows it gets."""
     ordered: ClassVar[bool] = False
-
+    """Whether its state is more than sums, so that windows cannot be distributed over processes."""
     accumulator: ClassVar[Callable[[], Accumulator]]
-    """Makes the accumulator: a class without required arguments. A collector with options overrides ``start`` instead."""
+    """Class of the accumulator, without required arguments; a collector with options overrides ``start`` instead."""
 
     def start(self) -> Accumulator:
         """Return a fresh accumulator; called once per block and feed-forward."""
@@ -93,61 +96,61 @@ class Collector(Component):
 
 
 class Allocator(Component):
-    """Coarse importance: how the budget is spread over the blocks."""
+    """Coarse importance: spread the budget over the blocks."""
 
     kind: ClassVar[str] = "allocator"
 
     @abstractmethod
     def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> Sequence[float]:
-        """The share of its channels each block keeps, in (0, 1]. Rounding and the exact total are the host's."""
+        """Return the share of its channels each block keeps, in (0, 1]; the host rounds and restores the exact total."""
 
     def curve(self) -> Literal["plain", "compensated"] | None:
         """Ask for each block's removal-error curve along the criterion's order, in ``BlockSummary.curve``.
 
-        Entry k is the squared error of the block's feed-forward output when its k lowest-scored channels go and
-        nothing else changes (``plain``), or the kept weights are re-fitted by least squares (``compensated``).
+        Entry k is the squared error of the block's feed-forward output without its k lowest-scored channels: with the
+        other weights unchanged (``plain``), or re-fitted by least squares (``compensated``).
         """
         return None
 
     def importance(self, summaries: Sequence[BlockSummary]) -> Sequence[float] | None:
-        """The coarse importance of each block, for reports and recovery; None where the allocator has none."""
+        """Return the coarse importance of each block, for reports and recovery; None if the allocator has none."""
         return None
 
 
 class Criterion(Component):
-    """Fine importance: which channels of a block stay."""
+    """Fine importance: score the channels of a block."""
 
     kind: ClassVar[str] = "criterion"
 
     @abstractmethod
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
-        """One finite score per channel, ``(F,)``; the highest stay. Scores are compared inside a block only."""
+        """Return one finite score per channel, ``(F,)``; the highest stay. Scores are compared inside a block only."""
 
 
 class Compensator(Component):
-    """How the kept weights change once the channels are chosen."""
+    """Change the kept weights after the channels are selected."""
 
     kind: ClassVar[str] = "compensator"
 
     def stream(self) -> Stream:
-        """Where the heavy statistics it requires come from."""
+        """Return the model whose hidden states the required heavy statistics are measured on."""
         return Stream.DENSE
 
     def target_mix(self) -> float:
-        """On the pruned stream, the target between the feed-forward's own output (0) and what restores the block's.
+        """Return the target on the pruned stream, between the feed-forward's own output (0) and the dense stream (1).
 
-        With 1 the target is what would make the block's output the dense model's, so that the feed-forward also makes
-        up for the blocks before it; where a family normalises the feed-forward's output, 0 is taken.
+        With 1 the target restores the dense model's block output, so that the feed-forward also compensates for earlier
+        blocks. Families that normalise the feed-forward's output always use 0.
         """
         return 0.0
 
     @abstractmethod
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
-        """The change for the dense ``feed_forward`` of which the channels ``kept (K,)`` stay, ascending int64."""
+        """Return the change of the dense ``feed_forward`` that keeps the channels ``kept (K,)``, ascending int64."""
 
 
 class RecoveryScheduler(Component):
-    """What is trained after the cut, where, and with how much capacity."""
+    """Plan the training after the cut: which matrices, with which ranks."""
 
     kind: ClassVar[str] = "recovery"
 
@@ -155,18 +158,18 @@ class RecoveryScheduler(Component):
     def schedule(
         self, summaries: Sequence[BlockSummary], plan: PruningPlan, blocks: Sequence[TrainableBlock]
     ) -> RecoveryPlan | None:
-        """The training to do, or None for none; ``summaries`` is empty where nothing was measured."""
+        """Return the training to do, or None; ``summaries`` is empty if nothing was measured."""
 
 
 class Observer(Component):
-    """Hears what happens in a run while it happens: a log, a tracker, a message when it is over."""
+    """React to the events of a run: write a log, feed a tracker, send a message at the end."""
 
     kind: ClassVar[str] = "observer"
 
     @abstractmethod
     def start(self) -> Callable[[Event], None]:
-        """Called once, before anything is opened; what it returns is called with every event.
+        """Return a function to call with every event; called once, before the model is opened.
 
-        Where ``start()`` raises, the run does not begin; what is raised later is a warning, and the run goes on. Of
-        several processes only the first is observed.
+        An exception here ends the run; one raised by the function becomes a warning. Only the first of several processes
+        is observed.
         """

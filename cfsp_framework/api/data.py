@@ -15,65 +15,67 @@ if TYPE_CHECKING:  # torch is imported by the commands that need it, not by `cfs
 
 
 class Site(Enum):
-    """Where in a block a collector listens.
+    """Place in a block where a collector measures.
 
-    In a compensator's second pass on the pruned stream, the outputs of the two feed-forward sites are what the
-    feed-forward should give there (see ``Compensator.target_mix``), not what the dense one gives.
+    In a compensator's second pass on the pruned stream, the outputs of the two feed-forward sites are the target
+    outputs (see ``Compensator.target_mix``) instead of the dense ones.
     """
 
     BLOCK = "block"
     """The whole block: inputs and outputs are residual streams, ``(T, D)``."""
     FEED_FORWARD = "feed_forward"
-    """A feed-forward: inputs are what its gate and up projections see, ``(T, D)``, outputs ``(T, D)``."""
+    """A feed-forward: inputs of its gate and up projections ``(T, D)``, outputs ``(T, D)``."""
     DOWN_PROJECTION = "down_projection"
-    """A feed-forward's down projection: inputs are channel activations ``(T, F)``, outputs ``(T, D)`` without its bias.
+    """A down projection: inputs are the channel activations ``(T, F)``, outputs ``(T, D)`` without the bias.
 
-    An expert of a mixture sees the tokens routed to it: ``T`` then differs between windows and may be 0.
+    An expert of a mixture gets the tokens routed to it: ``T`` then differs between windows and may be 0.
     """
     GRADIENT = "gradient"
-    """The channel activations ``(T, F)`` again, with the loss's gradients with respect to them as outputs, ``(T, F)``."""
+    """A down projection: inputs are the channel activations ``(T, F)``, outputs the loss's gradients there ``(T, F)``."""
 
 
 class Stream(Enum):
-    """Which model's hidden states a compensator's statistics come from."""
+    """Model whose hidden states a compensator's statistics are measured on."""
 
     DENSE = "dense"
-    """The dense model's. What was collected for the scores serves again where it was kept."""
+    """The dense model; statistics collected for the scores are reused if they were kept."""
     PRUNED = "pruned"
-    """Those that reach the block once all blocks before it are cut and compensated."""
+    """The model pruned so far: all blocks before the current one are cut and compensated."""
 
 
 HELD_OUT_EVERY = 10
-"""Every tenth calibration window is held out: compensators are fitted on the others and judged on these."""
+"""Every tenth calibration window is held out: compensators are fitted on the others and checked on these."""
 
 
 class Windows(Enum):
-    """Which calibration windows a collector is shown."""
+    """Calibration windows that a collector gets."""
 
     ALL = "all"
     FITTED = "fitted"
-    """Those that are not held out."""
+    """The windows that are not held out."""
     HELD_OUT = "held_out"
-    """Every tenth: see ``HELD_OUT_EVERY``."""
+    """Every tenth window, see ``HELD_OUT_EVERY``."""
 
     def include(self, number: int) -> bool:
-        """Whether window ``number``, counted from 0 over all processes, is among them."""
+        """Return whether window ``number``, counted from 0 over all processes, is among them."""
         held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         return self is Windows.ALL or held_out is (self is Windows.HELD_OUT)
 
 
 @dataclass(frozen=True, order=True)
 class Statistic:
-    """The name of something measured in every block. Components require it, one collector provides it.
+    """Name of a measurement made in every block. Components require it, one collector provides it.
 
-    Two statistics are equal when their names are. ``shape`` and ``summary`` are documentation; a ``heavy`` statistic
-    (more than a vector per block) is dropped when its block is done.
+    Two statistics are equal if their names are equal.
     """
 
     name: str
     shape: str = field(default="(F,)", compare=False)
+    """Shape in the letters F, D and n; the host checks it."""
     summary: str = field(default="", compare=False)
+    """Formula or description, for documentation."""
     heavy: bool = field(default=False, compare=False)
+    """Whether it is more than a vector per block, and therefore dropped when its block is finished."""
     unseen: float = field(default=0.0, compare=False)
     """Fills a vector, and the diagonal of a square matrix, of an expert that no token was routed to."""
 
@@ -83,10 +85,10 @@ class Statistic:
 
 
 class BlockStatistics(Mapping[Statistic, "Tensor"]):
-    """The statistics of one feed-forward, float32, and how many tokens they were measured on.
+    """Statistics of one feed-forward, float32, with the number of tokens they were measured on.
 
-    ``held_out_tokens`` of the ``tokens`` lie in held-out windows. An expert no token was routed to is ``unseen``: its
-    statistics are what ``Statistic.unseen`` says, as if from one token.
+    ``held_out_tokens`` of the ``tokens`` lie in held-out windows. An expert that no token was routed to is ``unseen``: its
+    statistics have the value ``Statistic.unseen``, as if from one token.
     """
 
     def __init__(self, values: Mapping[Statistic, Tensor], tokens: int, held_out_tokens: int = 0) -> None:
@@ -109,19 +111,19 @@ class BlockStatistics(Mapping[Statistic, "Tensor"]):
         return len(self._values)
 
     def __or__(self, more: Mapping[Statistic, Tensor]) -> BlockStatistics:
-        """These measurements and some more."""
+        """Return these statistics and more."""
         return self._with({**self._values, **more})
 
     def only(self, statistics: frozenset[Statistic]) -> BlockStatistics:
-        """The same measurements, restricted to what a component declared."""
+        """Return only the given statistics."""
         return self._with({s: v for s, v in self._values.items() if s in statistics})
 
     def to(self, device: torch.device | str) -> BlockStatistics:
-        """The same measurements on ``device``."""
+        """Return the statistics on ``device``."""
         return self._with({s: v.to(device) for s, v in self._values.items()})
 
     def light(self) -> BlockStatistics:
-        """What may outlive the block, on the CPU."""
+        """Return the statistics that may outlive the block, on the CPU."""
         return self._with({s: v.cpu() for s, v in self._values.items() if not s.heavy})
 
     def _with(self, values: Mapping[Statistic, Tensor]) -> BlockStatistics:
@@ -130,25 +132,27 @@ class BlockStatistics(Mapping[Statistic, "Tensor"]):
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One feed-forward's weights in a single convention, whatever its family calls, transposes or fuses.
+    """One feed-forward's weights in a single convention, independent of names, layout and fusion in its family.
 
-    The tensors are views of the model's own parameters, in the model's dtype: read them, never write to them.
+    The tensors are views of the model's parameters, in the model's dtype; never write to them.
     """
 
     block: int
+    """Index of the block."""
     path: str
-    """Inside the block, with the expert's number after it in a mixture of experts."""
+    """Path inside the block, followed by the expert's number in a mixture of experts."""
     up: Tensor  # (F, D)
     down: Tensor  # (D, F)
     activation: str
-    """A name of Transformers' ``ACT2FN``; ``unknown`` where the family computes something else."""
+    """Name in Transformers' ``ACT2FN``; ``unknown`` if the family computes something else."""
     gate: Tensor | None = None  # (F, D)
     up_bias: Tensor | None = None  # (F,)
     gate_bias: Tensor | None = None  # (F,)
     down_bias: Tensor | None = None  # (D,)
     expert: int = 0
-    """Which expert of a mixture this is."""
+    """Number of the expert in a mixture."""
     seed: int = 0
+    """Seed of the run."""
 
     @property
     def width(self) -> int:
@@ -161,7 +165,7 @@ class FeedForward:
         return self.down.shape[0]
 
     def generator(self) -> torch.Generator:
-        """A CPU generator seeded by the run's seed, this block and this expert, for components that draw."""
+        """Return a CPU generator seeded by the run's seed, this block and this expert, for components that draw."""
         import torch
 
         return torch.Generator().manual_seed(self.seed * 1_000_003 + self.block + (self.expert << 32))
@@ -169,20 +173,24 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class BlockSummary:
-    """What survives a block once its heavy statistics are gone. Allocators see these and the budget, nothing else.
+    """Measurements that outlive a block. Allocators get these and the budget only.
 
-    One stands for all channels whose number one value of the configuration sets: a block's feed-forward, or all experts
-    of a mixture together (``F`` then counts the channels of all of them). A block with separate settings, say for
-    routed and shared experts, has several.
+    One summary covers all channels whose number is set by one value of the configuration: a block's feed-forward, or all
+    experts of a mixture together (``F`` then counts the channels of all of them). A block with separate values, for
+    example for routed and shared experts, has several summaries.
     """
 
     block: int
+    """Index of the block."""
     path: str
+    """Path of the first feed-forward inside the block."""
     width: int
+    """``F``, the channels of all covered feed-forwards."""
     tokens: int
+    """Calibration tokens measured."""
     statistics: Mapping[Statistic, float]
-    """The block's scalar statistics, among them the distances between its input and output."""
-    scores: Tensor  # (F,) float32, CPU: the chosen criterion's
+    """The block's scalar statistics, for example the distance between its input and output."""
+    scores: Tensor  # (F,) float32, CPU: of the selected criterion
     curve: Tensor | None = None  # (F + 1,) float64, CPU: see Allocator.curve
     members: Mapping[str, int] = field(default_factory=dict[str, int])
     """Path and width of every feed-forward of a mixture, in the order of ``scores``; empty for a single one."""
@@ -190,21 +198,19 @@ class BlockSummary:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is kept of all feed-forward channels together.
-
-    ``ratio`` is the share of channels removed, in [0, 1), also when the user asked for a share of all parameters.
-    """
+    """Share of all feed-forward channels to remove."""
 
     ratio: float
+    """In [0, 1), in channels also if the user asked for a share of all parameters."""
     round_to: int = 1
+    """Widths are multiples of this, or the full width."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a compensator changes in one feed-forward once its channels are chosen; None leaves a tensor as it is.
+    """Change of one feed-forward by a compensator; None leaves a tensor unchanged.
 
-    ``error_plain`` and ``error`` are the relative squared errors of the feed-forward's output on held-out tokens
-    without and with the change; a compensator whose change does not help gives both and no tensors.
+    A compensator whose change does not lower the held-out error returns both errors and no tensors.
     """
 
     down: Tensor | None = None  # (D, K)
@@ -214,48 +220,52 @@ class Update:
     up_bias: Tensor | None = None  # (K,)
     gate_bias: Tensor | None = None  # (K,)
     error_plain: float | None = None
+    """Squared error of the output on held-out tokens without the change, relative to the squared target."""
     error: float | None = None
+    """The error with the change."""
 
 
 @dataclass(frozen=True)
 class TrainableBlock:
-    """What can be trained in one block, as it is after the cut: shapes ``(out, in)`` by path inside the block.
+    """Trainable matrices of one block after the cut: shapes ``(out, in)`` by path inside the block.
 
-    The matrices of experts in one parameter have the shape ``(experts, out, in)``, however they lie in it.
+    The matrices of experts in one parameter have the shape ``(experts, out, in)``, in any memory layout.
     """
 
     block: int
+    """Index of the block."""
     feed_forward: Mapping[str, tuple[int, ...]]
-    """Every matrix of its feed-forwards."""
+    """Matrices of its feed-forwards."""
     attention: Mapping[str, tuple[int, ...]]
-    """Every matrix of its attention; empty where that was dropped."""
+    """Matrices of its attention; empty if it was dropped."""
 
 
 class Distillation(BaseModel):
-    """The dense model as a teacher: its Kullback-Leibler divergence from the model, on every predicted token."""
+    """Distil the dense model: add its Kullback-Leibler divergence from the trained model on every predicted token."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     weight: float = Field(default=0.5, gt=0, le=1)
-    """The divergence's share of the loss; the cross-entropy has the rest."""
+    """Share of the divergence in the loss; the rest is cross-entropy."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides both models' logits; the divergence is multiplied by its square (arXiv 1503.02531)."""
 
 
 class BlockRecovery(BaseModel):
-    """How much is trained in one block."""
+    """Capacity of the training in one block."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     block: int = Field(ge=0)
+    """Index of the block."""
     rank: int = Field(ge=0)
-    """Of the adapters; 0 leaves the block out."""
+    """Rank of the adapters; 0 excludes the block."""
     alpha: float = Field(default=0.0, ge=0)
-    """What the adapters add is multiplied by ``alpha / rank``."""
+    """The adapters' product is multiplied by ``alpha / rank``."""
 
 
 class RecoveryPlan(BaseModel):
-    """What is trained after the cut and how, as plain JSON."""
+    """Training after the cut, as plain JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -266,50 +276,49 @@ class RecoveryPlan(BaseModel):
     targets: tuple[str, ...] = ()
     """Paths inside a block of the matrices that get adapters; empty: all projections of its feed-forwards."""
     blocks: tuple[BlockRecovery, ...] = Field(min_length=1)
-    """A block that is not named is left out."""
+    """Blocks that are not listed are not trained."""
     steps: int = Field(default=200, ge=1)
-    """Of the optimiser."""
+    """Optimiser steps."""
     batch_tokens: int = Field(default=8192, ge=1)
     """Tokens of one step, over all processes."""
     learning_rate: float = Field(default=3e-4, gt=0)
-    """The highest, of AdamW."""
+    """Highest learning rate of AdamW."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
-    """The share of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls to 0 afterwards, if it does."""
+    """Shape of the learning rate's fall to 0; ``constant`` does not fall."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
     distillation: Distillation | None = None
+    """None trains on cross-entropy alone."""
     base: str | None = None
-    """The fingerprint of the checkpoint that kept adapters are for; the host writes it."""
+    """Fingerprint of the checkpoint that kept adapters belong to; the host writes it."""
 
     def to_json(self) -> str:
-        """Indented JSON."""
+        """Return indented JSON."""
         return self.model_dump_json(indent=2) + "\n"
 
 
 @dataclass(frozen=True)
 class FeedForwardLayout:
-    """Where one feed-forward keeps its projections inside a block, as attribute names.
-
-    ``path`` is empty where the block itself holds them. ``gate`` is None for a feed-forward without a gate, and equal
-    to ``up`` where one projection holds both, its rows in the order [gate; up]. ``additive`` says that the
-    feed-forward's output joins the residual stream as it is, neither normalised nor scaled.
-
-    With ``experts`` the module at ``path`` holds the experts of a mixture in parameters of three dimensions, called
-    ``up`` (or gate and up in one) and ``down``; how they lie in them the module says itself.
-    """
+    """Attribute names of one feed-forward's projections inside a block."""
 
     path: str
+    """Path of the module inside the block; empty if the block itself holds the projections."""
     up: str
+    """Up projection, or gate and up in one."""
     down: str
+    """Down projection."""
     gate: str | None = None
+    """Gate projection; None without a gate, equal to ``up`` if one projection holds the rows [gate; up]."""
     additive: bool = True
+    """Whether the output is added to the residual stream directly, neither normalised nor scaled."""
     experts: bool = False
+    """Whether the module holds the experts of a mixture in parameters of three dimensions, whose layout it states."""
     width_key: str = "intermediate_size"
-    """The configuration's name for the width; feed-forwards of one block that share it keep equally many channels."""
+    """Key of the width in the configuration; feed-forwards of one block that share it keep equally many channels."""
     times: int = 1
-    """The width is this many times the configuration's value."""
+    """The width is this multiple of the configuration's value."""
 
     @property
     def fused(self) -> bool:
@@ -319,14 +328,15 @@ class FeedForwardLayout:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model family keeps its blocks and feed-forwards, and which config keys hold their widths."""
+    """Places of a model family's blocks and feed-forwards, and the configuration keys of their widths."""
 
     family: str
+    """The ``model_type`` of the text configuration."""
     base: str
     """Dotted path from the causal LM to the model without its head."""
     blocks: str
     """Dotted path from the causal LM to the list of decoder blocks."""
     feed_forwards: tuple[FeedForwardLayout, ...]
-    """Every feed-forward a block may have; a block has those whose modules it has."""
+    """Every feed-forward that a block may have; a block has those whose modules exist in it."""
     attention: str | None = "self_attn"
-    """Path of the attention inside a block; None where the family cannot do without it."""
+    """Path of the attention inside a block; None if the family cannot run without it."""

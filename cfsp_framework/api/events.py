@@ -1,4 +1,4 @@
-"""What observers hear while a run lasts. Never more often than once a block."""
+"""Events that observers get during a run, at most one for each block and phase."""
 
 from __future__ import annotations
 
@@ -13,50 +13,51 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The components are chosen; nothing is open yet."""
+    """The components are selected and every option is checked; the model is not open yet."""
 
     config: RunConfig
 
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A phase begins: one of ``seconds`` in ``report.json``; some come several times."""
+    """A phase begins, one of ``seconds`` in ``report.json``; some phases run several times."""
 
     phase: str
 
 
 @dataclass(frozen=True)
 class PhaseFinished:
-    """A phase ended well."""
+    """A phase ended without an error."""
 
     phase: str
     seconds: float
-    """This time, not over all times."""
+    """Of this occurrence, not the sum over all."""
 
 
 @dataclass(frozen=True)
 class BlockFinished:
-    """A block was measured, cut or compensated; one that an earlier run finished (``--resume``) is not told again."""
+    """A block was measured, cut or compensated; blocks from the ``--resume`` folder give no event."""
 
     phase: str
     block: int
     of: int
-    """How many blocks the model has."""
+    """Number of blocks of the model."""
 
 
 @dataclass(frozen=True)
 class RunFinished:
-    """The result is in place."""
+    """The output folder, or the plan, is complete."""
 
     plan: PruningPlan
     report: Report | None = None
-    """None for ``cfsp plan``, as is the folder."""
+    """None for ``cfsp plan``."""
     folder: Path | None = None
+    """The checkpoint folder; None for ``cfsp plan``."""
 
 
 @dataclass(frozen=True)
 class RunFailed:
-    """The run ends with this error, Ctrl-C among them; nothing of it is left."""
+    """The run ends with an error, or with Ctrl-C; nothing was written."""
 
     error: BaseException
 

@@ -1,7 +1,7 @@
-"""The hooks a plugin may implement, each called once, when a run is set up. Mark implementations with ``@hookimpl``.
+"""Hooks that a plugin implements with ``@hookimpl``; each is called once, when a run is set up.
 
-The first six return classes; the user picks one by its ``name``. Arguments are matched by name, so an implementation
-may leave out those it does not need.
+The first six return component classes, which users select by ``name``. Arguments are matched by name, so an
+implementation may omit those it does not need.
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ hookimpl = pluggy.HookimplMarker(NAMESPACE)
 
 @hookspec
 def cfsp_collectors() -> Iterable[type[Collector]]:  # type: ignore[empty-body]
-    """Offer activation collectors, each naming the statistic it provides and the site it listens at."""
+    """Offer activation collectors, each naming the statistic it provides and the site it measures at."""
 
 
 @hookspec
 def cfsp_allocators() -> Iterable[type[Allocator]]:  # type: ignore[empty-body]
-    """Offer coarse allocators: the share of its channels each block keeps."""
+    """Offer coarse allocators: they give the share of its channels each block keeps."""
 
 
 @hookspec
 def cfsp_criteria() -> Iterable[type[Criterion]]:  # type: ignore[empty-body]
-    """Offer fine criteria: one score per channel of a block."""
+    """Offer fine criteria: they give one score per channel of a block."""
 
 
 @hookspec
 def cfsp_compensators() -> Iterable[type[Compensator]]:  # type: ignore[empty-body]
-    """Offer compensators: how the kept weights change once the channels are chosen."""
+    """Offer compensators: they change the kept weights after the channels are selected."""
 
 
 @hookspec
 def cfsp_recovery_schedulers() -> Iterable[type[RecoveryScheduler]]:  # type: ignore[empty-body]
-    """Offer recovery schedulers: what is trained after the cut, and with how much capacity."""
+    """Offer recovery schedulers: they plan the training after the cut, with a capacity for each block."""
 
 
 @hookspec
 def cfsp_observers() -> Iterable[type[Observer]]:  # type: ignore[empty-body]
-    """Offer observers: what is told of a run while it lasts."""
+    """Offer observers: they get the events of a run."""
 
 
 @hookspec(firstresult=True)
 def cfsp_architecture(config: PreTrainedConfig) -> Architecture | None:
-    """Say where the family of ``config`` keeps its blocks and feed-forwards, or None if it is not yours.
+    """Describe the blocks and feed-forwards of the family of ``config``; return None for families of other plugins.
 
-    Stops at the first answer; the built-ins answer last, so a plugin can take a family over.
+    The first result counts. The built-in plugin is called last, so a plugin can replace its description of a family.
     """
 
 
 @hookspec
 def cfsp_run_finished(result: RunResult) -> None:
-    """Hear of every finished run, without being asked for: an upload, a note in an experiment tracker.
+    """React to a finished run: upload the checkpoint, add a note to an experiment tracker.
 
-    Called when the checkpoint is in place; one that fails is a warning.
+    Called for every run after its checkpoint is complete; a failure becomes a warning.
     """

@@ -14,7 +14,7 @@ from cfsp_framework.errors import PlanError
 
 
 class ModelIdentity(FrozenRecord):
-    """Which model a plan is for; ``fingerprint`` is a hash of its configuration and weights."""
+    """Model of a plan; ``fingerprint`` is a hash of its configuration and weights."""
 
     source: str
     family: str
@@ -23,7 +23,7 @@ class ModelIdentity(FrozenRecord):
 
 
 class CalibrationIdentity(FrozenRecord):
-    """Which tokens were measured; ``fingerprint`` is a hash of the windows."""
+    """Calibration windows of a plan; ``fingerprint`` is a hash of their tokens."""
 
     spec: str
     samples: int = Field(ge=0)
@@ -33,31 +33,32 @@ class CalibrationIdentity(FrozenRecord):
 
 
 class BlockPlan(FrozenRecord):
-    """Which channels of one feed-forward stay; every expert of a mixture has an entry."""
+    """Channels that one feed-forward keeps; every expert of a mixture has an entry."""
 
     block: int = Field(ge=0)
     path: str
     width: int = Field(gt=0)
     """Channels before the cut."""
     importance: float | None = None
-    """The allocator's coarse importance, where it has one."""
+    """The allocator's coarse importance; None if it has none."""
     kept: tuple[int, ...]
+    """Indices of the kept channels, ascending."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        where = f"block {self.block}, {self.path}"
+        place = f"block {self.block}, {self.path}"
         if not self.kept:
-            raise ValueError(f"{where}: keeps no channel")
+            raise ValueError(f"{place}: keeps no channel")
         if any(b <= a for a, b in zip(self.kept, self.kept[1:], strict=False)):
-            raise ValueError(f"{where}: kept channels are not ascending and distinct")
+            raise ValueError(f"{place}: kept channels are not ascending and distinct")
         if self.kept[0] < 0 or self.kept[-1] >= self.width:
             outside = self.kept[0] if self.kept[0] < 0 else self.kept[-1]
-            raise ValueError(f"{where}: keeps channel {outside}, outside 0..{self.width - 1}")
+            raise ValueError(f"{place}: keeps channel {outside}, outside 0..{self.width - 1}")
         return self
 
 
 def feed_forward_path(path: str) -> str:
-    """A feed-forward's path without the number an expert has."""
+    """Return a feed-forward's path without the number of an expert."""
     module, _, last = path.rpartition(".")
     return module if last.isdigit() else path
 
@@ -69,18 +70,18 @@ class PruningPlan(FrozenRecord):
     version: Literal[1] = 1
     model: ModelIdentity
     calibration: CalibrationIdentity | None
-    """None where nothing had to be measured."""
+    """None if nothing had to be measured."""
     ratio: float = Field(ge=0, lt=1)
     budget: Literal["channels", "parameters"]
     round_to: int = Field(ge=1)
     tensor_parallel: int = Field(default=1, ge=1)
-    """How many processes can share every feed-forward alike."""
+    """Number of processes that every feed-forward can be divided among equally."""
     seed: int
     components: dict[str, str]
-    """The chosen component of each kind, with every option it ran with."""
+    """The selected component of each kind, with every option it ran with."""
     versions: dict[str, str]
     dropped_attention: tuple[int, ...] = ()
-    """Blocks that lose their attention as a whole, ascending."""
+    """Blocks whose attention is removed, ascending."""
     blocks: tuple[BlockPlan, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -88,7 +89,7 @@ class PruningPlan(FrozenRecord):
         seen: set[tuple[int, str]] = set()
         for block in self.blocks:
             if (block.block, block.path) in seen:
-                raise ValueError(f"block {block.block}, {block.path}: is there twice")
+                raise ValueError(f"block {block.block}, {block.path}: listed twice")
             seen.add((block.block, block.path))
         return self
 
@@ -118,18 +119,22 @@ class PruningPlan(FrozenRecord):
 
     @property
     def achieved_ratio(self) -> float:
-        """The share of feed-forward channels that is really removed."""
+        """Share of feed-forward channels that is removed after rounding."""
         return 1 - sum(self.widths) / sum(block.width for block in self.blocks)
 
     def to_json(self) -> str:
-        """JSON with one line per block, so that two plans can be compared with ``diff``."""
+        """Return JSON with one line per block, so that ``diff`` can compare two plans."""
         head = self.model_dump(mode="json", exclude={"blocks"})
         blocks = ",\n    ".join(json.dumps(block.model_dump(mode="json")) for block in self.blocks)
         return json.dumps(head, indent=2)[:-2] + f',\n  "blocks": [\n    {blocks}\n  ]\n}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
-        """Read a plan; one that is no plan, or impossible, is a PlanError that says where."""
+        """Read a plan.
+
+        Raises:
+            PlanError: the text is not a plan, or an impossible one; the message names the field.
+        """
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
@@ -142,7 +147,7 @@ class PruningPlan(FrozenRecord):
 
 
 class Perplexity(BaseModel):
-    """How well a model predicts a text; ``nll`` is nats per token, the mean over windows of their mean."""
+    """Perplexity of a model on a text; ``nll`` is in nats per token, a mean over windows of their means."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -152,7 +157,7 @@ class Perplexity(BaseModel):
 
 
 class Size(FrozenRecord):
-    """How large a model is. ``flops_per_token`` counts two per weight of every matrix product, attention scores aside."""
+    """Size of a model. ``flops_per_token`` counts two for each weight of a matrix product, without attention scores."""
 
     parameters: int
     bytes: int
@@ -160,34 +165,34 @@ class Size(FrozenRecord):
 
 
 class Evaluation(FrozenRecord):
-    """Perplexity on one data SPEC before and after."""
+    """Perplexity on one data SPEC, before and after pruning."""
 
     data: str
     seqlen: int
     windows: int
     dense: Perplexity | None
-    """None where the dense model was not at hand: ``cfsp recover`` knows what pruning measured."""
+    """None if the dense model was not evaluated; ``cfsp recover`` takes it from the report of ``cfsp prune``."""
     pruned: Perplexity
     recovered: Perplexity | None = None
-    """After the training, where there was one."""
+    """After the training, if there was one."""
     excess_nll: float | None
-    """The loss pruning added, ``ln(pruned perplexity / dense perplexity)``, in nats per token."""
+    """Loss added by pruning, ``ln(pruned perplexity / dense perplexity)``, in nats per token."""
     recovered_excess_nll: float | None = None
-    """What is left of it after the training."""
+    """The excess after the training."""
 
     @property
     def last(self) -> Perplexity:
-        """Of what was written."""
+        """Perplexity of the written checkpoint."""
         return self.recovered or self.pruned
 
     @property
     def change(self) -> float:
-        """From the first perplexity that is known to the last, in nats per token."""
+        """Difference between the first and the last known perplexity, in nats per token."""
         return self.last.nll - (self.dense or self.pruned).nll
 
 
 class LossPoint(FrozenRecord):
-    """What one place of the loss curve says; ``loss`` is the mean since the place before."""
+    """A point of the loss curve; ``loss`` is the mean since the previous point."""
 
     step: int
     loss: float | None = None
@@ -196,26 +201,26 @@ class LossPoint(FrozenRecord):
 
 
 class RecoveryReport(FrozenRecord):
-    """What was trained after the cut."""
+    """Training after the cut."""
 
     data: str
     sequences: int
     seqlen: int
     parameters: int
-    """Trained ones."""
+    """Trained parameters."""
     ranks: tuple[int, ...]
-    """Of each block's adapters; empty where all weights of the feed-forwards were trained."""
+    """Rank of each block's adapters; empty if all weights of the feed-forwards were trained."""
     steps: int
-    """Taken, which an early stop makes fewer than planned."""
+    """Steps taken; fewer than planned after an early stop."""
     tokens: int
-    """Of all steps together."""
+    """Tokens of all steps together."""
     adapter: bool
     """Whether the result is an adapter beside the pruned weights."""
     curve: tuple[LossPoint, ...]
 
 
 class BlockReport(FrozenRecord):
-    """The width of a block's feed-forward, or of each expert of a mixture."""
+    """Width of a block's feed-forward, or of each expert of a mixture."""
 
     block: int
     path: str
@@ -225,13 +230,13 @@ class BlockReport(FrozenRecord):
     width_before: int
     width_after: int
     error_plain: float | None = None
-    """Relative squared error of the feed-forward's output on held-out tokens by the cut alone, where one was measured."""
+    """Relative squared error of the output on held-out tokens by the cut alone, if it was measured."""
     error: float | None = None
-    """The same with the compensator's change."""
+    """The error with the compensator's change."""
 
 
 class Report(FrozenRecord):
-    """Everything a run found out, beside the plan."""
+    """Results of a run, beside the plan."""
 
     format: Literal["cfsp-report"] = "cfsp-report"
     version: Literal[1] = 1
@@ -252,7 +257,7 @@ class Report(FrozenRecord):
     budget: str
     round_to: int
     tensor_parallel: int = 1
-    """How many processes can share every feed-forward alike."""
+    """Number of processes that every feed-forward can be divided among equally."""
     channels_before: int
     channels_after: int
     channel_ratio: float
@@ -265,25 +270,25 @@ class Report(FrozenRecord):
     pruned: Size
     evaluations: tuple[Evaluation, ...]
     recovery: RecoveryReport | None = None
-    """None where nothing was trained."""
+    """None if nothing was trained."""
     blocks: tuple[BlockReport, ...]
     notes: tuple[str, ...]
     reload_difference: float
     """Largest difference of a logit between the model in memory and the checkpoint opened again."""
     seconds: dict[str, float]
     component_seconds: dict[str, float] = Field(default_factory=dict)
-    """In the code of each component, the longest first."""
+    """Seconds in the code of each component, the longest first."""
     peak_memory_bytes: int
     versions: dict[str, str]
 
     def to_json(self) -> str:
-        """Indented JSON."""
+        """Return indented JSON."""
         return self.model_dump_json(indent=2) + "\n"
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: what was asked, what was decided, what came out, and where it lies."""
+    """A finished run: its options, plan, report and checkpoint folder."""
 
     config: RunConfig
     plan: PruningPlan

@@ -20,4 +20,5 @@ __all__ = ["Cfsp", "Flap", "Leverage", "Magnitude", "Obs", "Random", "Taylor", "
 
 @hookimpl
 def cfsp_criteria() -> list[type[Criterion]]:
+    """Offer the built-in criteria."""
     return [Cfsp, Flap, Leverage, Magnitude, Obs, Random, Taylor, VarianceWeighted, WandaL2, WandaSp]

@@ -1,4 +1,4 @@
-"""FLAP: how much a channel fluctuates, times its down weights (arXiv 2312.11983, WIFV)."""
+"""Score channels by the variance of their activation times their down weights (FLAP's WIFV, arXiv 2312.11983)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Flap(Criterion):
     """Variance of the activation times the squared norm of its down weights.
 
     This is the exact squared output error per token of removing the channel alone, after the best constant correction;
-    so it goes with the compensator ``bias``. ``released`` takes the running quantity the released code
-    (CASIA-LMC-Lab/FLAP, lib/layerwrapper.py) computes in place of the variance.
+    use it with the compensator ``bias``. ``released`` replaces the variance by the running quantity of the released code
+    (CASIA-LMC-Lab/FLAP, lib/layerwrapper.py).
     """
 
     name: ClassVar[str] = "flap"

@@ -1,4 +1,4 @@
-"""Ridge leverage: how far a channel's activation is from what the others could stand in for."""
+"""Score channels by ridge leverage: the part of their activation that the others cannot reproduce."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 
 class Leverage(Criterion):
-    """Diagonal of ``G (G + damping)^-1`` (MoDeGPT, arXiv 2408.09632): 1 where no other channel carries the same."""
+    """Diagonal of ``G (G + damping)^-1`` (MoDeGPT, arXiv 2408.09632): 1 if no other channel carries the same."""
 
     name: ClassVar[str] = "leverage"
     requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM})

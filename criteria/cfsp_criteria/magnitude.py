@@ -1,13 +1,14 @@
-"""Magnitude: the norm of the down weights, without any data."""
+"""Score channels by the norm of their down weights, without data."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Criterion, FeedForward
+
+from .norms import down_norm
 
 
 class Magnitude(Criterion):
@@ -16,5 +17,4 @@ class Magnitude(Criterion):
     name: ClassVar[str] = "magnitude"
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(feed_forward.down.float(), dim=0)  # (F,)
-        return norm
+        return down_norm(feed_forward)  # (F,)

@@ -1,4 +1,4 @@
-"""OBS: greedy removal of the channels that are missed least once the others make up for them."""
+"""Score channels by greedy removal with re-fitting (optimal brain surgeon)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 
 class Obs(Criterion):
-    """Order of removal by the optimal brain surgeon, in batches: a channel's score is the step at which it goes.
+    """Order of removal by the optimal brain surgeon, in batches: a channel's score is the step that removes it.
 
-    Every step re-fits what is left, so it belongs with a least-squares compensator (SlimGPT, arXiv 2412.18110). The
-    order is nested: one pass serves every ratio.
+    Every step re-fits the remaining channels, so use it with a least-squares compensator (SlimGPT, arXiv 2412.18110).
+    The order is nested: one pass serves every ratio.
     """
 
     name: ClassVar[str] = "obs"

@@ -1,4 +1,4 @@
-"""Random: the control every criterion has to beat."""
+"""Score channels at random: the control that every criterion has to beat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taylor: what the loss would change to first order if a channel were zero."""
+"""Score channels by the first-order change of the loss if they were zero."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""Variance times weight and activation norms."""
+"""Score channels by the variance of their activation times weight and activation norms."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Criterion, FeedForward, Statistic
 from cfsp_framework.statistics import DOWN_INPUT_SQUARES, DOWN_INPUT_VARIANCE
+
+from .norms import activation_norm, down_norm
 
 
 class VarianceWeighted(Criterion):
@@ -18,6 +19,4 @@ class VarianceWeighted(Criterion):
     requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_VARIANCE, DOWN_INPUT_SQUARES})
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
-        activation = (statistics[DOWN_INPUT_SQUARES] / statistics.tokens).sqrt()  # (F,)
-        weight: Tensor = torch.linalg.vector_norm(feed_forward.down.float(), dim=0)  # (F,)
-        return statistics[DOWN_INPUT_VARIANCE] * weight * activation
+        return statistics[DOWN_INPUT_VARIANCE] * down_norm(feed_forward) * activation_norm(statistics)  # (F,)

@@ -1,14 +1,15 @@
-"""Wanda with the Euclidean norm: the output error of removing one channel."""
+"""Score channels by the output error of removing them alone: Wanda with the Euclidean norm."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Criterion, FeedForward, Statistic
 from cfsp_framework.statistics import DOWN_INPUT_SQUARES
+
+from .norms import activation_norm, down_norm
 
 
 class WandaL2(Criterion):
@@ -22,6 +23,4 @@ class WandaL2(Criterion):
     requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_SQUARES})
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
-        activation = (statistics[DOWN_INPUT_SQUARES] / statistics.tokens).sqrt()  # (F,)
-        weight: Tensor = torch.linalg.vector_norm(feed_forward.down.float(), dim=0)  # (F,)
-        return weight * activation
+        return down_norm(feed_forward) * activation_norm(statistics)  # (F,)

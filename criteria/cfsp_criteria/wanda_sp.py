@@ -1,4 +1,4 @@
-"""Wanda-SP: Wanda's weight-times-activation score, averaged over a channel's down weights."""
+"""Score channels by Wanda's weight times activation, averaged over a channel's down weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Criterion, FeedForward, Statistic
 from cfsp_framework.statistics import DOWN_INPUT_SQUARES
+
+from .norms import activation_norm
 
 
 class WandaSp(Criterion):
@@ -20,5 +22,4 @@ class WandaSp(Criterion):
     requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_SQUARES})
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
-        norm = (statistics[DOWN_INPUT_SQUARES] / statistics.tokens).sqrt()  # (F,)
-        return feed_forward.down.abs().float().mean(0) * norm  # (F,)
+        return feed_forward.down.abs().float().mean(0) * activation_norm(statistics)  # (F,)

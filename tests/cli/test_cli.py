@@ -408,7 +408,7 @@ def set_kept(kept: list[int]) -> Callable[[dict[str, Any]], object]:
     (lambda plan: plan["blocks"][1].update(width=72), "the plan's entry 1 is block 1, mlp, width 72; the model has mlp"),
     (lambda plan: plan["blocks"][1].update(path="ffn"), "the plan's entry 1 is block 1, ffn, width 64"),
     (lambda plan: plan["blocks"].pop(), "the plan is for a llama model of 2 blocks; this is a llama model of 3"),
-    (lambda plan: plan["blocks"].append(plan["blocks"][0]), "block 0, mlp: is there twice"),
+    (lambda plan: plan["blocks"].append(plan["blocks"][0]), "block 0, mlp: listed twice"),
     (lambda plan: plan["blocks"].reverse(), "the plan's entry 0 is block 2"),
     (lambda plan: plan.pop("blocks"), "blocks: Field required"),
     (lambda plan: plan.update(version=99), "version: Input should be 1"),

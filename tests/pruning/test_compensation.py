@@ -923,7 +923,8 @@ def test_the_report_says_where_compensation_was_refused(
     model = make_model("llama")
     plain = run("cfsp-refined", tmp_path / "plain", model, calibration_text, compensator="none")
     assert plain.report.notes == ()
-    monkeypatch.setattr("cfsp_plugins.compensators.least_squares.output_error", lambda *_: 1.0)
+    for module in ("least_squares", "least_squares_bias", "procrustes", "sequential"):
+        monkeypatch.setattr(f"cfsp_plugins.compensators.{module}.output_error", lambda *_: 1.0)
     monkeypatch.setattr(Weights, "error", lambda *_: 1.0)
     refused = run("cfsp-refined", tmp_path / "refused", model, calibration_text, compensator=compensator)
     name = compensator.partition(":")[0]

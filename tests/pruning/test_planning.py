@@ -445,7 +445,7 @@ def example(**changes: object) -> PruningPlan:
         ({"width": 0}, "blocks.1.width: Input should be greater than 0"),
         ({"block": -1}, "blocks.1.block: Input should be greater than or equal to 0"),
         ({"experts": 2}, "blocks.1.experts: Extra inputs are not permitted"),
-        ({"block": 0}, "as a whole: block 0, mlp: is there twice"),
+        ({"block": 0}, "as a whole: block 0, mlp: listed twice"),
     ],
 )
 def test_an_impossible_block_is_refused_by_name(block: dict[str, object], message: str) -> None:
