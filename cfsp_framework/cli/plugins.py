@@ -114,7 +114,7 @@ def plugins_new(name: str, kind: Kind, out: Path | None, plugins: tuple[str, ...
     folder = out or Path(names.distribution)
     files = scaffold.write_plugin(names, folder)
     if as_json:
-        click.echo(json.dumps(scaffold.described(names, folder, files), indent=2))
+        click.echo(json.dumps(scaffold.describe_package(names, folder, files), indent=2))
     elif not quiet:
         click.echo(f"{folder}: {len(files)} files; the {names.what} is in {names.source}. Next:")
         for command in scaffold.next_commands(names, folder):

@@ -92,7 +92,7 @@ def _import(spec: str) -> ModuleType:
         return importlib.import_module(spec)
     path = Path(spec)
     if not path.is_file():
-        raise ConfigError(f"-p {spec}: there is no such file.")
+        raise ConfigError(f"-p {spec}: the file does not exist.")
     stem = path.resolve().parent.name if path.stem == "__init__" else path.stem
     module_spec = importlib.util.spec_from_file_location(f"_cfsp_plugin_{stem}", path)
     if module_spec is None or module_spec.loader is None:

@@ -281,4 +281,4 @@ def _describe_problems(error: ValidationError, cls: type[Component]) -> str:
 
 def _describe_unknown(option: str, cls: type[Component]) -> str:
     close = difflib.get_close_matches(option, cls.model_fields, n=1)
-    return f"there is no option {option!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
+    return f"unknown option {option!r}" + (f" (did you mean {close[0]!r}?)" if close else "")

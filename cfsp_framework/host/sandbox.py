@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from cfsp_framework.errors import CfspError, PluginError, PluginWarning, is_out_of_memory
+from cfsp_framework.errors import CfspError, PluginError, PluginWarning, is_out_of_memory, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,9 @@ def sandboxed(
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
-        raise PluginError(f"{who} {failed or f'failed in {action}'}: {cause(error)}{remedy}") from error
+        raise PluginError(
+            f"{who} {failed or f'failed in {action}'}: {one_line(error).rstrip(': .')}.{remedy}"
+        ) from error
     finally:
         usage.seconds += time.perf_counter() - start
         changed = _restore(settings)
@@ -95,12 +97,6 @@ def warn_on_error(usage: PluginUsage | None = None) -> Generator[None]:
         if "failed" not in warned:
             warned.add("failed")
             warnings.warn(PluginWarning(f"{error} The run goes on."), stacklevel=3)
-
-
-def cause(error: BaseException) -> str:
-    """Return class and message of an exception in one line, also of the long ones of pluggy, pydantic and torch."""
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message}".rstrip(": .") + "."
 
 
 def tensor_problem(

@@ -16,10 +16,9 @@ from rich.table import Table
 from cfsp_framework.api.components import Component
 from cfsp_framework.api.hookspecs import NAMESPACE
 from cfsp_framework.config import parse_choice
-from cfsp_framework.errors import ConfigError, did_you_mean
+from cfsp_framework.errors import ConfigError, did_you_mean, one_line
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import Origin, Plugins
-from cfsp_framework.host.sandbox import cause
 from cfsp_framework.testing import CONTRACTS
 from cfsp_framework.testing.contract import describe, variants
 from cfsp_framework.testing.errors import ContractError, NotApplicable
@@ -179,7 +178,7 @@ def _run_check(check: Callable[[Component], None], component: Component) -> tupl
     except ContractError as error:
         return "fail", str(error)
     except Exception as error:  # noqa: BLE001  (a failure that no check expects must not end the other checks)
-        return "fail", f"It raised {cause(error)}"
+        return "fail", f"It raised {one_line(error)}"
     return "pass", ""
 
 

@@ -81,7 +81,7 @@ class CollectorContract(ComponentContract):
             )
 
     def test_the_split_into_windows_changes_nothing(self, component: Collector) -> None:
-        """The same tokens in windows of other lengths give the same statistic."""
+        """Tokens give the same statistic in windows of other lengths."""
         if component.ordered:
             raise NotApplicable("ordered: it may depend on the windows")
         windows = windows_at(component, make_sample())

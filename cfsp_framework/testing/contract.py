@@ -17,9 +17,8 @@ from torch import Tensor
 from cfsp_framework.api.components import Collector, Component
 from cfsp_framework.api.data import BlockStatistics
 from cfsp_framework.config import Choice, parse_choice
-from cfsp_framework.errors import CfspError, ConfigError, PluginError, PluginWarning
+from cfsp_framework.errors import CfspError, ConfigError, PluginError, PluginWarning, one_line
 from cfsp_framework.host.registry import ConfiguredComponent
-from cfsp_framework.host.sandbox import cause
 from cfsp_framework.testing.errors import ContractError, NotApplicable
 from cfsp_framework.testing.fake_device import FakeDevice
 from cfsp_framework.testing.samples import CASES, FORMS, UNDER_TEST, Case, Sample, collectors_beside
@@ -113,7 +112,7 @@ class ComponentContract:
         except (ConfigError, ValidationError, ValueError, TypeError) as error:
             raise ContractError(
                 f"The options of {cls.name!r} cannot be typed as NAME:option=value, or do not survive JSON: "
-                f"{cause(error)} Use numbers, strings without commas, booleans, None, or Literals of them."
+                f"{one_line(error).rstrip('.')}. Use numbers, strings without commas, booleans, None, or Literals of them."
             ) from error
         for form, copy in copies.items():
             if copy != component:

@@ -1,4 +1,7 @@
-"""Fixtures for plugin authors: ``pytest_plugins = ["cfsp_framework.testing"]`` in ``conftest.py``. PYTEST_DONT_REWRITE"""
+"""Fixtures for plugin authors: ``pytest_plugins = ["cfsp_framework.testing"]`` in ``conftest.py``.
+
+PYTEST_DONT_REWRITE.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def tiny_model(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTr
     from transformers import AutoConfig
 
     if name not in TINY:
-        raise ConfigError(f"There is no tiny model {name!r}.{did_you_mean(name, TINY)}")
+        raise ConfigError(f"Unknown tiny model {name!r}.{did_you_mean(name, TINY)}")
     model = random_model(AutoConfig.for_model(name, **TINY[name]), 0.2)
     model.to(dtype)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     return model

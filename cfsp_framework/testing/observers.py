@@ -1,4 +1,4 @@
-"""The contract of observers. PYTEST_DONT_REWRITE"""
+"""The contract of observers. (PYTEST_DONT_REWRITE)."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class Sample:
             batch = Batch(self.residual_in, (), tuple(range(len(self.residual_in))), None)
             states.add_block(batch, self.residual_out)
             sites = sorted({c.component.site for c in configured} - {Site.BLOCK}, key=lambda site: site.value)
-            rows = [(site, *(part.flatten(0, 1) for part in self.at(site))) for site in sites]
+            rows = [(site, self.at(site)[0].flatten(0, 1), self.at(site)[1].flatten(0, 1)) for site in sites]
             states.add_feed_forward(0, rows, None, batch)
             return states.values(self.feed_forward.block)[0]
         except CfspError as error:
