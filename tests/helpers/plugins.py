@@ -26,7 +26,7 @@ def install_distribution(
 ) -> None:
     """Write a distribution with its entry points into ``folder``: metadata, and the source of its modules beside it."""
     metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    metadata.mkdir(parents=True)
+    metadata.mkdir(parents=True, exist_ok=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
     lines = "".join(f"{point} = {module}\n" for point, module in points.items())
     (metadata / "entry_points.txt").write_text(f"[cfsp_framework]\n{lines}", encoding="utf-8")
