@@ -77,7 +77,7 @@ def plugins_check(ctx: click.Context, target: str, plugins: tuple[str, ...], qui
     found = checking.find_target(target, plugins)
     visible = not (quiet or as_json) and sys.stderr.isatty()
     with Progress(visible=visible).bar("check", total=len(found.components)) as step:
-        results = list(checking.run_contracts(found, lambda component: step()))
+        results = list(checking.run_contracts(found, step))
     if as_json:
         told = {"target": target, "passed": not checking.failed(results), "results": [one.as_json() for one in results]}
         click.echo(json.dumps(told, indent=2))
@@ -114,7 +114,7 @@ def plugins_new(name: str, kind: Kind, out: Path | None, plugins: tuple[str, ...
     folder = out or Path(names.distribution)
     files = scaffold.write_plugin(names, folder)
     if as_json:
-        click.echo(json.dumps(scaffold.described(names, folder, files), indent=2))
+        click.echo(json.dumps(scaffold.describe_package(names, folder, files), indent=2))
     elif not quiet:
         click.echo(f"{folder}: {len(files)} files; the {names.what} is in {names.source}. Next:")
         for command in scaffold.next_commands(names, folder):

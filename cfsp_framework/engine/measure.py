@@ -70,10 +70,10 @@ class CollectorState:
         self._updated = False
         self._sizes: dict[str, int] = {}
         with collector.call_component("start()") as component:
-            self._accumulator: Accumulator = component.start()
-        missing = [name for name in ("sums", "update", "value") if not hasattr(self._accumulator, name)]
+            self.accumulator: Accumulator = component.start()
+        missing = [name for name in ("sums", "update", "value") if not hasattr(self.accumulator, name)]
         if missing:
-            kind = type(self._accumulator).__name__
+            kind = type(self.accumulator).__name__
             raise PluginError(
                 f"{collector}: start() returned a {kind}, which has no `{missing[0]}`; it must return an Accumulator."
             )
@@ -93,16 +93,16 @@ class CollectorState:
         with self.collector.call_component(
             "update()", {"inputs": inputs, "outputs": outputs}, thorough=not self._updated
         ):
-            self._accumulator.update(inputs, outputs)
+            self.accumulator.update(inputs, outputs)
         self._updated = True
 
     def value(self, tokens: TokenCounts, place: str, ranks: Ranks) -> Tensor:
         """Return the statistic over all processes, float32; ``Statistic.unseen`` if no token was counted."""
         action = f"value() at {place}"
         with self.collector.call_component(f"its sums at {place}"):
-            ranks.add(self._accumulator.sums)
+            ranks.add(self.accumulator.sums)
         with self.collector.call_component(action) as component:
-            value: object = self._accumulator.value(max(tokens.of(component.windows), 1))
+            value: object = self.accumulator.value(max(tokens.of(component.windows), 1))
         statistic = component.provides
         problem = tensor_problem(value, _expected_shape(statistic.shape, self._sizes), finite=False)
         if problem is not None:

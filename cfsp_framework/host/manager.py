@@ -1,7 +1,7 @@
-"""Finding plugins, and turning what they offer into typed registries that remember who offered what.
+"""Find and load plugins, and check their hooks.
 
-Order: ``-p no:NAME`` blocks first, then entry points by name, then ``-p module`` and ``-p file.py``. Every hook is
-called once, here; afterwards the host makes plain typed method calls on the classes it was given.
+``-p no:NAME`` blocks first; then entry points load by name, then ``-p module`` and ``-p file.py``. Every hook that offers
+classes is called once, while loading; after that the host calls methods of the components.
 """
 
 from __future__ import annotations
@@ -18,19 +18,14 @@ from types import ModuleType
 import pluggy
 
 from cfsp_framework.api import hookspecs
-from cfsp_framework.api.components import (
-    API_VERSION,
-)
+from cfsp_framework.api.components import API_VERSION
 from cfsp_framework.errors import ConfigError, PluginError, did_you_mean
-from cfsp_framework.host.registry import (
-    Origin,
-    Plugins,
-)
+from cfsp_framework.host.registry import Origin, Plugins
 from cfsp_framework.host.sandbox import sandboxed
 
 
 def load_plugins(specs: Sequence[str] = ()) -> Plugins:
-    """Load the installed plugins and those asked for with ``-p``: a module, a ``file.py``, or ``no:NAME``.
+    """Load the installed plugins and those given with ``-p``: a module, a ``file.py``, or ``no:NAME``.
 
     Raises:
         PluginError: a plugin cannot be imported, offers something unusable, or offers nothing.
@@ -48,7 +43,7 @@ def load_plugins(specs: Sequence[str] = ()) -> Plugins:
             _register(manager, origins, _origin(point), point.load, f"Disable it with -p no:{point.name}.")
     for spec in dict.fromkeys(specs):
         if not spec.startswith("no:"):
-            _register(manager, origins, Origin(spec), partial(_import, spec), f"It was asked for with -p {spec}.")
+            _register(manager, origins, Origin(spec), partial(_import, spec), f"It was given with -p {spec}.")
     _check_hooks(manager, origins)
     return Plugins(manager, origins)
 
@@ -62,19 +57,19 @@ def _register(
         plugin = load()
         if (loaded := manager.get_name(plugin)) is not None:
             raise PluginError(f"{origin} is loaded already, as {origins[loaded]}. {remedy}")
-        check_api(plugin, origin, remedy)
+        _check_api(plugin, origin, remedy)
         manager.register(plugin, name=origin.plugin)
     origins[origin.plugin] = origin
 
 
-def check_api(plugin: object, origin: Origin, remedy: str) -> None:
-    """Refuse a plugin that says it is written for a version of the plugin API that this host does not have.
+def _check_api(plugin: object, origin: Origin, remedy: str) -> None:
+    """Refuse a plugin that declares a version of the plugin API that this host does not have.
 
     Raises:
-        PluginError: it is newer than ``API_VERSION``, or no whole number.
+        PluginError: it is newer than ``API_VERSION``, or not a positive whole number.
     """
     declared: object = getattr(plugin, "cfsp_api", None)
-    if declared is None:  # nothing said: taken for the first version
+    if declared is None:  # taken for the first version
         return
     if not isinstance(declared, int) or isinstance(declared, bool) or declared < 1:
         raise PluginError(
@@ -97,19 +92,19 @@ def _import(spec: str) -> ModuleType:
         return importlib.import_module(spec)
     path = Path(spec)
     if not path.is_file():
-        raise ConfigError(f"-p {spec}: there is no such file.")
+        raise ConfigError(f"-p {spec}: the file does not exist.")
     stem = path.resolve().parent.name if path.stem == "__init__" else path.stem
-    found = importlib.util.spec_from_file_location(f"_cfsp_plugin_{stem}", path)
-    if found is None or found.loader is None:
+    module_spec = importlib.util.spec_from_file_location(f"_cfsp_plugin_{stem}", path)
+    if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"-p {spec}: this is not a Python file.")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # pydantic and pickle look a class's module up here
-    found.loader.exec_module(module)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # pydantic and pickle look up the module of a class here
+    module_spec.loader.exec_module(module)
     return module
 
 
 def _check_hooks(manager: pluggy.PluginManager, origins: Mapping[str, Origin]) -> None:
-    """pluggy accepts a misspelt hook, and a plugin without any, in silence; here both are errors, and so are wrappers."""
+    """Refuse hook wrappers, and unknown or missing hooks, which pluggy accepts silently."""
     known = [name for name in vars(hookspecs) if name.startswith("cfsp_")]
     for name, plugin in manager.list_name_plugin():
         callers = manager.get_hookcallers(plugin) or []
@@ -118,7 +113,7 @@ def _check_hooks(manager: pluggy.PluginManager, origins: Mapping[str, Origin]) -
                 raise PluginError(
                     f"{origins[name]} implements an unknown hook, {caller.name}().{did_you_mean(caller.name, known)}"
                 )
-            if any(found.plugin is plugin and (found.wrapper or found.hookwrapper) for found in caller.get_hookimpls()):
+            if any(hook.plugin is plugin and (hook.wrapper or hook.hookwrapper) for hook in caller.get_hookimpls()):
                 raise PluginError(
                     f"{origins[name]} wraps {caller.name}(), which cannot be wrapped; use a plain @hookimpl."
                 )

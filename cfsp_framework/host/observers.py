@@ -1,4 +1,4 @@
-"""Tells observers what happens. A run of hours does not end because a log could not be written."""
+"""Call observers with the events of a run; an observer that fails does not end the run."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from cfsp_framework.host.sandbox import warn_on_error
 
 
 def start_observing(observers: Sequence[ConfiguredComponent[Observer]]) -> Callable[[Event], None]:
-    """Start them, and return what tells all of them an event.
+    """Start the observers, and return the function that calls all of them with an event.
 
-    An observer that cannot start fails the run, before it has cost anything. One that fails later is warned about once
-    and goes on being told.
+    An observer that cannot start fails the run before it begins. An observer that fails later causes one warning, and
+    still receives later events.
 
     Raises:
         PluginError, ConfigError: an observer cannot start.
     """
-    listeners = [(chosen, _started(chosen)) for chosen in observers]
+    listeners = [(observer, _start(observer)) for observer in observers]
 
-    def tell(event: Event) -> None:
-        for chosen, listener in listeners:
-            with warn_on_error(chosen.usage), chosen.call_component(type(event).__name__):
+    def notify(event: Event) -> None:
+        for observer, listener in listeners:
+            with warn_on_error(observer.usage), observer.call_component(type(event).__name__):
                 listener(event)
 
-    return tell
+    return notify
 
 
-def _started(chosen: ConfiguredComponent[Observer]) -> Callable[[Event], None]:
-    with chosen.call_component("start()") as component:
+def _start(observer: ConfiguredComponent[Observer]) -> Callable[[Event], None]:
+    with observer.call_component("start()") as component:
         listener: object = component.start()
     if not callable(listener):
         raise PluginError(
-            f"{chosen}: start() returned a {type(listener).__name__}, which cannot be called with an event."
+            f"{observer}: start() returned a {type(listener).__name__}, which cannot be called; return a function that "
+            "takes an event."
         )
     return listener

@@ -1,9 +1,9 @@
-"""Typed registries of what plugins offer."""
+"""Typed registries of the components that plugins offer, and configured components."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,16 +31,13 @@ if TYPE_CHECKING:
 
     from cfsp_framework.api.records import RunResult
 
-
 C = TypeVar("C", bound=Component)
-
-
 C_co = TypeVar("C_co", bound=Component, covariant=True)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Which plugin a component comes from: the name ``-p no:`` takes, its distribution and version."""
+    """The plugin of a component: the name that ``-p no:`` takes, its distribution and version."""
 
     plugin: str
     distribution: str | None = None
@@ -54,7 +51,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class ConfiguredComponent(Generic[C_co]):
-    """A configured component and its origin, so that what goes wrong in it can be named."""
+    """A component with validated options, the plugin it comes from, and a record of its usage."""
 
     component: C_co
     origin: Origin
@@ -67,15 +64,18 @@ class ConfiguredComponent(Generic[C_co]):
     def call_component(
         self, action: str, read_only_inputs: Mapping[str, Tensor | None] | None = None, *, thorough: bool = True
     ) -> Generator[C_co]:
-        """Run the component's code, contained: see ``containment``. It may read the tensors it is ``read_only_inputs``."""
+        """Provide the component for a call in the sandbox, see ``sandboxed``."""
         with sandboxed(self, action, usage=self.usage, read_only_inputs=read_only_inputs, thorough=thorough):
             yield self.component
 
     def required(self) -> frozenset[Statistic]:
-        """What the component's ``required()`` says, checked."""
+        """Return the statistics that the component requires.
+
+        Raises:
+            PluginError: ``required()`` fails or returns something else.
+        """
         with self.call_component("required()") as component:
-            found: object = component.required()
-            required = frozenset(cast("Iterable[object]", found))
+            required = frozenset(cast("Iterable[object]", component.required()))
         for statistic in required:
             if not isinstance(statistic, Statistic):
                 raise PluginError(f"{self}: required() returned {statistic!r}, which is not a Statistic.")
@@ -83,14 +83,14 @@ class ConfiguredComponent(Generic[C_co]):
 
 
 class Registry(Mapping[str, type[C]]):
-    """A read-only mapping from a component's name to its class and origin."""
+    """A read-only mapping from the names of one kind of component to their classes."""
 
     def __init__(self, kind: str, offers: Mapping[str, tuple[type[C], Origin]]) -> None:
         self.kind = kind
         self._offers = dict(sorted(offers.items()))
 
     def __getitem__(self, name: str) -> type[C]:
-        return self._offer(name)[0]
+        return self._get(name)[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._offers)
@@ -98,27 +98,31 @@ class Registry(Mapping[str, type[C]]):
     def __len__(self) -> int:
         return len(self._offers)
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own expects a KeyError of __getitem__
+    def __contains__(self, name: object) -> bool:  # that of Mapping expects a KeyError from __getitem__
         return name in self._offers
 
     def origin(self, name: str) -> Origin:
-        """Who offers ``name``."""
-        return self._offer(name)[1]
+        """Return the plugin that offers ``name``."""
+        return self._get(name)[1]
 
     def create(self, name: str, options: Mapping[str, object]) -> ConfiguredComponent[C]:
-        """The component called ``name`` with its options validated."""
-        cls, origin = self._offer(name)
-        with sandboxed(f"{self.kind} {name!r} ({origin})", "its options", failed="failed to take its options"):
+        """Make the component called ``name`` with its options validated.
+
+        Raises:
+            ConfigError: the name or an option is unknown, or an option has a bad value.
+        """
+        cls, origin = self._get(name)
+        label = f"{self.kind} {name!r} ({origin})"
+        with sandboxed(label, "its options", failed="failed to take its options"):
             try:
                 return ConfiguredComponent(cls.model_validate(dict(options)), origin)
             except ValidationError as error:
                 known = ", ".join(cls.model_fields) or "none"
                 raise ConfigError(
-                    f"Bad options for {self.kind} {name!r} ({origin}): {_validation_message(error, cls)}. "
-                    f"Its options: {known}."
+                    f"Bad options for {label}: {_describe_problems(error, cls)}. Its options: {known}."
                 ) from error
 
-    def _offer(self, name: str) -> tuple[type[C], Origin]:
+    def _get(self, name: str) -> tuple[type[C], Origin]:
         try:
             return self._offers[name]
         except KeyError:
@@ -126,22 +130,22 @@ class Registry(Mapping[str, type[C]]):
 
 
 class Plugins:
-    """The typed face of the plugin manager: one registry per kind, one method per remaining hook."""
+    """The loaded plugins: a registry for each kind of component, and a method for each other hook."""
 
     def __init__(self, manager: pluggy.PluginManager, origins: Mapping[str, Origin]) -> None:
         self._manager = manager
         self.origins = dict(origins)
-        self.collectors = self._registry("collector", "cfsp_collectors", Collector)
-        self.allocators = self._registry("allocator", "cfsp_allocators", Allocator)
-        self.criteria = self._registry("criterion", "cfsp_criteria", Criterion)
-        self.compensators = self._registry("compensator", "cfsp_compensators", Compensator)
-        self.recovery_schedulers = self._registry("recovery", "cfsp_recovery_schedulers", RecoveryScheduler)
-        self.observers = self._registry("observer", "cfsp_observers", Observer)
+        self.collectors = self._register("collector", "cfsp_collectors", Collector)
+        self.allocators = self._register("allocator", "cfsp_allocators", Allocator)
+        self.criteria = self._register("criterion", "cfsp_criteria", Criterion)
+        self.compensators = self._register("compensator", "cfsp_compensators", Compensator)
+        self.recovery_schedulers = self._register("recovery", "cfsp_recovery_schedulers", RecoveryScheduler)
+        self.observers = self._register("observer", "cfsp_observers", Observer)
 
     @property
     def registries(self) -> tuple[Registry[Component], ...]:
         """All registries, in the order of a run."""
-        found = (
+        registries = (
             self.collectors,
             self.allocators,
             self.criteria,
@@ -149,39 +153,43 @@ class Plugins:
             self.recovery_schedulers,
             self.observers,
         )
-        return cast("tuple[Registry[Component], ...]", found)
+        return cast("tuple[Registry[Component], ...]", registries)
 
     def hooks(self, plugin: str) -> tuple[str, ...]:
-        """The hooks a plugin implements, by name."""
+        """Return the names of the hooks that a plugin implements."""
         callers = self._manager.get_hookcallers(self._manager.get_plugin(plugin)) or []
         return tuple(sorted(caller.name for caller in callers))
 
     def architecture(self, config: PreTrainedConfig) -> Architecture | None:
-        """The first plugin's answer to where this family keeps its feed-forwards; None where nobody knows it."""
+        """Return where a model family keeps its feed-forwards, from the first plugin that knows it; else None."""
         for implementation in reversed(self._manager.hook.cfsp_architecture.get_hookimpls()):
-            answer = self._call(implementation, "cfsp_architecture", config=config)
-            if isinstance(answer, Architecture):
-                return answer
-            if answer is not None:
+            architecture = self._call(implementation, "cfsp_architecture", config=config)
+            if isinstance(architecture, Architecture):
+                return architecture
+            if architecture is not None:
                 raise PluginError(
-                    f"{self.origins[implementation.plugin_name]}: cfsp_architecture() returned {answer!r}, "
+                    f"{self.origins[implementation.plugin_name]}: cfsp_architecture() returned {architecture!r}, "
                     "not an Architecture or None."
                 )
         return None
 
     def run_finished(self, result: RunResult) -> None:
-        """Tell every plugin that wants to know. The result is in place by then: one that fails is a warning."""
+        """Call every ``cfsp_run_finished``. The result is in place by then, so that a failure is a warning."""
         for implementation in self._manager.hook.cfsp_run_finished.get_hookimpls():
             with warn_on_error():
                 self._call(implementation, "cfsp_run_finished", result=result)
 
     def collectors_for(self, required: Iterable[Statistic]) -> tuple[ConfiguredComponent[Collector], ...]:
-        """Exactly one collector for every required statistic, in a stable order."""
-        chosen: list[ConfiguredComponent[Collector]] = []
+        """Return exactly one collector for every required statistic, in a stable order.
+
+        Raises:
+            PluginError: a statistic has no collector, or several.
+        """
+        configured: list[ConfiguredComponent[Collector]] = []
         for statistic in sorted(set(required)):
             names = [name for name, cls in self.collectors.items() if cls.provides == statistic]
             if not names:
-                known = sorted(cls.provides.name for cls in self.collectors.values())
+                known = [cls.provides.name for cls in self.collectors.values()]
                 raise PluginError(
                     f"No collector provides the statistic {statistic.name!r}.{did_you_mean(statistic.name, known)}"
                 )
@@ -189,95 +197,91 @@ class Plugins:
                 claims = " and ".join(f"{name!r} ({self.collectors.origin(name)})" for name in names)
                 raise PluginError(
                     f"Two collectors provide the statistic {statistic.name!r}: {claims}. "
-                    f"{_leave_one_out(*map(self.collectors.origin, names))}"
+                    f"{_suggest_remedy(*map(self.collectors.origin, names))}"
                 )
-            chosen.append(self.collectors.create(names[0], {}))
-        return tuple(chosen)
+            configured.append(self.collectors.create(names[0], {}))
+        return tuple(configured)
 
-    def _registry(self, kind: str, hook: str, base: type[C]) -> Registry[C]:
-        """Ask every plugin what it offers for one hook; names are unique."""
+    def _register(self, kind: str, hook: str, base: type[C]) -> Registry[C]:
+        """Call one hook of every plugin, and register the classes that they offer under unique names."""
         offers: dict[str, tuple[type[C], Origin]] = {}
-        implementations: Sequence[pluggy.HookImpl] = getattr(self._manager.hook, hook).get_hookimpls()
-        for implementation in sorted(implementations, key=lambda found: found.plugin_name):
+        implementations: Iterable[pluggy.HookImpl] = getattr(self._manager.hook, hook).get_hookimpls()
+        for implementation in sorted(implementations, key=lambda implementation: implementation.plugin_name):
             origin = self.origins[implementation.plugin_name]
-            for offered in self._offered(implementation, hook):
-                cls = _checked(offered, base, hook, origin)
+            offered = self._call(implementation, hook)
+            if not isinstance(offered, Iterable):
+                raise PluginError(f"{origin}: {hook}() returned {offered!r}; it must return a list of classes.")
+            with sandboxed(origin, f"{hook}()"):  # a hook that is a generator runs here
+                classes = list(cast("Iterable[object]", offered))
+            for cls in (_check_class(value, base, hook, origin) for value in classes):
                 if cls.name in offers:
-                    other, where = offers[cls.name]
-                    if where == origin:
+                    other, first = offers[cls.name]
+                    if first == origin:
                         raise PluginError(
                             f"{origin}: {hook}() offered two classes called {cls.name!r}, {other.__name__} and {cls.__name__}."
                         )
                     raise PluginError(
-                        f"{kind.capitalize()} {cls.name!r} is offered by both {where} and {origin}. "
-                        f"{_leave_one_out(where, origin)}"
+                        f"{kind.capitalize()} {cls.name!r} is offered by both {first} and {origin}. "
+                        f"{_suggest_remedy(first, origin)}"
                     )
                 offers[cls.name] = cls, origin
         return Registry(kind, offers)
 
-    def _offered(self, implementation: pluggy.HookImpl, hook: str) -> list[object]:
-        answer = self._call(implementation, hook)
-        origin = self.origins[implementation.plugin_name]
-        if not isinstance(answer, Iterable):
-            raise PluginError(f"{origin}: {hook}() returned {answer!r}; it must return a list of classes.")
-        with sandboxed(origin, f"{hook}()"):  # a hook written as a generator runs here
-            return list(cast("Iterable[object]", answer))
-
     def _call(self, implementation: pluggy.HookImpl, hook: str, **arguments: object) -> object:
-        wanted = {name: arguments[name] for name in (*implementation.argnames, *implementation.kwargnames)}
+        """Call a plugin's implementation of a hook with those arguments that it names."""
+        named = {name: arguments[name] for name in (*implementation.argnames, *implementation.kwargnames)}
         with sandboxed(self.origins[implementation.plugin_name], f"{hook}()"):
-            return implementation.function(**wanted)
+            return implementation.function(**named)
 
 
-def _checked(offered: object, base: type[C], hook: str, origin: Origin) -> type[C]:
-    """``offered`` as a class that can be selected by name."""
+def _check_class(offered: object, base: type[C], hook: str, origin: Origin) -> type[C]:
+    """Return ``offered`` if it is a finished component class, else raise a PluginError."""
     if not (isinstance(offered, type) and issubclass(offered, base)):
         raise PluginError(f"{origin}: {hook}() offered {offered!r}, which is not a subclass of {base.__name__}.")
-    where = f"{origin}: {hook}() offered {offered.__name__}, which"
+    subject = f"{origin}: {hook}() offered {offered.__name__}, which"
     attributes: dict[str, type] = {"name": str, "requires": AbstractSet}
     if issubclass(offered, Collector):
         attributes |= {"provides": Statistic, "site": Site}
     for attribute, expected in attributes.items():
         if attribute in offered.model_fields:
             raise PluginError(
-                f"{where} declares `{attribute}` as an option; leave out its annotation or make it a ClassVar."
+                f"{subject} declares `{attribute}` as an option; leave out its annotation or make it a ClassVar."
             )
         if not hasattr(offered, attribute):
-            raise PluginError(f"{where} does not set `{attribute}`.")
+            raise PluginError(f"{subject} does not set `{attribute}`.")
         value: object = getattr(offered, attribute)
         if not isinstance(value, expected):
-            raise PluginError(f"{where} sets `{attribute}` to {value!r}, not to a {expected.__name__}.")
+            raise PluginError(f"{subject} sets `{attribute}` to {value!r}, not to a {expected.__name__}.")
     for statistic in cast("AbstractSet[object]", offered.requires):
         if not isinstance(statistic, Statistic):
-            raise PluginError(f"{where} requires {statistic!r}, which is not a Statistic.")
+            raise PluginError(f"{subject} requires {statistic!r}, which is not a Statistic.")
     abstract = ", ".join(sorted(offered.__abstractmethods__))
     if getattr(offered, "start", None) is Collector.start and not hasattr(offered, "accumulator"):
         abstract = "start"
     if abstract:
-        raise PluginError(f"{where} does not define {abstract}().")
+        raise PluginError(f"{subject} does not define {abstract}().")
     return offered
 
 
-def _leave_one_out(*origins: Origin) -> str:
-    """What to type so that one of several plugins remains: rather a third party's than a whole set of built-in ones."""
+def _suggest_remedy(*origins: Origin) -> str:
+    """Return the ``-p no:NAME`` that resolves a conflict, of a third party rather than of a set of built-in plugins."""
     installed = [origin for origin in origins if origin.distribution is not None]
     others = [origin for origin in installed if origin.distribution != "cfsp-framework"]
     flags = " or ".join(sorted({f"-p no:{origin.plugin}" for origin in others or installed}))
     if others:
-        return f"Leave one out: {flags}."
-    return (
-        f"Give yours another name, or leave the built-in one out: {flags}." if installed else "Load one of them only."
-    )
+        return f"Disable one of them: {flags}."
+    return f"Rename yours, or disable the built-in one: {flags}." if installed else "Load one of them only."
 
 
-def _validation_message(error: ValidationError, cls: type[Component]) -> str:
+def _describe_problems(error: ValidationError, cls: type[Component]) -> str:
     return "; ".join(
-        _problem(".".join(map(str, e["loc"])) or "options", e["type"], e["msg"], cls) for e in error.errors()
+        _describe_unknown(".".join(map(str, problem["loc"])), cls)
+        if problem["type"] == "extra_forbidden"
+        else f"{'.'.join(map(str, problem['loc'])) or 'options'}: {problem['msg']}"
+        for problem in error.errors()
     )
 
 
-def _problem(option: str, what: str, message: str, cls: type[Component]) -> str:
-    if what != "extra_forbidden":
-        return f"{option}: {message}"
+def _describe_unknown(option: str, cls: type[Component]) -> str:
     close = difflib.get_close_matches(option, cls.model_fields, n=1)
-    return f"there is no option {option!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
+    return f"unknown option {option!r}" + (f" (did you mean {close[0]!r}?)" if close else "")

@@ -1,8 +1,8 @@
-"""The one place where code of plugins runs: what they do wrong is named, and touches nothing beyond them.
+"""The context in which all code of plugins runs: errors name the plugin, and its side effects stay inside.
 
-What a plugin raises becomes a PluginError that names it. What it prints goes to stderr, so that ``--json`` stays whole.
-Settings of torch that it changes are put back, with a warning. Tensors that it was lent and wrote to are an error, since
-everything computed from them afterwards would be wrong. How long it took is added up.
+An exception of a plugin becomes a PluginError that names it. Its output goes to stderr, so that ``--json`` stays valid.
+Global settings of torch that it changes are restored with a warning. Writing to tensors that it may only read is an
+error, because everything computed from them afterwards would be wrong. The time it takes is summed.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from cfsp_framework.errors import CfspError, PluginError, PluginWarning, is_out_of_memory
+from cfsp_framework.errors import CfspError, PluginError, PluginWarning, is_out_of_memory, one_line
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_DRAWN = "torch's global random numbers"
+_RANDOM_STATE = "torch's global random numbers"
 
 
 @dataclass
 class PluginUsage:
-    """How a component behaved so far."""
+    """Time that a component took, and the warnings about it."""
 
     seconds: float = 0.0
-    """In its own code; what a GPU was asked to do counts where it was waited for."""
+    """Time in its own code; work on a GPU counts where the code waits for it."""
     warned: set[str] = field(default_factory=set[str])
-    """What was complained about already."""
+    """Subjects of warnings that were given, each once."""
 
 
 @contextmanager
@@ -47,16 +47,16 @@ def sandboxed(
     failed: str | None = None,
     remedy: str = "",
 ) -> Generator[None]:
-    """Run a plugin's code as ``who`` doing ``action``; ``read_only_inputs`` are tensors it may read but not write to.
+    """Run code of the plugin or component ``who`` that does ``action``; it may not write to ``read_only_inputs``.
 
-    Unless ``thorough``, random numbers are not looked after, which is what takes longest: for calls in the inmost loop.
+    Without ``thorough``, for calls in the inmost loop, the random state, which is slow to read, is not checked.
 
     Raises:
-        PluginError: the code raised something, or wrote to what it was lent.
+        PluginError: the code raised an exception, or wrote to a read-only input.
     """
     usage = usage or PluginUsage()
-    settings = _settings_now(thorough)
-    versions = {name: _version(tensor) for name, tensor in (read_only_inputs or {}).items()}
+    settings = _read_settings(thorough)
+    versions = {name: _count_writes(tensor) for name, tensor in (read_only_inputs or {}).items()}
     start = time.perf_counter()
     try:
         with redirect_stdout(sys.stderr):
@@ -69,44 +69,42 @@ def sandboxed(
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
-        raise PluginError(f"{who} {failed or f'failed in {action}'}: {cause(error)}{remedy}") from error
+        raise PluginError(
+            f"{who} {failed or f'failed in {action}'}: {one_line(error).rstrip(': .')}.{remedy}"
+        ) from error
     finally:
         usage.seconds += time.perf_counter() - start
-        changed = _put_back(settings)
+        changed = _restore(settings)
     for name, tensor in (read_only_inputs or {}).items():
-        if _version(tensor) != versions[name]:
+        if _count_writes(tensor) != versions[name]:
             raise PluginError(f"{who} wrote to `{name}` in {action}, which it may only read; work on a clone().")
     for name in changed:
         if name not in usage.warned:
             usage.warned.add(name)
-            advice = " Draw from feed_forward.generator(), or from a generator of your own." if name == _DRAWN else ""
-            warnings.warn(PluginWarning(f"{who} changed {name} in {action}; put back.{advice}"), stacklevel=3)
+            advice = " Draw from feed_forward.generator(), or from a torch.Generator of yours." * (
+                name == _RANDOM_STATE
+            )
+            warnings.warn(PluginWarning(f"{who} changed {name} in {action}; it was restored.{advice}"), stacklevel=3)
 
 
 @contextmanager
 def warn_on_error(usage: PluginUsage | None = None) -> Generator[None]:
-    """Run what nothing depends on: whatever it raises becomes a warning, one for each ``usage``, and the run goes on."""
+    """Run code that the result does not depend on: its exceptions become one warning per ``usage``, and the run goes on."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001  (a plugin's)
+    except Exception as error:  # noqa: BLE001  (of a plugin)
         warned = usage.warned if usage else set[str]()
         if "failed" not in warned:
             warned.add("failed")
             warnings.warn(PluginWarning(f"{error} The run goes on."), stacklevel=3)
 
 
-def cause(error: BaseException) -> str:
-    """An exception in one line, also where it is one of the longer ones of pluggy, pydantic and torch."""
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message}".rstrip(": .") + "."
-
-
 def tensor_problem(
     value: object, shape: tuple[int | None, ...], dtype: torch.dtype | None = None, *, finite: bool = True
 ) -> str | None:
-    """What keeps a plugin's answer from being a finite tensor of this shape; None where nothing does.
+    """Return why ``value`` is not a finite dense tensor of this shape, or None if it is one.
 
-    A size None may be any. With a ``dtype`` the values have to be finite in it, too.
+    A size None allows any size. With a ``dtype`` the values have to be finite in it, too.
     """
     import torch
 
@@ -119,7 +117,7 @@ def tensor_problem(
         return f"has shape {tuple(value.shape)}, not {str(shape).replace('None', 'any')}"
     if not finite:
         return None
-    bad = value.to(dtype or value.dtype).isfinite().logical_not().nonzero()
+    bad = value.to(dtype or value.dtype).isfinite().logical_not().nonzero()  # (n, dimensions)
     if not len(bad):
         return None
     first: float = value[tuple(bad[0].tolist())].item()
@@ -128,8 +126,8 @@ def tensor_problem(
     return f"has values that are not finite{within}: {first}{place}, {len(bad)} of {value.numel()}"
 
 
-def _version(tensor: Tensor | None) -> int:
-    """How often a tensor, or anything it is a view of, was written to."""
+def _count_writes(tensor: Tensor | None) -> int:
+    """Return PyTorch's count of in-place writes to a tensor and its views."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
@@ -138,34 +136,39 @@ Setting = tuple[str, Callable[[], Any], Callable[[Any], Any]]
 
 @cache
 def _settings() -> tuple[Setting, ...]:
-    """Settings of torch that hold for the whole process: name, how to read it, how to set it."""
+    """Return name, getter and setter of the settings of torch that hold for the whole process."""
     import torch
 
     return (
         ("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
+        (
+            "the default device",
+            torch.get_default_device,
+            lambda device: torch.set_default_device(None if device.type == "cpu" else device),
+        ),
         ("the number of threads", torch.get_num_threads, torch.set_num_threads),
         ("whether gradients are recorded", torch.is_grad_enabled, torch.set_grad_enabled),
         ("the deterministic mode", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         ("the precision of products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         (
-            _DRAWN,
+            _RANDOM_STATE,
             lambda: torch.get_rng_state().numpy().tobytes(),
             lambda state: torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8)),
         ),
     )
 
 
-def _settings_now(thorough: bool) -> list[tuple[Setting, Any]]:
-    """Nothing where torch is not there yet: `cfsp plugins list` may do without it."""
+def _read_settings(thorough: bool) -> list[tuple[Setting, Any]]:
+    """Read all settings, or none before torch is imported, which `cfsp plugins list` does without."""
     settings = _settings() if "torch" in sys.modules else ()
     return [(setting, setting[1]()) for setting in (settings if thorough else settings[:-1])]
 
 
-def _put_back(settings: list[tuple[Setting, Any]]) -> list[str]:
-    """Set what differs to what it was, and name it."""
+def _restore(settings: list[tuple[Setting, Any]]) -> list[str]:
+    """Restore settings that changed, and return their names."""
     changed: list[str] = []
-    for (name, read, write), before in settings:
-        if read() != before:
-            write(before)
+    for (name, read, write), value in settings:
+        if read() != value:
+            write(value)
             changed.append(name)
     return changed

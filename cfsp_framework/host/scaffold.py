@@ -1,4 +1,4 @@
-"""A plugin package to start from: every file of it, rendered from the templates in ``templates/plugin``."""
+"""Write a new plugin package from the templates in ``templates/plugin``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import keyword
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,122 +20,100 @@ if TYPE_CHECKING:
 
 Kind = Literal["criterion", "allocator", "collector", "compensator", "recovery"]
 
-_PREFIX = "cfsp-"
 _NAME = re.compile(r"[A-Z0-9]|[A-Z0-9][A-Z0-9._-]*[A-Z0-9]", re.IGNORECASE)
-"""Names of distributions, as the packaging specifications allow them (PEP 508)."""
-_WHAT: dict[Kind, tuple[str, str]] = {
-    "criterion": ("criterion", "Criterion"),
-    "allocator": ("allocator", "Allocator"),
-    "collector": ("collector", "Collector"),
-    "compensator": ("compensator", "Compensator"),
-    "recovery": ("recovery scheduler", "RecoveryScheduler"),
+"""Names of distributions (PEP 508)."""
+_KINDS: dict[Kind, tuple[str, str, str]] = {
+    "criterion": ("criterion", "Criterion", "--criterion {name}"),
+    "allocator": ("allocator", "Allocator", "--allocator {name}"),
+    "collector": ("collector", "Collector", "--criterion {name}"),
+    "compensator": ("compensator", "Compensator", "--compensator {name}"),
+    "recovery": ("recovery scheduler", "RecoveryScheduler", "--recovery {name} --recovery-steps 20"),
 }
-"""Each kind in words, and the end of its classes' names."""
-_USE = "cfsp prune demo pruned --evaluate demo --evaluate-windows 20"
-_FLAG: dict[Kind, str] = {
-    "criterion": "--criterion {name}",
-    "allocator": "--allocator {name}",
-    "collector": "--criterion {name}",
-    "compensator": "--compensator {name}",
-    "recovery": "--recovery {name} --recovery-steps 20",
-}
+"""Each kind in words, the end of its class names, and the options of ``cfsp prune`` that use it."""
 
 
 @dataclass(frozen=True)
 class PluginNames:
-    """What everything in a new package is called."""
+    """Names in a new package, which the templates use."""
 
     kind: Kind
+    what: str
+    """The kind in words."""
     distribution: str
-    """Normalised (PEP 503); also the entry point's name, which ``-p no:`` takes."""
-
-    @property
-    def module(self) -> str:
-        """What is imported."""
-        return self.distribution.replace("-", "_")
-
-    @property
-    def source(self) -> str:
-        """The module's file inside the package's folder."""
-        return f"src/{self.module}/__init__.py"
-
-    @property
-    def component(self) -> str:
-        """What is chosen on the command line: the package's name without ``cfsp-``."""
-        return self.distribution.removeprefix(_PREFIX)
-
-    @property
-    def statistic(self) -> str:
-        """What a collector provides."""
-        return self.component.replace("-", "_")
-
-    @property
-    def constant(self) -> str:
-        """The statistic in Python."""
-        return self.statistic.upper()
-
-    @property
-    def what(self) -> str:
-        """The kind in words."""
-        return _WHAT[self.kind][0]
-
-    @property
-    def class_name(self) -> str:
-        """Of the component."""
-        return self._camel(_WHAT[self.kind][1])
-
-    @property
-    def criterion(self) -> str:
-        """The class of the criterion that reads a new statistic."""
-        return self._camel("Criterion")
-
-    @property
-    def accumulator(self) -> str:
-        """The class that adds up a new statistic."""
-        return self._camel("Sums")
-
-    @property
-    def use(self) -> str:
-        """A command that runs the component."""
-        return f"{_USE} {_FLAG[self.kind].format(name=self.component)}"
-
-    def _camel(self, end: str) -> str:
-        """The component's name as a class's; one that ends so already is not lengthened."""
-        name = "".join(part.capitalize() for part in self.component.split("-"))
-        return name if name.endswith(end) and name != end else name + end
+    """Name of the distribution, normalised (PEP 503), and of the entry point, which ``-p no:`` takes."""
+    module: str
+    source: str
+    """Path of the module's file inside the package's folder."""
+    component: str
+    """Name of the component on the command line: that of the package without ``cfsp-``."""
+    class_name: str
+    """Name of the component's class."""
+    statistic: str
+    """Name of the statistic that a collector provides."""
+    constant: str
+    """Name of the statistic's constant in Python."""
+    criterion: str
+    """Name of the class of the criterion that reads a new statistic."""
+    accumulator: str
+    """Name of the class that accumulates a new statistic."""
+    use: str
+    """Command that runs the component."""
 
 
 def plugin_names(name: str, kind: Kind) -> PluginNames:
-    """The names that follow from a package's.
+    """Derive all names in a package from that of its distribution.
 
     Raises:
-        ConfigError: no package, module or class can be called so.
+        ConfigError: the name cannot be that of a package, module or class.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} is no name for a package: letters, digits, and '-', '_' or '.' between them (as in cfsp-peak)."
+            f"{name!r} cannot be the name of a package: use letters, digits, and '-', '_' or '.' between them, as in "
+            "cfsp-peak."
         )
-    names = PluginNames(kind, re.sub(r"[-_.]+", "-", name).lower())
-    if keyword.iskeyword(names.module) or not names.component[:1].isalpha():
+    distribution = re.sub(r"[-_.]+", "-", name).lower()
+    module, component = distribution.replace("-", "_"), distribution.removeprefix("cfsp-")
+    if keyword.iskeyword(module) or not component[:1].isalpha():
         raise ConfigError(
-            f"{name!r} gives no name for a Python module and class; begin it with a letter, "
-            "or with cfsp- and a letter, and use no keyword."
+            f"{name!r} cannot be the name of a Python module and class; begin it with a letter, or with cfsp- and a "
+            "letter, and use no keyword."
         )
-    return names
+    what, ending, options = _KINDS[kind]
+    statistic = component.replace("-", "_")
+    return PluginNames(
+        kind=kind,
+        what=what,
+        distribution=distribution,
+        module=module,
+        source=f"src/{module}/__init__.py",
+        component=component,
+        class_name=_camel_case(component, ending),
+        statistic=statistic,
+        constant=statistic.upper(),
+        criterion=_camel_case(component, "Criterion"),
+        accumulator=_camel_case(component, "Sums"),
+        use=f"cfsp prune demo pruned --evaluate demo --evaluate-windows 20 {options.format(name=component)}",
+    )
+
+
+def _camel_case(component: str, ending: str) -> str:
+    """Return a component's name as that of a class, with ``ending`` unless it ends so already."""
+    name = "".join(part.capitalize() for part in component.split("-"))
+    return name if name.endswith(ending) and name != ending else name + ending
 
 
 def check_free(names: PluginNames, plugins: Plugins) -> None:
-    """Refuse names that something installed has.
+    """Refuse names that are in use.
 
     Raises:
-        ConfigError: a distribution, plugin, module, component or statistic is called so.
+        ConfigError: a distribution, plugin, module, component or statistic has the name.
     """
-    for taken in _taken(names, plugins):
-        raise ConfigError(f"{names.distribution!r} cannot be used: {taken}. Choose another name.")
+    for conflict in _find_conflicts(names, plugins):
+        raise ConfigError(f"{names.distribution!r} cannot be used: {conflict}. Choose another name.")
 
 
 def render(names: PluginNames) -> dict[str, str]:
-    """The package's files: their texts by their paths inside its folder."""
+    """Render the package's files: their texts by their paths inside its folder."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -153,31 +131,30 @@ def render(names: PluginNames) -> dict[str, str]:
         "tests/conftest.py": "conftest.py",
         f"tests/test_{names.module}.py": f"test_{names.kind}.py",
     }
-    known = {name: getattr(names, name) for name in dir(names) if not name.startswith("_")}
-    known["version"] = version("cfsp-framework")
-    files = {path: environment.get_template(f"{name}.j2").render(known) for path, name in templates.items()}
+    variables = {**asdict(names), "version": metadata.version("cfsp-framework")}
+    files = {path: environment.get_template(f"{name}.j2").render(variables) for path, name in templates.items()}
     return {**files, f"src/{names.module}/py.typed": ""}
 
 
 def write_plugin(names: PluginNames, folder: Path) -> list[str]:
-    """Write the package into ``folder``, whole or not at all; its files' paths inside it.
+    """Write the package into ``folder`` atomically, and return the paths of its files inside it.
 
     Raises:
-        OutputError: something is there already, or the place is not writable.
+        OutputError: the folder exists, or cannot be written.
     """
     if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} exists; give another name, or another folder with --out.")
     check_parent(folder)
     files = render(names)
-    with staged_folder(folder) as aside:
+    with staged_folder(folder) as staging:
         for path, text in files.items():
-            (aside / path).parent.mkdir(parents=True, exist_ok=True)
-            (aside / path).write_text(text, encoding="utf-8")
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            (staging / path).write_text(text, encoding="utf-8")
     return sorted(files)
 
 
 def next_commands(names: PluginNames, folder: Path) -> list[str]:
-    """What to type after a package was written."""
+    """Return the commands to install, show and run the new plugin."""
     target = folder if folder.is_absolute() else f"./{folder}"
     return [
         f"pip install -e {shlex.quote(f'{target}[test]')}",
@@ -186,8 +163,8 @@ def next_commands(names: PluginNames, folder: Path) -> list[str]:
     ]
 
 
-def described(names: PluginNames, folder: Path, files: list[str]) -> dict[str, object]:
-    """The same for programs."""
+def describe_package(names: PluginNames, folder: Path, files: list[str]) -> dict[str, object]:
+    """Return names, files and next commands for JSON output."""
     return {
         "folder": str(folder),
         "distribution": names.distribution,
@@ -200,14 +177,13 @@ def described(names: PluginNames, folder: Path, files: list[str]) -> dict[str, o
     }
 
 
-def _taken(names: PluginNames, plugins: Plugins) -> Iterator[str]:
-    """Everything installed that stands in the way, in one clause each."""
+def _find_conflicts(names: PluginNames, plugins: Plugins) -> Iterator[str]:
+    """Find what is installed under one of the names, in one clause each."""
     try:
-        found = distribution(names.distribution)
-    except PackageNotFoundError:
+        installed = metadata.distribution(names.distribution)
+        yield f"a distribution of that name is installed, {installed.name} {installed.version}"
+    except metadata.PackageNotFoundError:
         pass
-    else:
-        yield f"a distribution of that name is installed, {found.name} {found.version}"
     if names.distribution in plugins.origins:
         yield f"a plugin of that name is installed, {plugins.origins[names.distribution]}"
     if importlib.util.find_spec(names.module) is not None:
@@ -215,8 +191,9 @@ def _taken(names: PluginNames, plugins: Plugins) -> Iterator[str]:
     kinds = (names.kind, "criterion") if names.kind == "collector" else (names.kind,)
     for registry in plugins.registries:
         if registry.kind in kinds and names.component in registry:
-            article = "an" if registry.kind == "allocator" else "a"
-            yield f"there is {article} {registry.kind} {names.component!r} already, of {registry.origin(names.component)}"
+            yield f"the {registry.kind} {names.component!r} exists already, of {registry.origin(names.component)}"
     for name, collector in plugins.collectors.items():
         if names.kind == "collector" and collector.provides.name == names.statistic:
-            yield f"the statistic {names.statistic!r} is measured already, by {name!r} of {plugins.collectors.origin(name)}"
+            yield (
+                f"the statistic {names.statistic!r} is measured already, by {name!r} of {plugins.collectors.origin(name)}"
+            )

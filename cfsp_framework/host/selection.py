@@ -1,10 +1,11 @@
-"""From names and options to configured components and the collectors they need, before any model is touched."""
+"""Choose and configure the components of a run and the collectors they need, before a model is opened."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cfsp_framework.api.components import (
     Allocator,
@@ -15,11 +16,14 @@ from cfsp_framework.api.components import (
     Observer,
     RecoveryScheduler,
 )
-from cfsp_framework.api.data import Statistic, Stream
-from cfsp_framework.config import RunConfig
+from cfsp_framework.api.data import BlockSummary, RecoveryPlan, Statistic, Stream, TrainableBlock
+from cfsp_framework.config import Choice, RunConfig
 from cfsp_framework.errors import PluginError
-from cfsp_framework.host.registry import ConfiguredComponent, Plugins
+from cfsp_framework.host.registry import C, ConfiguredComponent, Plugins, Registry
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
+
+if TYPE_CHECKING:
+    from cfsp_framework.api.records import PruningPlan
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Selection:
     recovery: ConfiguredComponent[RecoveryScheduler]
     collectors: tuple[ConfiguredComponent[Collector], ...]
     second_pass: tuple[ConfiguredComponent[Collector], ...]
-    """What the compensator needs measured block by block while cutting; empty where the first pass suffices."""
+    """Collectors of the compensator that run block by block while cutting; empty if the first pass suffices."""
     observers: tuple[ConfiguredComponent[Observer], ...] = ()
 
     @property
@@ -41,7 +45,7 @@ class Selection:
         return bool(self.collectors or self.second_pass)
 
     def describe(self) -> dict[str, str]:
-        """Each kind's component with every option it runs with, defaults included."""
+        """Return each kind's component with all its options, defaults included."""
         return {
             chosen.component.kind: describe(chosen.component)
             for chosen in (self.criterion, self.allocator, self.compensator, self.recovery)
@@ -54,40 +58,52 @@ class Selection:
         return (*self.collectors, *self.second_pass, *single)
 
     def seconds(self) -> dict[str, float]:
-        """How long the code of each component ran, the longest first; ``collector down-input-mean``, say."""
+        """Return the time that the code of each component took, by kind and name, the longest first."""
         spent: dict[str, float] = {}
         for chosen in (*self.chosen, *self.observers):
             name = f"{chosen.component.kind} {chosen.component.name}"
             spent[name] = spent.get(name, 0.0) + chosen.usage.seconds
-        return dict(sorted(spent.items(), key=lambda one: -one[1]))
+        return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
     def distributions(self) -> dict[str, str]:
-        """The distributions the components come from, with their versions."""
+        """Return the distributions of the components with their versions."""
         return {
             c.origin.distribution: c.origin.version or "?" for c in self.chosen if c.origin.distribution is not None
         }
 
 
 def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Selection:
-    """Choose and configure what ``config`` names; with a plan at hand only the compensator's statistics are needed."""
-    criterion = plugins.criteria.create(config.components.criterion.name, config.components.criterion.options)
-    allocator = plugins.allocators.create(config.components.allocator.name, config.components.allocator.options)
-    compensator = plugins.compensators.create(config.components.compensator.name, config.components.compensator.options)
-    recovery = plugins.recovery_schedulers.create(config.components.recovery.name, config.components.recovery.options)
-    wanted = compensator.required()
-    twice = any(statistic.heavy for statistic in wanted)
-    required: set[Statistic] = set() if twice else set(wanted)
+    """Choose and configure the components that ``config`` names.
+
+    A run with a plan (``planned``) measures the compensator's statistics only.
+    """
+
+    def create(registry: Registry[C], choice: Choice) -> ConfiguredComponent[C]:
+        return registry.create(choice.name, choice.options)
+
+    components = config.components
+    criterion = create(plugins.criteria, components.criterion)
+    allocator = create(plugins.allocators, components.allocator)
+    compensator = create(plugins.compensators, components.compensator)
+    recovery = create(plugins.recovery_schedulers, components.recovery)
+    compensator_statistics = compensator.required()
+    twice = any(statistic.heavy for statistic in compensator_statistics)
+    required: set[Statistic] = set() if twice else set(compensator_statistics)
     if not planned:
         required |= criterion.required() | allocator.required() | recovery.required()
         required |= {DOWN_INPUT_GRAM} if curve_of(allocator) else set()
-    second_pass = plugins.collectors_for(wanted) if twice else ()
-    observers = tuple(plugins.observers.create(choice.name, choice.options) for choice in config.run.observers)
+    second_pass = plugins.collectors_for(compensator_statistics) if twice else ()
+    observers = tuple(create(plugins.observers, choice) for choice in config.run.observers)
     first_pass = plugins.collectors_for(required)
     return Selection(criterion, allocator, compensator, recovery, first_pass, second_pass, observers)
 
 
 def curve_of(allocator: ConfiguredComponent[Allocator]) -> Literal["plain", "compensated"] | None:
-    """The removal-error curve the allocator asks for, checked."""
+    """Return the kind of removal-error curve that the allocator asks for.
+
+    Raises:
+        PluginError: ``curve()`` returns something else.
+    """
     with allocator.call_component("curve()") as component:
         curve = component.curve()
     if curve not in (None, "plain", "compensated"):
@@ -96,7 +112,11 @@ def curve_of(allocator: ConfiguredComponent[Allocator]) -> Literal["plain", "com
 
 
 def stream_of(compensator: ConfiguredComponent[Compensator]) -> Stream:
-    """The stream the compensator's statistics come from, checked."""
+    """Return the stream that the compensator's statistics come from.
+
+    Raises:
+        PluginError: ``stream()`` returns something else.
+    """
     with compensator.call_component("stream()") as component:
         stream: object = component.stream()
     if not isinstance(stream, Stream):
@@ -105,7 +125,11 @@ def stream_of(compensator: ConfiguredComponent[Compensator]) -> Stream:
 
 
 def target_mix_of(compensator: ConfiguredComponent[Compensator]) -> float:
-    """How far the compensator's target leans to the dense block's output, checked."""
+    """Return how far the compensator's target leans to the dense block's output.
+
+    Raises:
+        PluginError: ``target_mix()`` returns something else than a finite number.
+    """
     with compensator.call_component("target_mix()") as component:
         mix: object = component.target_mix()
     if not isinstance(mix, int | float) or not math.isfinite(mix):
@@ -113,11 +137,39 @@ def target_mix_of(compensator: ConfiguredComponent[Compensator]) -> float:
     return float(mix)
 
 
+def schedule_recovery(
+    scheduler: ConfiguredComponent[RecoveryScheduler],
+    summaries: Sequence[BlockSummary],
+    plan: PruningPlan,
+    blocks: Sequence[TrainableBlock],
+) -> RecoveryPlan | None:
+    """Return the scheduler's recovery plan for the pruned model; None if nothing is to be trained.
+
+    Raises:
+        PluginError: it is not a recovery plan, or names blocks or targets that the model does not have.
+    """
+    with scheduler.call_component("schedule()") as component:
+        recovery: object = component.schedule(summaries, plan, blocks)
+    if recovery is None:
+        return None
+    if not isinstance(recovery, RecoveryPlan):
+        raise PluginError(f"{scheduler}: schedule() returned a {type(recovery).__name__}, not a RecoveryPlan or None.")
+    numbers = [block.block for block in recovery.blocks]
+    if len({*numbers}) < len(numbers) or not {*numbers} <= {block.block for block in blocks}:
+        raise PluginError(
+            f"{scheduler}: its recovery plan names blocks {numbers}; name each of 0 to {len(blocks) - 1} at most once."
+        )
+    if not any(block.rank for block in recovery.blocks):
+        raise PluginError(f"{scheduler}: its recovery plan trains no block; return None if nothing is to be trained.")
+    known = {path for block in blocks for path in (*block.feed_forward, *block.attention)}
+    if unknown := [path for path in recovery.targets if path not in known]:
+        raise PluginError(
+            f"{scheduler}: its recovery plan targets {unknown[0]!r}, which no block has. Available: "
+            f"{', '.join(sorted(known))}."
+        )
+    return recovery
+
+
 def describe(component: Component) -> str:
-    """``NAME:option=value,...`` with every option, as the command line takes it."""
-    options = ",".join(f"{name}={_scalar(value)}" for name, value in component.model_dump(mode="json").items())
-    return f"{component.name}:{options}" if options else component.name
-
-
-def _scalar(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """Return ``NAME:option=value,...`` with every option, as the command line takes it."""
+    return str(Choice(name=component.name, options=component.model_dump(mode="json")))

@@ -165,6 +165,8 @@ def _check_update(
     for name, shape in shapes.items():
         value: object = getattr(update, name)
         problem = None if value is None else tensor_problem(value, shape, feed_forward.down.dtype)
+        if value is not None and name.startswith("gate") and feed_forward.gate is None:
+            problem = "is for a gate, which this feed-forward does not have; leave it None"
         if problem:
             raise PluginError(f"{compensator}: `{name}` at block {feed_forward.block} {problem}.")
     for name, error in {"error_plain": update.error_plain, "error": update.error}.items():

@@ -1,4 +1,4 @@
-"""What plugin authors test with: tiny models, samples, and a contract for each kind of component.
+"""Tools for authors of plugins to test them: tiny models, samples, and a contract for each kind of component.
 
 Set ``pytest_plugins = ["cfsp_framework.testing"]`` in ``conftest.py`` for the fixtures. Subclass a contract and set
 ``component``, or ``components``, for the tests:
@@ -6,8 +6,9 @@ Set ``pytest_plugins = ["cfsp_framework.testing"]`` in ``conftest.py`` for the f
     class TestPeak(CriterionContract):
         components = (Peak(), Peak(exponent=2))
 
-``cfsp plugins check`` runs the same contracts without a test. Neither pytest nor hypothesis is needed for that; where
-hypothesis is installed (``pip install 'cfsp-framework[test]'``) contracts also try cases that it draws. (PYTEST_DONT_REWRITE: its assertions say themselves what is wrong.)
+``cfsp plugins check`` runs the same contracts without a test, and needs neither pytest nor hypothesis. Where hypothesis is
+installed (``pip install 'cfsp-framework[test]'``), contracts also try cases that it draws. (PYTEST_DONT_REWRITE: the
+messages of the assertions are complete.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from cfsp_framework.testing.recovery import RecoverySchedulerContract
 from cfsp_framework.testing.samples import Case, Sample, make_sample, only
 
 pytest_plugins = ("cfsp_framework.testing.fixtures",)
-"""pytest reads this where the package is used as a plugin."""
+"""Modules that pytest loads where this package is one of its plugins."""
 
 CONTRACTS: dict[str, type[ComponentContract]] = {
     contract.kind: contract
@@ -37,7 +38,7 @@ CONTRACTS: dict[str, type[ComponentContract]] = {
         ObserverContract,
     )
 }
-"""By the kind of component they are for."""
+"""The contract of each kind of component."""
 
 __all__ = [
     "CONTRACTS",

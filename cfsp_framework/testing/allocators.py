@@ -1,8 +1,7 @@
-"""What every allocator promises."""
+"""The contract of allocators."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,34 +11,26 @@ import torch
 
 from cfsp_framework.api.components import Allocator
 from cfsp_framework.api.data import BlockSummary, Budget, Statistic
-from cfsp_framework.pruning.planning import round_widths, total_to_keep
-from cfsp_framework.testing.contract import (
-    ComponentContract,
-    ContractError,
-    NotApplicable,
-    call_component,
-    explore,
-    unwritten,
-    usage,
-)
-from cfsp_framework.testing.guards import WatchedScalars, unchanged_process
+from cfsp_framework.host.registry import ConfiguredComponent
+from cfsp_framework.host.selection import curve_of
+from cfsp_framework.pruning.planning import allocate, importance_of, round_widths, total_to_keep
+from cfsp_framework.testing.contract import ComponentContract, checked_by_host, configure, explore, run_twice
+from cfsp_framework.testing.errors import ContractError, NotApplicable
+from cfsp_framework.testing.guards import RecordedScalars, check_reads, read_only
 
 RATIOS = (0.0, 0.1, 0.25, 0.5, 0.8)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a list of summaries is made of."""
+    """Settings of a list of block summaries."""
 
     widths: tuple[int, ...] = (64, 64, 64, 64)
     alike: bool = False
-    """Whether all blocks measured the same."""
+    """Whether all blocks have equal measurements."""
     silent: bool = False
     """Whether all scores are zero."""
     seed: int = 0
-
-    def __str__(self) -> str:
-        return f"{len(self.widths)} blocks of {self.widths} channels" + " that are all alike" * self.alike
 
 
 CASES = (
@@ -53,64 +44,76 @@ CASES = (
 
 
 class AllocatorContract(ComponentContract):
-    """``component = TheAllocator()``; ``tolerance`` is how far the mean share may be from ``1 - ratio``."""
+    """Set ``component = TheAllocator()``; ``tolerance`` bounds the difference of the mean share from ``1 - ratio``."""
 
     component: ClassVar[Allocator | None] = None
     kind: ClassVar[str] = "allocator"
     tolerance: ClassVar[float] = 0.02
 
-    def shares(self, component: Allocator, summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
-        """The allocator's shares, checked as far as the host checks them."""
-        on = f"{len(summaries)} blocks, {budget}"
-        with call_component("allocate()", on):
-            found: Any = component.allocate(summaries, budget)
-            shares = [float(share) for share in found]
-        if len(shares) != len(summaries):
-            raise ContractError(f"allocate() returned {len(shares)} shares for {on}; return one for each, in order.")
-        for number, share in enumerate(shares):
-            if not (math.isfinite(share) and 0 < share <= 1 + 1e-9):
-                raise ContractError(
-                    f"allocate() returned the share {share} for block {number} of {on}; a share is what the block keeps, "
-                    "in (0, 1]. Shrink the spread around the mean until all are inside."
-                )
-        return shares
+    def shares(
+        self,
+        component: Allocator | ConfiguredComponent[Allocator],
+        summaries: Sequence[BlockSummary],
+        budget: Budget,
+        given: object = None,
+    ) -> list[float]:
+        """Return the share of channels that each block keeps, checked by the host."""
+        with checked_by_host(f"{given or f'{len(summaries)} blocks'}, {budget}"):
+            return allocate(configure(component), summaries, budget)
 
     def summaries(self, component: Allocator, case: Blocks) -> list[BlockSummary]:
-        """Summaries with what the allocator requires, and the curve it asks for."""
-        return summaries(component, case)
+        """Make summaries with the statistics that the allocator requires, and the curve that it asks for."""
+        draw = torch.Generator().manual_seed(case.seed)
+        with checked_by_host():
+            required, curve = sorted(configure(component).required()), curve_of(configure(component))
+        summaries: list[BlockSummary] = []
+        for block, width in enumerate(case.widths):
+            if case.alike:
+                draw.manual_seed(case.seed)
+            scores = torch.randn(width, generator=draw).exp() * (not case.silent)  # (F,)
+            steps = torch.rand(width, generator=draw).double().sort().values  # (F,)
+            steps *= 0.5 + torch.rand((), generator=draw).item()
+            summaries.append(
+                BlockSummary(
+                    block=block,
+                    path="mlp",
+                    width=width,
+                    tokens=1024,
+                    statistics={statistic: 0.05 + torch.rand((), generator=draw).item() / 2 for statistic in required},
+                    scores=scores.float(),
+                    curve=torch.cat([steps.new_zeros(1), steps.cumsum(0)]) if curve else None,  # (F + 1,)
+                )
+            )
+        return summaries
 
     def test_one_share_in_range_per_block(self, component: Allocator) -> None:
-        """One for each block, in (0, 1]: for one block, for many, alike, of different widths, at any ratio."""
+        """One share in (0, 1] for each block: one block, many, alike, of different widths, at any ratio."""
 
         def check(case: Blocks, ratio: float, round_to: int = 1) -> None:
-            self.shares(component, self.summaries(component, case), Budget(ratio, round_to))
+            self.shares(component, self.summaries(component, case), Budget(ratio, round_to), case)
 
         for case in CASES:
             for ratio in RATIOS:
                 check(case, ratio)
         check(Blocks(), 0.5, 8)
-        try:
-            import hypothesis  # noqa: F401
-        except ImportError:
-            return
 
-        def drawn(st: Any) -> Any:
+        def draw_blocks(st: Any) -> Any:
             widths = st.lists(st.sampled_from([16, 64, 96]), min_size=1, max_size=8).map(tuple)
             return st.tuples(st.builds(Blocks, widths=widths, seed=st.integers(0, 1000)), st.floats(0, 0.9))
 
-        explore(lambda both: check(*both), drawn)
+        explore(lambda drawn: check(*drawn), draw_blocks)
 
     def test_the_budget_is_met(self, component: Allocator) -> None:
-        """Blocks of one width keep ``1 - ratio`` on average, near enough for the host to restore the exact total."""
+        """Blocks of equal width keep ``1 - ratio`` on average, so that the host has little to change for the exact total."""
         for case in (Blocks(), Blocks(seed=1), Blocks(seed=2, widths=(64,) * 12), Blocks(alike=True)):
             for ratio in (0.1, 0.3, 0.5, 0.7):
                 shares = self.shares(component, self.summaries(component, case), Budget(ratio))
                 mean = sum(shares) / len(shares)
                 if abs(mean - (1 - ratio)) > self.tolerance:
                     raise ContractError(
-                        f"allocate() keeps {mean:.3f} on average at a ratio of {ratio}; shares are what is kept, and their "
-                        f"mean is to be {1 - ratio:.3f}. The host moves blocks one by one to the exact total, which would "
-                        "undo the allocation. Scale the shares to that mean."
+                        f"allocate() keeps {mean:.3f} on average at a ratio of {ratio}; a share is the part that is "
+                        f"kept, and the mean should be {1 - ratio:.3f}. The host moves blocks one by one to the exact "
+                        "total, which would undo the allocation. Scale the shares to that mean."
                     )
                 budget, widths = Budget(ratio), [64] * len(shares)
                 assert sum(round_widths(shares, widths, budget)) == total_to_keep(widths, budget)
@@ -121,101 +124,64 @@ class AllocatorContract(ComponentContract):
             shares = self.shares(component, self.summaries(component, case), Budget(0.0))
             if min(shares) < 1 - 1e-6:
                 raise ContractError(
-                    f"allocate() keeps {min(shares):.4g} of a block at a ratio of 0; nothing is to be removed there."
+                    f"allocate() keeps {min(shares):.4g} of a block at a ratio of 0, which removes nothing."
                 )
 
     def test_a_higher_ratio_keeps_less(self, component: Allocator) -> None:
         """The total that is kept falls as the ratio rises."""
         for case in CASES:
-            found = self.summaries(component, case)
+            summaries = self.summaries(component, case)
             kept = [
-                sum(s * w for s, w in zip(self.shares(component, found, Budget(ratio)), case.widths, strict=True))
+                sum(s * w for s, w in zip(self.shares(component, summaries, Budget(ratio)), case.widths, strict=True))
                 for ratio in RATIOS
             ]
-            if any(after > before + 1e-6 for before, after in pairwise(kept)):
+            if any(higher > lower + 1e-6 for lower, higher in pairwise(kept)):
                 raise ContractError(
                     f"allocate() keeps {', '.join(f'{k:.1f}' for k in kept)} channels at the ratios "
                     f"{', '.join(map(str, RATIOS))}; budget.ratio is the share removed, not the share kept."
                 )
 
     def test_summaries_are_left_alone(self, component: Allocator) -> None:
-        """The same summaries serve every ratio of an ablation."""
-        found = self.summaries(component, Blocks())
-        tensors = {f"[{i}].scores": one.scores for i, one in enumerate(found)}
-        tensors |= {f"[{i}].curve": one.curve for i, one in enumerate(found) if one.curve is not None}
-        with unwritten("allocate()", tensors, "summaries"):
-            self.shares(component, found, Budget(0.5))
-            with call_component("importance()", "summaries"):
-                component.importance(found)
+        """Every ratio of an ablation reads the same summaries."""
+        summaries = self.summaries(component, Blocks())
+        tensors = {f"summaries[{i}].scores": summary.scores for i, summary in enumerate(summaries)}
+        tensors |= {f"summaries[{i}].curve": s.curve for i, s in enumerate(summaries) if s.curve is not None}
+        with read_only("allocate() or importance()", tensors), checked_by_host():
+            allocate(configure(component), summaries, Budget(0.5))
+            importance_of(configure(component), summaries)
 
     def test_reads_what_it_requires_and_nothing_else(self, component: Allocator) -> None:
-        """Every statistic costs a part of the pass over the data, and a curve needs the Gram matrix."""
-        reads = set[Statistic]()
+        """Measuring a statistic takes time in the pass over the data, and a curve needs the Gram matrix."""
+        reads, required = set[Statistic](), frozenset(component.required())
         for case in CASES:
-            found = [
-                replace(one, statistics=WatchedScalars(one.statistics, reads))
-                for one in self.summaries(component, case)
+            summaries = [
+                replace(summary, statistics=RecordedScalars(summary.statistics, reads))
+                for summary in self.summaries(component, case)
             ]
             for ratio in RATIOS:
-                with call_component("allocate()", case):
-                    try:
-                        component.allocate(found, Budget(ratio))
-                        component.importance(found)
-                    except KeyError:
-                        usage(frozenset(component.required()), reads, "allocate()")
-                        raise
-        usage(frozenset(component.required()), reads, "allocate() or importance()")
+                try:
+                    with checked_by_host(case):
+                        allocate(configure(component), summaries, Budget(ratio))
+                        importance_of(configure(component), summaries)
+                except ContractError:
+                    if not reads <= required:
+                        break  # a KeyError, which the next line explains
+                    raise
+        check_reads(required, reads, "allocate() or importance()")
 
     def test_shares_are_the_same_every_time(self, component: Allocator) -> None:
-        """Whatever ran before, and it changes nothing for what runs after it."""
-        found = self.summaries(component, Blocks())
-        with unchanged_process("allocate()"):
-            first = self.shares(component, found, Budget(0.5))
-        with torch.random.fork_rng():
-            torch.manual_seed(12345)
-            with unchanged_process("allocate()"):
-                second = self.shares(component, found, Budget(0.5))
+        """Shares depend on nothing that ran before, and change no global setting."""
+        summaries = self.summaries(component, Blocks())
+        first, second = run_twice(component, lambda c: self.shares(c, summaries, Budget(0.5)))
         if first != second:
-            raise ContractError("allocate() gave two answers for the same summaries; keep no state on the component.")
+            raise ContractError(
+                "allocate() returned different shares for the same summaries; keep no state on the component."
+            )
 
     def test_importance_is_one_finite_number_per_block(self, component: Allocator) -> None:
-        """Reports show it, and recovery may go by it; None where there is none."""
+        """Reports show it, and recovery may depend on it; None if the allocator has none."""
         for case in CASES:
-            found = self.summaries(component, case)
-            with call_component("importance()", case):
-                importance: Any = component.importance(found)
-            if importance is None:
+            with checked_by_host(case):
+                importance = importance_of(configure(component), self.summaries(component, case))
+            if None in importance:
                 raise NotApplicable("it has no importance")
-            if len(importance) != len(found) or not all(math.isfinite(float(value)) for value in importance):
-                raise ContractError(
-                    f"importance() returned {importance} for {case}; return one finite number for each, or None."
-                )
-
-
-def summaries(component: Allocator, case: Blocks) -> list[BlockSummary]:
-    """Blocks as the host summarises them: scores, required scalars, and the curve if it is asked for."""
-    draw = torch.Generator().manual_seed(case.seed)
-    with call_component("required()", "nothing"):
-        required = sorted(component.required())
-    with call_component("curve()", "nothing"):
-        curve: object = component.curve()
-    if curve not in (None, "plain", "compensated"):
-        raise ContractError(f"curve() returned {curve!r}; return 'plain', 'compensated' or None.")
-    found: list[BlockSummary] = []
-    for block, width in enumerate(case.widths):
-        if case.alike:
-            draw.manual_seed(case.seed)
-        scores = torch.randn(width, generator=draw).exp() * (not case.silent)  # (F,)
-        steps = torch.rand(width, generator=draw).double().sort().values * (0.5 + torch.rand((), generator=draw).item())
-        found.append(
-            BlockSummary(
-                block=block,
-                path="mlp",
-                width=width,
-                tokens=1024,
-                statistics={one: 0.05 + torch.rand((), generator=draw).item() / 2 for one in required},
-                scores=scores.float(),
-                curve=torch.cat([steps.new_zeros(1), steps.cumsum(0)]) if curve else None,
-            )
-        )
-    return found

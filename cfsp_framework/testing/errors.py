@@ -1,4 +1,4 @@
-"""What a contract says when it is broken."""
+"""Outcomes of a contract's check other than success."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from unittest import SkipTest
 
 
 class ContractError(AssertionError):
-    """A component does not do what its kind promises; the message says what to change."""
+    """A component breaks a rule of its kind; the message says what to change."""
 
 
 class NotApplicable(SkipTest):
-    """A check says nothing about this component; pytest counts it as skipped."""
+    """A check does not apply to this component; pytest counts it as skipped."""

@@ -1,7 +1,7 @@
-"""A device that is not the CPU, for machines that have none: tensors remember where they are said to be.
+"""A device beside the CPU for machines without a GPU: tensors record the device they are said to be on.
 
-Arithmetic is done on the CPU all the same, so that values can be read and branched on. What a GPU would refuse is refused:
-two tensors on different devices in one operation, unless one is a CPU scalar, or an index.
+All arithmetic runs on the CPU, so that values can be read. As on a GPU, an operation refuses tensors on different devices
+unless one of them is a scalar on the CPU or an index.
 """
 
 from __future__ import annotations
@@ -14,96 +14,86 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-DEVICE = torch.device("cuda", 0)
-"""What tensors elsewhere give as their device."""
-_MARK = "_cfsp_elsewhere"
+FAKE_DEVICE = torch.device("cuda", 0)
+"""The device that tensors on the fake device report."""
+_MARK = "_cfsp_on_fake_device"
 _GETTERS: dict[Any, Callable[[bool], object]] = {
-    Tensor.device.__get__: lambda away: DEVICE if away else torch.device("cpu"),
-    Tensor.is_cuda.__get__: lambda away: away,  # type: ignore[attr-defined]
-    Tensor.is_cpu.__get__: lambda away: not away,  # type: ignore[attr-defined]
-    Tensor.get_device: lambda away: 0 if away else -1,
+    Tensor.device.__get__: lambda fake: FAKE_DEVICE if fake else torch.device("cpu"),
+    Tensor.is_cuda.__get__: lambda fake: fake,  # type: ignore[attr-defined]
+    Tensor.is_cpu.__get__: lambda fake: not fake,  # type: ignore[attr-defined]
+    Tensor.get_device: lambda fake: 0 if fake else -1,
 }
 _MAY_MIX = (Tensor.__getitem__, Tensor.__setitem__, Tensor.copy_, Tensor.set_)
 
 
 class DeviceMismatchError(RuntimeError):
-    """A GPU would have refused this."""
+    """An operation that a GPU refuses."""
 
 
-class Elsewhere(TorchFunctionMode):
-    """While open, tensors moved to ``DEVICE`` behave as if they were there."""
+class FakeDevice(TorchFunctionMode):
+    """While open, tensors moved to ``cuda`` behave as if they were there."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in _GETTERS:
-            return _GETTERS[func](is_away(args[0]))
+            return _GETTERS[func](is_fake(args[0]))
         if func in (Tensor.cpu, Tensor.cuda):
-            return _placed(args[0].detach(), func is Tensor.cuda)
+            return _place(args[0].detach(), func is Tensor.cuda)
         if func is Tensor.to:
             return self._to(*args, **kwargs)
-        if func is Tensor.numpy and is_away(args[0]):
-            raise DeviceMismatchError("numpy() on a tensor that is not on the CPU")
+        if func is Tensor.numpy and is_fake(args[0]):
+            raise DeviceMismatchError("numpy() of a tensor on a device other than the CPU")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        away = any(map(is_away, tensors))
+        fake = any(map(is_fake, tensors))
         if kwargs.get("device") is not None:
-            away = torch.device(kwargs["device"]).type != "cpu"
+            fake = torch.device(kwargs["device"]).type != "cpu"
             kwargs["device"] = "cpu"
-        elif away:
-            _check(func, args, tensors)
-        generator = kwargs.get("generator")
-        if away and isinstance(generator, torch.Generator):
-            raise DeviceMismatchError(f"{_name(func)}() elsewhere with a generator of the CPU")
+        elif fake:
+            _check_devices(func, args, tensors)
+        if fake and isinstance(kwargs.get("generator"), torch.Generator):
+            raise DeviceMismatchError(f"{_name(func)}() on another device with a generator of the CPU")
         result = func(*args, **kwargs)
-        if any(result is tensor for tensor in tensors):  # done in place
+        if any(result is tensor for tensor in tensors):  # in place
             return result
-        return tree_map_only(Tensor, lambda tensor: _mark(tensor, away), result)
+        return tree_map_only(Tensor, lambda tensor: _mark(tensor, fake), result)
 
     def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        away, rest = is_away(tensor), list[Any]()
-        for value in (*args, kwargs.pop("device", None)):
+        fake, others = is_fake(tensor), list[Any]()
+        for value in (*args, kwargs.pop("device", None), kwargs.pop("other", None)):
             if isinstance(value, str | torch.device):
-                away = torch.device(value).type != "cpu"
+                fake = torch.device(value).type != "cpu"
             elif isinstance(value, Tensor):
-                away = is_away(value)
-                rest.append(value.dtype)
+                fake = is_fake(value)
+                others.append(value.dtype)
             elif value is not None:
-                rest.append(value)
-        if "other" in kwargs:
-            other = kwargs.pop("other")
-            away, kwargs["dtype"] = is_away(other), other.dtype
-        result = Tensor.to(tensor, *rest, **kwargs) if rest or kwargs else tensor
-        return _placed(result, away)
+                others.append(value)
+        return _place(Tensor.to(tensor, *others, **kwargs) if others or kwargs else tensor, fake)
 
 
-def is_away(tensor: Tensor) -> bool:
-    """Whether a tensor is said to be elsewhere."""
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor is said to be on the fake device."""
     return bool(getattr(tensor, _MARK, False))
 
 
-def sent(tensor: Tensor) -> Tensor:
-    """A copy that is said to be elsewhere."""
-    return _mark(tensor.detach().clone(), True)
+def _place(tensor: Tensor, fake: bool) -> Tensor:
+    """Return the tensor if it is on that device, else a view of it that is."""
+    return tensor if is_fake(tensor) == fake else _mark(tensor.view_as(tensor), fake)
 
 
-def _placed(tensor: Tensor, away: bool) -> Tensor:
-    """The same tensor where it is there already, else another one of the same values."""
-    return tensor if is_away(tensor) == away else _mark(tensor.view_as(tensor), away)
-
-
-def _mark(tensor: Tensor, away: bool) -> Tensor:
-    setattr(tensor, _MARK, away)
+def _mark(tensor: Tensor, fake: bool) -> Tensor:
+    setattr(tensor, _MARK, fake)
     return tensor
 
 
-def _check(func: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> None:
-    if func in _MAY_MIX and is_away(args[0]):
+def _check_devices(func: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+    if func in _MAY_MIX and is_fake(args[0]):
         return
-    here = [tensor for tensor in tensors if not is_away(tensor) and tensor.ndim]
-    if here:
+    on_cpu = [tensor for tensor in tensors if not is_fake(tensor) and tensor.ndim]
+    if on_cpu:
         raise DeviceMismatchError(
-            f"{_name(func)}() of a tensor that is where the inputs are and one on the CPU, of shape {tuple(here[0].shape)}"
+            f"{_name(func)}() of tensors on different devices, one of them of shape {tuple(on_cpu[0].shape)} on the CPU"
         )
 
 

@@ -1,8 +1,12 @@
-"""The kit's fixtures; ``pytest_plugins = ["cfsp_framework.testing"]`` in a ``conftest.py`` brings them. PYTEST_DONT_REWRITE"""
+"""Fixtures for plugin authors: ``pytest_plugins = ["cfsp_framework.testing"]`` in ``conftest.py``.
+
+PYTEST_DONT_REWRITE.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def host() -> Callable[..., Plugins]:
-    """``host("file.py", "some_module", "an-entry-point")``: the built-in plugins, those named, and nothing installed."""
+    """``host("file.py", "some_module", "an-entry-point")``: the built-in plugins and those named, no other installed ones."""
     return samples.only
 
 
@@ -42,13 +46,11 @@ def tiny_decoder() -> Callable[..., Decoder]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny_checkpoint("llama")``: its folder with a tokenizer, as MODEL for a run; made once, never change it."""
-    made: dict[str, Path] = {}
+    """``tiny_checkpoint("llama")``: its folder with a tokenizer, a MODEL for a run; shared by all tests, do not change it."""
 
+    @cache
     def make(name: str = "llama") -> Path:
-        if name not in made:
-            made[name] = models.write_checkpoint(name, tmp_path_factory.mktemp("tiny") / name)
-        return made[name]
+        return models.write_checkpoint(name, tmp_path_factory.mktemp("tiny") / name)
 
     return make
 

