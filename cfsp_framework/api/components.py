@@ -147,6 +147,8 @@ class RecoveryScheduler(Component):
     """What is trained after the cut, where, and with how much capacity."""
 
     kind: ClassVar[str] = "recovery"
+    trains_all_weights: ClassVar[bool] = False
+    """Whether its plans train all weights, so that no adapter can be kept."""
 
     @abstractmethod
     def schedule(
