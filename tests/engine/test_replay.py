@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -22,11 +21,9 @@ from cfsp_framework.engine.measure import measure_block
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import ForwardOptions, embed, run_block
 from cfsp_framework.errors import PluginError
-from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward
-from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import (
@@ -38,19 +35,14 @@ from cfsp_framework.statistics import (
     FEED_FORWARD_INPUTS,
     FEED_FORWARD_TARGETS,
 )
+from helpers.types import MakeModel, OpenTiny
 
-Open = Callable[..., tuple[LoadedModel, Decoder]]
 WINDOWS = torch.randint(3, 300, (5, 24), generator=torch.Generator().manual_seed(1))  # longer than the sliding windows
 LIGHT = frozenset({DOWN_INPUT_SQUARES, DOWN_INPUT_MEAN, ANGULAR_DISTANCE})
 
 
 @pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return load_plugins()
-
-
-@pytest.fixture(scope="module")
-def llama(make_model: Callable[..., Path], open_tiny: Open) -> Decoder:
+def llama(make_model: MakeModel, open_tiny: OpenTiny) -> Decoder:
     """A model that no test changes."""
     return open_tiny(make_model("llama"))[1]
 
@@ -105,7 +97,7 @@ def counting(modules: dict[str, nn.Module]) -> Generator[Counter[str]]:
 
 @torch.no_grad()
 def test_block_by_block_equals_the_models_own_forward_bit_for_bit(
-    family: str, make_model: Callable[..., Path], open_tiny: Open
+    family: str, make_model: MakeModel, open_tiny: OpenTiny
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     expected: list[list[Tensor]] = [[] for _ in decoder.blocks]  # block -> its output for every batch
@@ -133,7 +125,7 @@ def test_block_by_block_equals_the_models_own_forward_bit_for_bit(
     assert all(torch.equal(batch.hidden, own) for batch, own in zip(batches, final_norm, strict=True))
 
 
-def test_masks_of_every_block_are_kept_where_they_differ(make_model: Callable[..., Path], open_tiny: Open) -> None:
+def test_masks_of_every_block_are_kept_where_they_differ(make_model: MakeModel, open_tiny: OpenTiny) -> None:
     _, decoder = open_tiny(make_model("gemma3_text"))
     (batch,) = embed(decoder, WINDOWS[:1])
     sliding, also_sliding, full = (call.keyword["attention_mask"] for call in batch.calls)
@@ -142,7 +134,7 @@ def test_masks_of_every_block_are_kept_where_they_differ(make_model: Callable[..
 
 
 def test_each_block_runs_once_a_batch_and_the_head_never(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, plugins: Plugins
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     parts: dict[str, nn.Module] = {"head": decoder.model.get_submodule("lm_head")}
@@ -224,7 +216,7 @@ def test_an_exception_while_measuring_leaves_no_hook(llama: Decoder, monkeypatch
 
 
 def test_gradients_are_the_losss_and_leave_nothing(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, plugins: Plugins
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     trained = [name for name, parameter in decoder.model.named_parameters() if parameter.requires_grad]
@@ -312,7 +304,7 @@ def test_the_last_batch_may_be_short_and_a_batch_larger_than_all_windows(llama: 
 
 
 def test_statistics_are_those_of_the_dense_model(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, plugins: Plugins
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     before = {name: value.clone() for name, value in decoder.model.state_dict().items()}
@@ -350,7 +342,7 @@ def test_statistics_are_those_of_the_dense_model(
 
 
 def test_statistics_and_scores_of_a_bfloat16_model_are_float32(
-    make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+    make_model: MakeModel, open_tiny: OpenTiny, plugins: Plugins
 ) -> None:
     loaded, decoder = open_tiny(make_model("qwen2", dtype="bfloat16"))
     assert loaded.model.dtype == torch.bfloat16
@@ -369,7 +361,7 @@ def test_heavy_statistics_do_not_outlive_their_block(llama: Decoder, plugins: Pl
 
 
 def test_magnitude_and_uniform_read_no_data_and_run_nothing(
-    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a module ran")

@@ -31,12 +31,10 @@ from cfsp_framework import (
 from cfsp_framework.config import layered
 from cfsp_framework.engine.replay import Batch, ForwardOptions, run_block
 from cfsp_framework.errors import PluginError
-from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
 from cfsp_framework.host.selection import select
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward, Projection
-from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only
 from cfsp_framework.pruning.compensation import SecondPassCompensation, compensate
 from cfsp_framework.pruning.cut import cut_model
@@ -57,19 +55,13 @@ from cfsp_framework.statistics import (
 )
 from cfsp_plugins.least_squares import LeastSquares, LeastSquaresBias, Procrustes, Sequential, guarded
 from cfsp_plugins.local_reconstruction import LocalReconstruction, Weights
+from helpers.types import MakeModel, MakePlan, OpenTiny
 
-Open = Callable[..., tuple[LoadedModel, Decoder]]
-MakePlan = Callable[..., PruningPlan]
 untimed = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
 WINDOWS = torch.randint(3, 300, (20, 24), generator=torch.Generator().manual_seed(6))
 IS_HELD_OUT = torch.arange(1, 21) % HELD_OUT_EVERY == 0
 CLOSED_FORM: list[Compensator] = [LeastSquares(), LeastSquaresBias(), Procrustes(), Sequential(mix=0.0)]
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return load_plugins()
 
 
 # --- one feed-forward ------------------------------------------------------------------------------------------------
@@ -524,8 +516,8 @@ SOME_BLOCKS = [(40, 24, 56), (64, 40, 24), (40, 64, 24), (64, 64, 24), (24, 40, 
 def test_the_second_pass_measures_each_block_where_it_stands(
     widths: tuple[int, ...],
     mix: float | None,
-    make_model: Callable[..., Path],
-    open_tiny: Open,
+    make_model: MakeModel,
+    open_tiny: OpenTiny,
     make_plan: MakePlan,
     plugins: Plugins,
 ) -> None:
@@ -537,8 +529,8 @@ def test_the_second_pass_measures_each_block_where_it_stands(
 def test_the_second_pass_of_other_families(
     name: str,
     mix: float | None,
-    make_model: Callable[..., Path],
-    open_tiny: Open,
+    make_model: MakeModel,
+    open_tiny: OpenTiny,
     make_plan: MakePlan,
     plugins: Plugins,
 ) -> None:
@@ -549,8 +541,8 @@ def check_second_pass(
     name: str,
     widths: tuple[int, ...],
     mix: float | None,
-    make_model: Callable[..., Path],
-    open_tiny: Open,
+    make_model: MakeModel,
+    open_tiny: OpenTiny,
     make_plan: MakePlan,
     plugins: Plugins,
 ) -> None:
@@ -586,7 +578,7 @@ def check_second_pass(
 
 
 def test_the_dense_model_takes_no_teacher_where_none_is_needed(
-    make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, open_tiny: OpenTiny, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
 
@@ -615,7 +607,7 @@ def test_the_dense_model_takes_no_teacher_where_none_is_needed(
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_sequential_without_a_teacher_is_least_squares_on_the_pruned_stream(
-    name: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan, plugins: Plugins
+    name: str, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan, plugins: Plugins
 ) -> None:
     folder = make_model(name)
     (_, cut), (_, slow) = open_tiny(folder), open_tiny(folder)
@@ -641,7 +633,7 @@ def stream_error(cut: Decoder, dense: Decoder, windows: Tensor | None = None) ->
 
 
 def test_compensation_brings_the_whole_model_nearer_to_the_dense_one(
-    make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan, plugins: Plugins
+    make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan, plugins: Plugins
 ) -> None:
     folder = make_model("llama-bias")
     _, dense = open_tiny(folder)
@@ -661,7 +653,7 @@ def test_compensation_brings_the_whole_model_nearer_to_the_dense_one(
 
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "phi3", "gemma2"])
 def test_least_squares_lowers_the_calibration_error_of_every_block(
-    name: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan, plugins: Plugins
+    name: str, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan, plugins: Plugins
 ) -> None:
     folder = make_model(name)
     (_, cut), (_, dense) = open_tiny(folder), open_tiny(folder)
@@ -684,7 +676,7 @@ def test_least_squares_lowers_the_calibration_error_of_every_block(
 
 
 def test_the_weights_compute_what_the_models_own_feed_forward_does(
-    family: str, make_model: Callable[..., Path], open_tiny: Open
+    family: str, make_model: MakeModel, open_tiny: OpenTiny
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     inputs = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
@@ -733,7 +725,7 @@ class Trial:
         return (weights.output(inputs) - targets).square().mean().item()
 
 
-def trial(name: str, make_model: Callable[..., Path], open_tiny: Open, windows: int = 20, block: int = 1) -> Trial:
+def trial(name: str, make_model: MakeModel, open_tiny: OpenTiny, windows: int = 20, block: int = 1) -> Trial:
     _, decoder = open_tiny(make_model(name))
     seen = heard(decoder, block)
     return Trial(only(decoder, block), seen["feed_forward in"][:windows], seen["feed_forward out"][:windows])
@@ -752,7 +744,7 @@ QUICK = LocalReconstruction(steps=30, batch_tokens=64, check_every=10)
 
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "phi3"])
 def test_reconstruction_lowers_the_held_out_error_below_least_squares(
-    name: str, make_model: Callable[..., Path], open_tiny: Open
+    name: str, make_model: MakeModel, open_tiny: OpenTiny
 ) -> None:
     one = trial(name, make_model, open_tiny)
     update = one.answer(QUICK, HALF)
@@ -774,7 +766,7 @@ def test_reconstruction_lowers_the_held_out_error_below_least_squares(
 
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "phi3"])
 def test_a_reconstructed_block_has_the_planned_width_and_computes_the_trained_weights(
-    name: str, make_model: Callable[..., Path], open_tiny: Open
+    name: str, make_model: MakeModel, open_tiny: OpenTiny
 ) -> None:
     one = trial(name, make_model, open_tiny)
     _, decoder = open_tiny(make_model(name))
@@ -793,9 +785,7 @@ def tensors(update: Update) -> list[Tensor]:
     return [value for part in ("up", "down", "gate") if (value := getattr(update, part)) is not None]
 
 
-def test_reconstruction_is_deterministic_for_a_seed_and_a_block(
-    make_model: Callable[..., Path], open_tiny: Open
-) -> None:
+def test_reconstruction_is_deterministic_for_a_seed_and_a_block(make_model: MakeModel, open_tiny: OpenTiny) -> None:
     one = trial("llama", make_model, open_tiny)
     before = [tensor.clone() for tensor in (one.block.up, one.block.down, one.inputs, one.targets)]
     first = one.answer(QUICK, HALF)
@@ -815,7 +805,7 @@ def test_reconstruction_is_deterministic_for_a_seed_and_a_block(
 @pytest.mark.parametrize("windows", [1, 2, 5, 10, 20])
 @pytest.mark.parametrize("rate", [1e-30, 1e-3, 1.0, 1e30])
 def test_reconstruction_never_raises_the_held_out_error(
-    windows: int, rate: float, make_model: Callable[..., Path], open_tiny: Open
+    windows: int, rate: float, make_model: MakeModel, open_tiny: OpenTiny
 ) -> None:
     one = trial("llama-bias", make_model, open_tiny, windows)
     update = one.answer(LocalReconstruction(steps=4, learning_rate=rate, check_every=1, batch_tokens=16), HALF)
@@ -829,7 +819,7 @@ def test_reconstruction_never_raises_the_held_out_error(
         assert update.error < update.error_plain
 
 
-def test_what_makes_held_out_tokens_worse_is_refused(make_model: Callable[..., Path], open_tiny: Open) -> None:
+def test_what_makes_held_out_tokens_worse_is_refused(make_model: MakeModel, open_tiny: OpenTiny) -> None:
     one = trial("llama", make_model, open_tiny)
     narrow = Weights.of(one.block, HALF)
     targets = one.targets.clone()
@@ -839,14 +829,14 @@ def test_what_makes_held_out_tokens_worse_is_refused(make_model: Callable[..., P
     assert update.error_plain == pytest.approx(0, abs=1e-12)
 
 
-def test_targets_of_zero_are_no_division_by_zero(make_model: Callable[..., Path], open_tiny: Open) -> None:
+def test_targets_of_zero_are_no_division_by_zero(make_model: MakeModel, open_tiny: OpenTiny) -> None:
     one = trial("llama", make_model, open_tiny)
     silent = replace(one, block=replace(one.block, down=one.block.down * 0), targets=one.targets * 0)
     update = silent.answer(QUICK, HALF)
     assert update == Update(error_plain=0.0, error=0.0)
 
 
-def test_half_precision_blocks_are_trained_in_float32(make_model: Callable[..., Path], open_tiny: Open) -> None:
+def test_half_precision_blocks_are_trained_in_float32(make_model: MakeModel, open_tiny: OpenTiny) -> None:
     _, decoder = open_tiny(make_model("phi3", dtype="bfloat16"))
     seen = heard(decoder, 1)
     one = Trial(only(decoder, 1), seen["feed_forward in"].float(), seen["feed_forward out"].float())
@@ -886,9 +876,9 @@ def test_the_presets_run_and_what_they_write_opens_again(
     preset: str,
     options: dict[str, object],
     name: str,
-    make_model: Callable[..., Path],
+    make_model: MakeModel,
     calibration_text: Path,
-    open_tiny: Open,
+    open_tiny: OpenTiny,
     tmp_path: Path,
 ) -> None:
     result = run(preset, tmp_path / "out", make_model(name), calibration_text, None, **options)
@@ -906,9 +896,7 @@ def test_the_presets_run_and_what_they_write_opens_again(
     assert written["components"]["criterion"].startswith("obs:")
 
 
-def test_a_run_by_its_plan_is_the_same_run(
-    make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path
-) -> None:
+def test_a_run_by_its_plan_is_the_same_run(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> None:
     model = make_model("llama")
     first = run("cfsp-closed-form", tmp_path / "first", model, calibration_text)
     run("cfsp-closed-form", tmp_path / "second", model, calibration_text, first.plan)
@@ -920,7 +908,7 @@ def test_a_run_by_its_plan_is_the_same_run(
 @pytest.mark.parametrize("compensator", ["least-squares", "least-squares-bias", "procrustes", "sequential", FEW_STEPS])
 def test_the_report_says_where_compensation_was_refused(
     compensator: str,
-    make_model: Callable[..., Path],
+    make_model: MakeModel,
     calibration_text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -938,9 +926,7 @@ def test_the_report_says_where_compensation_was_refused(
     assert all(torch.equal(value, right[key]) for key, value in left.items())
 
 
-def test_few_tokens_are_refused_or_help(
-    make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path
-) -> None:
+def test_few_tokens_are_refused_or_help(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> None:
     model = make_model("llama")
     result = run("cfsp-closed-form", tmp_path / "out", model, calibration_text, samples=10, seqlen=3)
     assert any("15 calibration tokens are few for blocks of 64 channels" in note for note in result.report.notes)
@@ -948,7 +934,7 @@ def test_few_tokens_are_refused_or_help(
 
 
 def test_a_bias_is_counted_where_some_blocks_take_one(
-    make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path
+    make_model: MakeModel, calibration_text: Path, tmp_path: Path
 ) -> None:
     model = make_model("llama")
     result = run("cfsp-closed-form", tmp_path / "out", model, calibration_text, compensator="least-squares-bias")
@@ -963,7 +949,7 @@ def heavy_config(model: Path, text: Path, **options: object) -> RunConfig:
 
 
 def test_heavy_statistics_of_a_compensator_are_measured_in_the_second_pass_only(
-    make_model: Callable[..., Path], calibration_text: Path, plugins: Plugins
+    make_model: MakeModel, calibration_text: Path, plugins: Plugins
 ) -> None:
     config = heavy_config(make_model("llama"), calibration_text, criterion="magnitude", allocator="uniform")
     for name, first, second in (
@@ -990,7 +976,7 @@ def test_heavy_statistics_of_a_compensator_are_measured_in_the_second_pass_only(
     assert replace(refined, second_pass=(foreign,)).distributions()["their-package"] == "2"
 
 
-def test_a_plan_needs_no_second_pass(make_model: Callable[..., Path], calibration_text: Path) -> None:
+def test_a_plan_needs_no_second_pass(make_model: MakeModel, calibration_text: Path) -> None:
     config = heavy_config(make_model("llama"), calibration_text, criterion="obs", allocator="error-curve", round_to=8)
     plan = plan_only(config)
     assert sum(plan.widths) == 96
@@ -999,7 +985,7 @@ def test_a_plan_needs_no_second_pass(make_model: Callable[..., Path], calibratio
 
 
 def test_a_killed_run_goes_on_after_its_finished_blocks(
-    make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, state = make_model("llama"), tmp_path / "state"
     whole = run("cfsp-refined", tmp_path / "whole", model, calibration_text, compensator=FEW_STEPS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,9 @@ from cfsp_framework.engine.measure import measure_block
 from cfsp_framework.engine.measurements import summarise
 from cfsp_framework.engine.replay import embed
 from cfsp_framework.errors import PlanError
-from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import ConfiguredComponent, Plugins
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward
-from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pruning.compensation import FirstPassCompensation
 from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.pruning.planning import plan_blocks
@@ -30,16 +28,10 @@ from cfsp_framework.pruning.surgery import added_biases, apply_updates, check_fi
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_GRAM, DOWN_INPUT_MEAN
 from helpers.compensation import GivenUpdates
+from helpers.types import MakeModel, MakePlan, OpenTiny
 
-Open = Callable[..., tuple[LoadedModel, Decoder]]
-MakePlan = Callable[..., PruningPlan]
 WINDOWS = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(2))
 WIDTHS = (40, 24, 56)
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return load_plugins()
 
 
 def nothing(index: int, kept: Sequence[Tensor]) -> list[Update]:
@@ -68,7 +60,7 @@ def zero_removed(decoder: Decoder, plan: PruningPlan) -> None:
 
 
 def test_a_cut_model_is_the_dense_one_with_removed_columns_zeroed(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     folder = make_model(family)
     _, cut = open_tiny(folder)
@@ -82,7 +74,7 @@ def test_a_cut_model_is_the_dense_one_with_removed_columns_zeroed(
 
 
 def test_widths_are_right_wherever_a_module_or_the_configuration_keeps_them(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     (layout,) = decoder.architecture.feed_forwards
@@ -109,7 +101,7 @@ def test_widths_are_right_wherever_a_module_or_the_configuration_keeps_them(
 
 
 def test_equal_widths_make_an_ordinary_configuration(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     before = decoder.config.to_dict()
@@ -120,7 +112,7 @@ def test_equal_widths_make_an_ordinary_configuration(
 
 @pytest.mark.parametrize("widths", [(64, 64, 8), (1, 1, 64), (63, 64, 64)])
 def test_blocks_may_stay_whole_or_keep_a_single_channel(
-    widths: tuple[int, ...], make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+    widths: tuple[int, ...], make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     folder = make_model("phi3")
     (_, cut), (_, dense) = open_tiny(folder), open_tiny(folder)
@@ -152,7 +144,7 @@ def permute_channels(decoder: Decoder) -> list[list[int]]:
 
 
 def test_permuting_the_channels_permutes_the_plan(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, plugins: Plugins
 ) -> None:
     folder = make_model(family)
     (_, original), (_, permuted) = open_tiny(folder), open_tiny(folder)
@@ -180,7 +172,7 @@ def test_permuting_the_channels_permutes_the_plan(
             assert sorted(orders[block][channel] for channel in after.kept) == list(before.kept), f"{name}, {block}"
 
 
-def test_ratio_0_is_the_identity(family: str, make_model: Callable[..., Path], open_tiny: Open, tmp_path: Path) -> None:
+def test_ratio_0_is_the_identity(family: str, make_model: MakeModel, open_tiny: OpenTiny, tmp_path: Path) -> None:
     folder = make_model(family)
     config = RunConfig.build(
         model=str(folder), ratio=0, criterion="magnitude", allocator="uniform", compensator="none", device="cpu"
@@ -199,7 +191,7 @@ def refit(plan: PruningPlan, **changes: Any) -> PruningPlan:
 
 
 def test_a_plan_for_a_model_of_other_shapes_is_refused_and_nothing_changed(
-    make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+    make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model("llama"))
     plan = make_plan(decoder, WIDTHS)
@@ -224,7 +216,7 @@ def test_a_plan_for_a_model_of_other_shapes_is_refused_and_nothing_changed(
     check_fits(decoder, plan)
 
 
-def test_a_plan_fits_once(make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan) -> None:
+def test_a_plan_fits_once(make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan) -> None:
     _, decoder = open_tiny(make_model("llama"))
     plan = make_plan(decoder, WIDTHS)
     cut_model(decoder, plan)
@@ -232,7 +224,7 @@ def test_a_plan_fits_once(make_model: Callable[..., Path], open_tiny: Open, make
         cut_model(decoder, plan)
 
 
-def test_cutting_twice_is_cutting_once(make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan) -> None:
+def test_cutting_twice_is_cutting_once(make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan) -> None:
     folder = make_model("llama-bias")
     (_, twice), (_, once) = open_tiny(folder), open_tiny(folder)
     first = make_plan(twice, WIDTHS)
@@ -247,7 +239,7 @@ def test_cutting_twice_is_cutting_once(make_model: Callable[..., Path], open_tin
 
 
 def test_bias_gives_back_what_removed_channels_gave_on_average(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan, plugins: Plugins
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan, plugins: Plugins
 ) -> None:
     folder = make_model(family)
     (_, cut), (_, dense), (_, untouched) = (open_tiny(folder) for _ in range(3))
@@ -282,7 +274,7 @@ def test_bias_gives_back_what_removed_channels_gave_on_average(
 
 
 def test_biases_that_are_added_one_after_another_are_all_told(
-    make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+    make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model("llama"))
     cut_model(
@@ -323,7 +315,7 @@ PARTS = ("down", "up", "gate", "down_bias", "up_bias", "gate_bias")
 @pytest.mark.parametrize("parts", [*[(part,) for part in PARTS], PARTS, ("up", "gate_bias")], ids=str)
 @pytest.mark.parametrize("name", ["llama-bias", "phi3"])
 def test_whatever_a_compensator_changes_is_written_and_nothing_else(
-    name: str, parts: tuple[str, ...], make_model: Callable[..., Path], open_tiny: Open
+    name: str, parts: tuple[str, ...], make_model: MakeModel, open_tiny: OpenTiny
 ) -> None:
     _, decoder = open_tiny(make_model(name))
     (before,) = decoder.feed_forwards(1)
@@ -341,7 +333,7 @@ def test_whatever_a_compensator_changes_is_written_and_nothing_else(
             assert torch.equal(value, expected), part
 
 
-def test_an_update_is_written_in_the_models_dtype(make_model: Callable[..., Path], open_tiny: Open) -> None:
+def test_an_update_is_written_in_the_models_dtype(make_model: MakeModel, open_tiny: OpenTiny) -> None:
     _, decoder = open_tiny(make_model("phi3", dtype="bfloat16"))
     apply_updates(decoder, 0, [Update(down=torch.ones(32, 64), down_bias=torch.ones(32), up=torch.ones(64, 32))])
     (feed_forward,) = decoder.feed_forwards(0)
@@ -352,7 +344,7 @@ def test_an_update_is_written_in_the_models_dtype(make_model: Callable[..., Path
 
 
 def test_a_gram_matrix_of_a_cut_block_is_the_kept_part_of_the_dense_one(
-    make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan, plugins: Plugins
+    make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan, plugins: Plugins
 ) -> None:
     _, decoder = open_tiny(make_model("phi3"))
     collectors = plugins.collectors_for({DOWN_INPUT_GRAM})
