@@ -515,6 +515,6 @@ def test_an_output_folder_that_cannot_be_used_is_refused_before_the_model_is_ope
     for name in ("thesis", "file"):
         with pytest.raises(OutputError, match=f"{name} exists .*--overwrite does not remove it"):
             prune(config, tmp_path / name, overwrite=True)
-    with pytest.raises(OutputError, match="no/such/parent cannot be made"):
+    with pytest.raises(OutputError, match="no/such is not a writable directory"):
         prune(config, tmp_path / "no/such/parent")
     assert snapshot(tmp_path) == before
