@@ -593,7 +593,7 @@ def test_compensation_brings_the_whole_model_nearer_to_the_dense_one(
     def stream_error(compensator: Compensator | None) -> float:
         """Return the squared difference of the residual stream after the last block of a cut model."""
         _, cut = open_tiny(folder)
-        cut_model(cut, plan, *([second_pass(cut, compensator, plugins)] if compensator else []))
+        cut_model(cut, plan, second_pass(cut, compensator, plugins) if compensator else None)
         return (record(cut, 2)["block out"] - expected).square().sum().item()
 
     plain = stream_error(None)

@@ -40,9 +40,9 @@ def make_plan(*blocks: tuple[int, str, int, set[int]], fingerprint: str = "aa" *
     return build_plan(entries, **{**settings, **changes})
 
 
-def keeping(kept: Iterable[set[int]], **changes: object) -> PruningPlan:
+def keeping(kept: Iterable[set[int]], ratio: float = 0.5) -> PruningPlan:
     """Make a plan that keeps these of 16 channels in each block."""
-    return make_plan(*((block, "mlp", 16, channels) for block, channels in enumerate(kept)), **changes)
+    return make_plan(*((block, "mlp", 16, channels) for block, channels in enumerate(kept)), ratio=ratio)
 
 
 @pytest.fixture
