@@ -31,14 +31,12 @@ from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model,
 from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.modeling.streaming import ShardWriter, Streamed
 from cfsp_framework.pruning import surgery
+from cfsp_framework.recovery.plan import RecoveryTask, plan_recovery, require_task
 from cfsp_framework.recovery.recover import (
-    RecoveryTask,
     Training,
-    kept_plan,
-    merge_adapter,
-    needed,
+    merge_kept_adapter,
     open_with_adapter,
-    plan_recovery,
+    read_adapter_plan,
     save_recovery_plan,
     train_model,
 )
@@ -131,10 +129,10 @@ def recover(
         if adapter is None:
             recovery = context.selection.describe()["recovery"]
             plan = plan.model_copy(update={"components": plan.components | {"recovery": recovery}})
-            training = train(context, plan, needed(context, plan_recovery(context, plan)), folder)
+            training = train(context, plan, require_task(context, plan_recovery(context, plan)), folder)
         else:
             pruned = evaluate(context, context.decoder)
-            training = Training(kept_plan(context, adapter), pruned, merge_adapter(context, adapter))
+            training = Training(read_adapter_plan(context, adapter), pruned, merge_kept_adapter(context, adapter))
         save(context, plan, None, folder, training)
         written, difference = reopen(context, training.outcome.expected, folder, adapter=config.recovery.keep_adapter)
         report = update_report(context, plan, pruned_report, evaluate(context, written), difference, training)

@@ -21,6 +21,7 @@ from helpers.tiny_models import TINY_MODELS, make_random_model, make_tokenizer
 
 if TYPE_CHECKING:
     from cfsp_framework.api.records import PruningPlan
+    from cfsp_framework.host.registry import Plugins
     from cfsp_framework.modeling.decoder import Decoder
     from cfsp_framework.modeling.loading import LoadedModel
 
@@ -64,14 +65,19 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def open_tiny() -> Callable[..., tuple[LoadedModel, Decoder]]:
+def plugins() -> Plugins:
+    """Every installed plugin."""
+    from cfsp_framework.host.manager import load_plugins
+
+    return load_plugins()
+
+
+@pytest.fixture(scope="session")
+def open_tiny(plugins: Plugins) -> Callable[..., tuple[LoadedModel, Decoder]]:
     """``open_tiny(folder, **options)``: a fresh model and its decoder, as a run with these options opens them."""
     from cfsp_framework.config import RunConfig
-    from cfsp_framework.host.manager import load_plugins
     from cfsp_framework.modeling.decoder import open_decoder
     from cfsp_framework.modeling.loading import load_model
-
-    plugins = load_plugins()
 
     def open_folder(folder: Path, **options: object) -> tuple[LoadedModel, Decoder]:
         loaded = load_model(RunConfig.build(model=str(folder), device="cpu", **options))
@@ -83,31 +89,23 @@ def open_tiny() -> Callable[..., tuple[LoadedModel, Decoder]]:
 @pytest.fixture(scope="session")
 def make_plan() -> Callable[..., PruningPlan]:
     """``make_plan(decoder, widths, fingerprint="")``: a plan that keeps so many random channels of each feed-forward."""
-    from cfsp_framework.api.records import BlockPlan, ModelIdentity, PruningPlan
+    from cfsp_framework.api.records import BlockPlan, ModelIdentity
+    from helpers.plans import build_plan
 
     def make(decoder: Decoder, widths: Sequence[int], fingerprint: str = "") -> PruningPlan:
         draw = torch.Generator().manual_seed(sum(widths))
-        return PruningPlan(
-            model=ModelIdentity(
-                source="tiny", family=decoder.architecture.family, fingerprint=fingerprint, parameters=0
-            ),
-            calibration=None,
-            ratio=0.5,
-            budget="channels",
-            round_to=1,
-            seed=0,
-            components={},
-            versions={},
-            blocks=tuple(
-                BlockPlan(
-                    block=block,
-                    path=path,
-                    width=width,
-                    kept=tuple(torch.randperm(width, generator=draw)[:count].sort().values.tolist()),
-                )
-                for (block, path, width), count in zip(decoder.places, widths, strict=True)
-            ),
-        )
+        blocks = [
+            BlockPlan(
+                block=block,
+                path=path,
+                width=width,
+                kept=tuple(torch.randperm(width, generator=draw)[:count].sort().values.tolist()),
+            )
+            for (block, path, width), count in zip(decoder.places, widths, strict=True)
+        ]
+        family = decoder.architecture.family
+        model = ModelIdentity(source="tiny", family=family, fingerprint=fingerprint, parameters=0)
+        return build_plan(blocks, model=model)
 
     return make
 

@@ -153,6 +153,8 @@ class RecoveryScheduler(Component):
     """Plan the training after the cut: which matrices, with which ranks."""
 
     kind: ClassVar[str] = "recovery"
+    trains_all_weights: ClassVar[bool] = False
+    """Whether its plans train all weights, so that no adapter can be kept."""
 
     @abstractmethod
     def schedule(

@@ -1,4 +1,4 @@
-"""Read data to train on: text cut into windows without gaps, or instructions of which only the answers are learnt."""
+"""Training data: a text cut into consecutive windows, or instructions of which only the answers are learned."""
 
 from __future__ import annotations
 
@@ -12,51 +12,35 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cfsp_framework.data.sources import STREAM_CHARACTERS, apportion, parse_mixture, read_rows
+from cfsp_framework.data.sources import STREAM_CHARACTERS, WELL_KNOWN, apportion, parse_mixture, read_rows, read_text
 from cfsp_framework.data.windows import read_tokens
 from cfsp_framework.errors import DataError
 
-NOT_LEARNT = -100
-"""Label of a token that no loss counts."""
-HOLD_OUT_EVERY = 20
-"""Of every so many sequences one is held out, where training checks held-out data."""
+IGNORED_LABEL = -100
+"""The label of a token that does not count in the loss."""
+TRAINING_HELD_OUT_EVERY = 20
+"""Every twentieth sequence is held out where the held-out loss is measured."""
 MOST_HELD_OUT = 64
 _INSTRUCTIONS = "instructions:"
 _CHARACTERS_PER_TOKEN = 6
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-@dataclass(frozen=True)
-class Form:
-    """The columns of one kind of instruction data."""
-
-    prompt: str
-    """Column of prompts, or of conversations where ``answer`` is None."""
-    answer: str | None = None
-    context: str | None = None
-    """Column of texts that prompts refer to; the column, or a row's value, may be missing."""
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """Columns that data of this form must have."""
-        return (self.prompt,) if self.answer is None else (self.prompt, self.answer)
-
-
-FORMS = (
-    Form("messages"),
-    Form("conversations"),
-    Form("prompt", "completion"),
-    Form("prompt", "response"),
-    Form("instruction", "output", "input"),
-    Form("instruction", "response", "context"),
-    Form("question", "answer"),
+INSTRUCTION_COLUMNS = (
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output", "input"),
+    ("instruction", "response", "context"),
+    ("question", "answer"),
 )
-"""Forms of instruction data; the first that a data set fits is taken."""
+"""Columns of a conversation; or of a prompt, its answer, and text the prompt is about, which may be missing.
+
+The first that a data set has are used."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence: tokens ``(t,)`` int64, and the same as labels, ``NOT_LEARNT`` where no loss counts."""
+    """A training sequence: tokens ``(t,)`` int64, and labels ``(t,)``, ``IGNORED_LABEL`` where no loss counts."""
 
     ids: Tensor
     labels: Tensor
@@ -64,7 +48,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The sequences to train on, and those held out to be checked meanwhile."""
+    """Sequences to train on, and sequences held out to measure the loss on."""
 
     spec: str
     train: tuple[Example, ...]
@@ -80,29 +64,48 @@ class TrainingData:
         return digest.hexdigest()
 
 
-def training_data(spec: str, tokenizer: Any, seqlen: int, tokens: int, *, hold_out: bool) -> TrainingData:
-    """Return the sequences of a data SPEC, none longer than ``seqlen``; of a large corpus enough for ``tokens``.
+def check_training_data(spec: str) -> None:
+    """Read the parts of a data SPEC that lie on this machine, without a tokenizer.
 
     Raises:
-        DataError: the data cannot be read, has too little text, or not the columns of instructions.
+        DataError: a part cannot be read, or does not have the columns of instructions.
     """
     if spec.startswith(_INSTRUCTIONS):
-        examples = instructions(spec.removeprefix(_INSTRUCTIONS), tokenizer, seqlen)
+        rows = spec.removeprefix(_INSTRUCTIONS)
+        if not rows.startswith("hf:"):
+            choose_columns(rows, read_rows(rows))
+        return
+    for name, _ in parse_mixture(spec):
+        if name not in WELL_KNOWN and not name.startswith("hf:"):
+            read_text(name, "training")
+
+
+def load_training_data(spec: str, tokenizer: Any, seqlen: int, tokens: int, *, hold_out: bool) -> TrainingData:
+    """Load the sequences of a data SPEC, none longer than ``seqlen``; of a large corpus enough for ``tokens``.
+
+    Raises:
+        DataError: the data cannot be read, has too little text, or does not have the columns of instructions.
+    """
+    if spec.startswith(_INSTRUCTIONS):
+        examples = load_instructions(spec.removeprefix(_INSTRUCTIONS), tokenizer, seqlen)
     else:
-        examples = [Example(window, window) for window in packed_windows(spec, tokenizer, seqlen, tokens)]
+        examples = [Example(window, window) for window in pack_windows(spec, tokenizer, seqlen, tokens)]
     if not hold_out:
         return TrainingData(spec, tuple(examples))
-    numbers = range(HOLD_OUT_EVERY - 1, len(examples), HOLD_OUT_EVERY)[:MOST_HELD_OUT]
+    numbers = range(TRAINING_HELD_OUT_EVERY - 1, len(examples), TRAINING_HELD_OUT_EVERY)[:MOST_HELD_OUT]
     if not numbers:
-        raise DataError(f"data {spec!r} has {len(examples)} sequences; to hold some out takes {HOLD_OUT_EVERY}.")
+        raise DataError(
+            f"data {spec!r} has {len(examples)} sequences; --recovery-check-every needs {TRAINING_HELD_OUT_EVERY}."
+        )
     train = tuple(example for number, example in enumerate(examples) if number not in numbers)
     return TrainingData(spec, train, tuple(examples[number] for number in numbers))
 
 
-def packed_windows(spec: str, tokenizer: Any, seqlen: int, tokens: int) -> Tensor:
-    """Return a text's consecutive windows of ``seqlen``, ``(N, seqlen)``; the tail is dropped.
+def pack_windows(spec: str, tokenizer: Any, seqlen: int, tokens: int) -> Tensor:
+    """Cut a text into consecutive windows ``(N, seqlen)``; the tail is dropped.
 
-    Each part of a mixture gives as many windows as its weight says, and no window twice.
+    The parts of a mixture have windows in proportion to their weights, as many as the shortest part allows without
+    repeating one.
 
     Raises:
         DataError: a part cannot be read, or is shorter than one window.
@@ -112,98 +115,105 @@ def packed_windows(spec: str, tokenizer: Any, seqlen: int, tokens: int) -> Tenso
     windows: list[Tensor] = []
     for (name, _), weight in zip(parts, weights, strict=True):
         characters = max(STREAM_CHARACTERS, math.ceil(tokens * weight * _CHARACTERS_PER_TOKEN))
-        ids = read_tokens(name, "training", tokenizer, seqlen, least=seqlen, characters=characters)
+        ids = read_tokens(name, "training", tokenizer, seqlen, least=seqlen, characters=characters)  # (n,)
         windows.append(ids[: len(ids) // seqlen * seqlen].view(-1, seqlen))  # (n, T)
     total = min(math.floor(len(part) / weight) for part, weight in zip(windows, weights, strict=True))
     counts = apportion(weights, total)
     return torch.cat([part[:count] for part, count in zip(windows, counts, strict=True)])  # (N, T)
 
 
-def instructions(spec: str, tokenizer: Any, seqlen: int) -> list[Example]:
-    """Return the rows of an instruction data set, cut at ``seqlen``, of which only the answers are learnt.
+def load_instructions(spec: str, tokenizer: Any, seqlen: int) -> list[Example]:
+    """Load the rows of an instruction data set, cut at ``seqlen``; only their answers are learned.
 
-    With a chat template every row becomes a conversation. Without one, prompts of an ``instruction`` column are worded
-    as Alpaca's. Rows without an answer within ``seqlen`` are left out.
+    With a chat template every row becomes a conversation; without one, an ``instruction`` is formatted as in Alpaca.
+    Rows without an answer within ``seqlen`` are left out.
 
     Raises:
-        DataError: it cannot be read, has the columns of none of ``FORMS``, or no row with an answer.
+        DataError: the data cannot be read, has none of ``INSTRUCTION_COLUMNS``, or no row with an answer.
     """
     rows = read_rows(spec)
-    columns = set(rows[0]) if rows else set[str]()
-    form = next((form for form in FORMS if columns >= set(form.required)), None)
-    if form is None:
-        held = f"columns {', '.join(sorted(columns))}" if columns else "no rows"
-        expected = ", ".join("+".join(form.required) for form in FORMS)
-        raise DataError(f"data {spec!r} holds no instructions: it has {held}; expected one of {expected}.")
+    columns = choose_columns(spec, rows)
     examples: list[Example] = []
     for number, row in enumerate(rows):
         try:
-            example = _encode(_split_row(row, form, tokenizer), tokenizer, seqlen)
+            example = _tokenize_pieces(_split_row(row, columns, tokenizer), tokenizer, seqlen)
         except KeyError as error:
             raise DataError(f"data {spec!r}: row {number} is not an instruction: a turn has no {error}.") from error
         except (TypeError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"data {spec!r}: row {number} is not an instruction: {reason}.") from error
-        if (example.labels[1:] != NOT_LEARNT).any():
+            message = " ".join(str(error).split())
+            raise DataError(f"data {spec!r}: row {number} is not an instruction: {message}.") from error
+        if (example.labels[1:] != IGNORED_LABEL).any():
             examples.append(example)
     if not examples:
         raise DataError(f"data {spec!r}: no row has an answer within {seqlen} tokens.")
     return examples
 
 
+def choose_columns(spec: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the instruction columns that the rows have.
+
+    Raises:
+        DataError: they have none.
+    """
+    names = set(rows[0]) if rows else set[str]()
+    for columns in INSTRUCTION_COLUMNS:
+        if names >= set(columns[:2]):
+            return columns
+    listed = f"columns {', '.join(sorted(names))}" if names else "no rows"
+    expected = ", ".join("+".join(columns[:2]) for columns in INSTRUCTION_COLUMNS)
+    raise DataError(f"data {spec!r} holds no instructions: it has {listed}; expected one of {expected}.")
+
+
 def collate(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Build a batch ``(B, T)``; shorter sequences end with padding that is masked and that no loss counts."""
+    """Stack sequences into a batch ``(B, T)``; shorter ones end with padding without attention and without loss."""
     ids = [sequence["input_ids"] for sequence in sequences]
     labels = [sequence["labels"] for sequence in sequences]
     batch = {
-        "input_ids": pad_sequence(ids, batch_first=True),  # (B, T)
-        "labels": pad_sequence(labels, batch_first=True, padding_value=NOT_LEARNT),  # (B, T)
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
     }
-    if len({len(sequence) for sequence in ids}) > 1:
-        batch["attention_mask"] = pad_sequence([torch.ones_like(sequence) for sequence in ids], batch_first=True)
+    if len({len(row) for row in ids}) > 1:
+        batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     return batch
 
 
 Piece = tuple[str, bool]
-"""Some text, and whether it is learnt."""
+"""Some text, and whether it is learned."""
 
 
-def _split_row(row: Mapping[str, Any], form: Form, tokenizer: Any) -> list[Piece]:
-    """Split a row into prompts and answers."""
-    prompt: Any = row[form.prompt]
-    if form.answer is None:
+def _split_row(row: Mapping[str, Any], columns: Sequence[str], tokenizer: Any) -> list[Piece]:
+    """Split a row into pieces of text."""
+    prompt: Any = row[columns[0]]
+    if len(columns) == 1:
         return _split_conversation(prompt, tokenizer)
-    answer: Any = row[form.answer]
+    answer: Any = row[columns[1]]
     if isinstance(prompt, list) and isinstance(answer, list):
         return _split_conversation([*prompt, *answer], tokenizer)
-    context = row.get(form.context) if form.context else None
+    context = row.get(columns[2]) if len(columns) > 2 else None
     if tokenizer.chat_template:
-        prompt = f"{prompt}\n\n{context}" if context else prompt
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        question = f"{prompt}\n\n{context}" if context else prompt
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return _split_conversation(turns, tokenizer)
-    prompt = _check_text(prompt)
-    if form.prompt == "instruction":  # Stanford Alpaca's prompt, without its opening sentence
+    question = _require_text(prompt)
+    if columns[0] == "instruction":  # as Stanford Alpaca, without its opening sentence
         middle = f"### Input:\n{context}\n\n" if context else ""
-        prompt = f"### Instruction:\n{prompt}\n\n{middle}### Response:\n"
-    return [(prompt, False), (_check_text(answer) + (tokenizer.eos_token or ""), True)]
+        question = f"### Instruction:\n{question}\n\n{middle}### Response:\n"
+    return [(question, False), (_require_text(answer) + (tokenizer.eos_token or ""), True)]
 
 
 def _split_conversation(turns: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:
-    """Split a conversation so that the assistant's turns are learnt.
+    """Split a conversation into pieces; the assistant's turns are learned.
 
-    Only the last one is, where the chat template changes what it wrote for earlier turns.
+    Only its last turn is learned where the chat template changes earlier turns when later ones are added.
     """
     messages = [_read_turn(turn) for turn in turns]
     if not tokenizer.chat_template:
         pieces: list[Piece] = []
         for message in messages:
-            learnt = message["role"] == "assistant"
-            end = (tokenizer.eos_token or "") if learnt else ""
-            pieces += [
-                (f"### {message['role'].capitalize()}:\n", False),
-                (f"{message['content']}{end}", learnt),
-                ("\n\n", False),
-            ]
+            learned = message["role"] == "assistant"
+            end = (tokenizer.eos_token or "") if learned else ""
+            pieces += [(f"### {message['role'].capitalize()}:\n", False), (message["content"] + end, learned)]
+            pieces.append(("\n\n", False))
         return pieces
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     templated = _apply_template(messages, answers, tokenizer) or _apply_template(messages, answers[-1:], tokenizer)
@@ -213,45 +223,41 @@ def _split_conversation(turns: Sequence[Mapping[str, str]], tokenizer: Any) -> l
 
 
 def _apply_template(
-    messages: Sequence[Mapping[str, str]], answers: Sequence[int], tokenizer: Any
+    messages: Sequence[Mapping[str, str]], learned: Sequence[int], tokenizer: Any
 ) -> list[Piece] | None:
-    """Return the conversation up to its last answer; None if the template changes what it wrote for earlier turns."""
+    """Split a conversation up to its last learned turn; None where the template changes the text of earlier turns."""
     pieces, written = list[Piece](), ""
-    for number in answers:
+    for number in learned:
         prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        if not (prompt.startswith(written) and whole.startswith(prompt)):
+        answered = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        if not (prompt.startswith(written) and answered.startswith(prompt)):
             return None
-        pieces += [(prompt[len(written) :], False), (whole[len(prompt) :], True)]
-        written = whole
+        pieces += [(prompt[len(written) :], False), (answered[len(prompt) :], True)]
+        written = answered
     return pieces
 
 
-def _encode(pieces: Sequence[Piece], tokenizer: Any, seqlen: int) -> Example:
-    """Tokenize piece by piece, so that no token lies in two; a beginning-of-sequence token comes first by default."""
+def _tokenize_pieces(pieces: Sequence[Piece], tokenizer: Any, seqlen: int) -> Example:
+    """Tokenize each piece by itself, so that no token lies in two, after the tokenizer's beginning-of-sequence token."""
     ids, labels = list[int](), list[int]()
-    if pieces and not pieces[0][0].startswith(tokenizer.bos_token or "\0") and _adds_bos(tokenizer):
-        ids, labels = [tokenizer.bos_token_id], [NOT_LEARNT]
-    for text, learnt in pieces:
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if pieces and begins and not pieces[0][0].startswith(tokenizer.bos_token or "\0"):
+        ids, labels = [tokenizer.bos_token_id], [IGNORED_LABEL]
+    for text, learned in pieces:
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids += tokens
-        labels += tokens if learnt else [NOT_LEARNT] * len(tokens)
+        labels += tokens if learned else [IGNORED_LABEL] * len(tokens)
     return Example(torch.tensor(ids[:seqlen], dtype=torch.int64), torch.tensor(labels[:seqlen], dtype=torch.int64))
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    """Return whether this tokenizer puts a beginning-of-sequence token before a text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
 def _read_turn(turn: Mapping[str, str]) -> dict[str, str]:
-    """Return a turn with ``role`` and ``content``, which ShareGPT calls ``from`` and ``value``."""
+    """Return a turn's role and content, which ShareGPT calls ``from`` and ``value``."""
     if "from" in turn:
-        return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": _check_text(turn["value"])}
-    return {"role": turn["role"], "content": _check_text(turn["content"])}
+        return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": _require_text(turn["value"])}
+    return {"role": turn["role"], "content": _require_text(turn["content"])}
 
 
-def _check_text(value: object) -> str:
+def _require_text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"it holds {type(value).__name__} where text is expected")
     return value

@@ -1,9 +1,9 @@
-"""What a model has to train: the matrices of its blocks, the parameters behind them, and their precision meanwhile."""
+"""What can be trained in a model: the matrices of its blocks, the parameters behind them, and their precision."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,20 +15,25 @@ from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward, FeedForwardModule, Projection, matrix
 
 
-def trainable_blocks(decoder: Decoder, plan: PruningPlan) -> tuple[TrainableBlock, ...]:
-    """What each block holds once it is cut by the plan; the model may be cut already."""
-    kept = {(entry.block, entry.path): len(entry.kept) for entry in plan.blocks}
-    found: list[TrainableBlock] = []
+def list_trainable_blocks(decoder: Decoder, plan: PruningPlan) -> tuple[TrainableBlock, ...]:
+    """List the matrices of each block at the widths of the plan; the model may be cut already."""
+    widths = {(entry.block, entry.path): len(entry.kept) for entry in plan.blocks}
+    blocks: list[TrainableBlock] = []
     for index, block in enumerate(decoder.blocks):
         feed_forward: dict[str, tuple[int, ...]] = {}
         for module in decoder.feed_forward_modules(index):
-            feed_forward |= _matrices(module, kept[index, module.paths[0]])
-        found.append(TrainableBlock(index, feed_forward, _attention(block, feed_forward)))
-    return tuple(found)
+            feed_forward |= _feed_forward_shapes(module, widths[index, module.paths[0]])
+        attention = {
+            path: tuple(matrix(projection).shape)  # (out, in)
+            for path, projection in block.named_modules()
+            if isinstance(projection, Projection) and path not in feed_forward and re.search(r"attn|attention", path)
+        }
+        blocks.append(TrainableBlock(index, feed_forward, attention))
+    return tuple(blocks)
 
 
-def _matrices(module: FeedForwardModule, width: int) -> dict[str, tuple[int, ...]]:
-    """The matrices of a module whose feed-forwards have ``width`` channels, by path inside the block."""
+def _feed_forward_shapes(module: FeedForwardModule, width: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's matrices, by path inside the block, if its feed-forwards have ``width`` channels."""
     layout, experts = module.layout, (len(module.paths),) if module.experts else ()
     down = module.weights(0)["down"]
     assert down is not None
@@ -38,38 +43,28 @@ def _matrices(module: FeedForwardModule, width: int) -> dict[str, tuple[int, ...
     return {f"{layout.path}.{name}".removeprefix("."): shape for name, shape in shapes.items() if name is not None}
 
 
-def _attention(block: nn.Module, others: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    """The projections ``(out, in)`` of a block's attention, known by its name."""
-    return {
-        path: tuple(matrix(module).shape)
-        for path, module in block.named_modules()
-        if isinstance(module, Projection) and path not in others and re.search(r"attn|attention", path)
-    }
+def select_matrices(decoder: Decoder, plan: RecoveryPlan, blocks: Sequence[TrainableBlock]) -> dict[str, BlockRecovery]:
+    """Return the full name of every matrix that gets an adapter, with the plan of its block."""
+    matrices: dict[str, BlockRecovery] = {}
+    for entry in plan.blocks:
+        block = blocks[entry.block]
+        paths = {*block.feed_forward, *block.attention}
+        for path in plan.targets or block.feed_forward:
+            if entry.rank and path in paths:
+                matrices[f"{decoder.architecture.blocks}.{entry.block}.{path}"] = entry
+    return matrices
 
 
-def adapted(decoder: Decoder, wanted: RecoveryPlan, blocks: Sequence[TrainableBlock]) -> dict[str, BlockRecovery]:
-    """The full names of the matrices that get adapters, with what their block's plan says."""
-    found: dict[str, BlockRecovery] = {}
-    for one in wanted.blocks:
-        block = blocks[one.block]
-        there = {*block.feed_forward, *block.attention}
-        for path in wanted.targets or block.feed_forward:
-            if one.rank and path in there:
-                found[f"{decoder.architecture.blocks}.{one.block}.{path}"] = one
-    return found
+def list_parameters(decoder: Decoder, plan: RecoveryPlan) -> list[nn.Parameter]:
+    """List the feed-forward parameters of the blocks that are trained."""
+    parameters: dict[nn.Parameter, None] = {}  # a set that keeps the order
+    for entry in plan.blocks:
+        for module in decoder.feed_forward_modules(entry.block) if entry.rank else ():
+            parameters |= dict.fromkeys(_module_parameters(module))
+    return list(parameters)
 
 
-def feed_forward_parameters(decoder: Decoder, plan: RecoveryPlan) -> list[nn.Parameter]:
-    """The parameters of the feed-forwards in the blocks that are trained."""
-    found: dict[int, nn.Parameter] = {}
-    for one in plan.blocks:
-        for module in decoder.feed_forward_modules(one.block) if one.rank else ():
-            for parameter in _parameters(module):
-                found[id(parameter)] = parameter
-    return list(found.values())
-
-
-def _parameters(module: FeedForwardModule) -> Generator[nn.Parameter]:
+def _module_parameters(module: FeedForwardModule) -> Generator[nn.Parameter]:
     if isinstance(module, DenseFeedForward):
         for projection in module.projections.values():
             yield from projection.parameters()
@@ -81,22 +76,22 @@ def _parameters(module: FeedForwardModule) -> Generator[nn.Parameter]:
 
 
 @contextmanager
-def trained_precision(decoder: Decoder, plan: RecoveryPlan) -> Generator[bool]:
-    """While open, what is trained is float32, and all else too unless the device computes in bfloat16: yields that.
+def training_precision(decoder: Decoder, plan: RecoveryPlan) -> Generator[bool]:
+    """Cast the model to float32, or only the trained weights where the device computes in bfloat16: yields which.
 
-    Afterwards every parameter and buffer has its own dtype again. What was not trained comes back to the last bit.
+    On exit every parameter and buffer has its dtype again, and those that were not trained are unchanged to the last bit.
     """
     model = decoder.model
     autocast = decoder.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    own = {id(tensor): tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
-    wide = feed_forward_parameters(decoder, plan) if plan.full else []
-    for tensor in wide if autocast else (*model.parameters(), *model.buffers()):
+    dtypes = {id(tensor): tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+    trained = list_parameters(decoder, plan) if plan.full else []
+    for tensor in trained if autocast else (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
     try:
         yield autocast
     finally:
         for tensor in (*model.parameters(), *model.buffers()):
-            dtype = own.get(id(tensor), tensor.dtype)
+            dtype = dtypes.get(id(tensor), tensor.dtype)
             if tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)

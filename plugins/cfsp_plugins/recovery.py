@@ -86,6 +86,7 @@ class Full(Training):
     """Train all weights of the feed-forwards only."""
 
     name: ClassVar[str] = "full"
+    trains_all_weights: ClassVar[bool] = True
 
     def schedule(
         self, summaries: Sequence[BlockSummary], plan: PruningPlan, blocks: Sequence[TrainableBlock]

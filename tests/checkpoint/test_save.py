@@ -1,4 +1,4 @@
-"""What is written opens again: with this package, with the code in the folder, and never silently wrong without."""
+"""A written checkpoint opens with this package, or with the code in its folder; without both it raises an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pickle
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,10 +17,9 @@ from typing import Any, Literal, cast
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cfsp_framework import PruningPlan, RunConfig, Update, prune
+from cfsp_framework import PruningPlan, RunConfig, prune
 from cfsp_framework.checkpoint.save import PLAN_FILE, REPORT_FILE, save_model
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.modeling.decoder import Decoder
@@ -28,11 +27,12 @@ from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.pruning.surgery import added_biases, drop_attention, dropped_attention
 from cfsp_framework.runtime.atomic_files import staged_folder
+from helpers import families
 from helpers.compensation import GivenUpdates
+from helpers.types import MakeModel, MakePlan, OpenTiny
 
-Open = Callable[..., tuple[LoadedModel, Decoder]]
-MakePlan = Callable[..., PruningPlan]
 Way = Literal["plain", "import", "remote"]
+Opened = Callable[[Way], dict[str, dict[str, Any]]]
 IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
@@ -86,14 +86,14 @@ logging.disable_progress_bar()
 options = {"trust_remote_code": True} if way == "remote" else {}
 
 @torch.no_grad()
-def look(folder):
+def describe(folder):
     expected = load_file(folder + ".expected")
     ids = expected["ids"]
     model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     changed = ids.clone()
     changed[:, -1] = 7
-    found = {
+    result = {
         "logits": torch.equal(model(ids).logits, expected["logits"]),
         "complete": not any(loading[kind] for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")),
         "dtype": str(model.dtype),
@@ -107,40 +107,27 @@ def look(folder):
     resaved = again + "/" + way + " " + folder.rpartition("/")[2]
     model.save_pretrained(resaved)
     reloaded = AutoModelForCausalLM.from_pretrained(resaved, **options)
-    found["resaved"] = torch.equal(reloaded(ids).logits, expected["logits"])
+    result["resaved"] = torch.equal(reloaded(ids).logits, expected["logits"])
     model.set_attn_implementation("eager")
     configs = {id(m.config): m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
-    found["attention"] = sorted(set(configs.values()))
+    result["attention"] = sorted(set(configs.values()))
     difference = (model(ids).logits - expected["logits"]).float().abs().max().item()
-    found["eager"] = difference < (0.1 if model.dtype == torch.bfloat16 else 1e-3)
-    return found
+    result["eager"] = difference < (0.1 if model.dtype == torch.bfloat16 else 1e-3)
+    return result
 
-told = {}
+results = {}
 for name, folder in cases.items():
     try:
-        told[name] = look(folder)
+        results[name] = describe(folder)
     except Exception as error:
-        told[name] = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
-    if way == "plain" and "error" in told[name]:  # a user who forces it
+        results[name] = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
+    if way == "plain" and "error" in results[name]:  # a user who forces it
         try:
             AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
         except Exception as error:
-            told[name]["forced"] = type(error).__name__
-print(json.dumps(told))
+            results[name]["forced"] = type(error).__name__
+print(json.dumps(results))
 """
-
-
-def add_biases(decoder: Decoder, names: Sequence[str]) -> Callable[[int, Sequence[Tensor]], list[Update]]:
-    """A compensator that sets biases a family may not have."""
-
-    def compensate(index: int, kept: Sequence[Tensor]) -> list[Update]:
-        draw = torch.Generator().manual_seed(index)
-        (feed_forward,), (mine,) = decoder.feed_forwards(index), kept
-        sizes = {name: feed_forward.hidden if name == "down_bias" else len(mine) for name in names}
-        biases = {name: torch.randn(size, generator=draw) for name, size in sizes.items()}
-        return [Update(**biases)]  # type: ignore[arg-type]
-
-    return compensate
 
 
 def write(loaded: LoadedModel, decoder: Decoder, out: Path, **options: Any) -> None:
@@ -159,23 +146,21 @@ def write(loaded: LoadedModel, decoder: Decoder, out: Path, **options: Any) -> N
 
 @pytest.fixture(scope="module")
 def checkpoints(
-    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+    tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> dict[str, Path]:
     """Every case's folder."""
-    place = tmp_path_factory.mktemp("checkpoints")
+    folder = tmp_path_factory.mktemp("checkpoints")
     for name, case in CASES.items():
         loaded, decoder = open_tiny(make_model(case.model, **case.settings))
         drop_attention(decoder, case.dropped)
-        cut_model(decoder, make_plan(decoder, case.widths), GivenUpdates(add_biases(decoder, case.biases)))
-        write(loaded, decoder, place / name, max_shard_size=case.max_shard_size)
-    return {name: place / name for name in CASES}
+        cut_model(decoder, make_plan(decoder, case.widths), GivenUpdates(families.add_biases(decoder, case.biases)))
+        write(loaded, decoder, folder / name, max_shard_size=case.max_shard_size)
+    return {name: folder / name for name in CASES}
 
 
 @pytest.fixture(scope="module")
-def opened(
-    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Way], dict[str, dict[str, Any]]]:
-    """What a fresh process finds in every checkpoint, by the way it opens them."""
+def opened(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Describe every checkpoint in a fresh process, by the way it opens them."""
     again = tmp_path_factory.mktemp("resaved")
     request = json.dumps({name: str(folder) for name, folder in checkpoints.items()})
     running = {
@@ -189,55 +174,42 @@ def opened(
         )
         for way in ("plain", "import", "remote")
     }
-    told: dict[str, dict[str, dict[str, Any]]] = {}
+    results: dict[str, dict[str, dict[str, Any]]] = {}
     for way, process in running.items():
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        told[way] = json.loads(output)
-    return told.__getitem__
+        results[way] = json.loads(output)
+    return results.__getitem__
 
 
-def check_same(found: dict[str, Any], case: Case) -> None:
-    assert "error" not in found, found["trace"]
-    assert found["complete"]
-    assert found["logits"]
-    assert found["base"]
-    assert found["generated"]
-    assert found["causal"]
-    assert found["resaved"]
-    assert found["hidden_states"] == 4
-    assert found["dtype"] == f"torch.{case.settings.get('dtype', 'float32')}"
-    assert found["attention"] == ["eager"]
-    assert found["eager"]
-    assert found["tokens"]
+def check_opened(result: dict[str, Any], case: Case) -> None:
+    """Check that a process computed what the model in memory did, and that the model can be used and saved."""
+    assert "error" not in result, result["trace"]
+    for check in ("complete", "logits", "base", "generated", "causal", "resaved", "eager", "tokens"):
+        assert result[check], check
+    assert result["hidden_states"] == 4
+    assert result["dtype"] == f"torch.{case.settings.get('dtype', 'float32')}"
+    assert result["attention"] == ["eager"]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_opens_with_this_package_imported(name: str, opened: Callable[[Way], dict[str, dict[str, Any]]]) -> None:
-    check_same(opened("import")[name], CASES[name])
+@pytest.mark.parametrize("way", ["import", "remote"])
+def test_a_checkpoint_opens_with_this_package_or_with_its_own_code(way: Way, name: str, opened: Opened) -> None:
+    check_opened(opened(way)[name], CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_opens_with_remote_code_where_this_package_is_not_installed(
-    name: str, opened: Callable[[Way], dict[str, dict[str, Any]]]
-) -> None:
-    check_same(opened("remote")[name], CASES[name])
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_with_neither_it_opens_only_if_it_is_ordinary(
-    name: str, opened: Callable[[Way], dict[str, dict[str, Any]]]
-) -> None:
-    found = opened("plain")[name]
+def test_without_both_only_an_ordinary_checkpoint_opens(name: str, opened: Opened) -> None:
+    result = opened("plain")[name]
     if CASES[name].ordinary:
-        check_same(found, CASES[name])
+        check_opened(result, CASES[name])
     else:
-        assert found["error"] == found["forced"] == "AmbiguousGlobalPerLayerAttributeError"
-        assert "intermediate_size" in found["message"]
+        assert result["error"] == result["forced"] == "AmbiguousGlobalPerLayerAttributeError"
+        assert "intermediate_size" in result["message"]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_only_what_needs_code_brings_some(name: str, checkpoints: dict[str, Path]) -> None:
+def test_only_a_checkpoint_that_needs_code_has_some(name: str, checkpoints: dict[str, Path]) -> None:
     case, folder = CASES[name], checkpoints[name]
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == case.model.partition("-")[0]
@@ -261,7 +233,7 @@ def test_only_what_needs_code_brings_some(name: str, checkpoints: dict[str, Path
     )
 
 
-def test_the_code_names_nothing_of_this_package(checkpoints: dict[str, Path]) -> None:
+def test_the_code_does_not_import_this_package(checkpoints: dict[str, Path]) -> None:
     code = (checkpoints["llama"] / "modeling_pruned.py").read_text()
     assert {line for line in code.splitlines() if line.startswith(("import", "from"))} == {
         "from __future__ import annotations",
@@ -274,7 +246,7 @@ def test_the_code_names_nothing_of_this_package(checkpoints: dict[str, Path]) ->
 
 
 def test_an_ordinary_model_is_not_affected_once_pruned_ones_were_opened(
-    checkpoints: dict[str, Path], make_model: Callable[..., Path]
+    checkpoints: dict[str, Path], make_model: MakeModel
 ) -> None:
     dense = make_model("llama")
     pruned = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
@@ -291,17 +263,17 @@ def test_an_ordinary_model_is_not_affected_once_pruned_ones_were_opened(
     assert type(built) is type(model) is type(pruned)
 
 
-def test_padding_gives_the_same_as_in_memory(
-    checkpoints: dict[str, Path], make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+def test_padded_windows_give_the_same_logits_after_reopening(
+    checkpoints: dict[str, Path], make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model("gemma2"))
-    cut_model(decoder, make_plan(decoder, CASES["gemma2"].widths), GivenUpdates(add_biases(decoder, ())))
+    cut_model(decoder, make_plan(decoder, CASES["gemma2"].widths), GivenUpdates(families.add_biases(decoder, ())))
     mask = torch.ones_like(IDS)
     mask[0, :9] = 0
     with torch.no_grad():
         expected = decoder.model(IDS, attention_mask=mask).logits
-        found = AutoModelForCausalLM.from_pretrained(checkpoints["gemma2"])(IDS, attention_mask=mask).logits
-    assert torch.equal(found, expected)
+        actual = AutoModelForCausalLM.from_pretrained(checkpoints["gemma2"])(IDS, attention_mask=mask).logits
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("trust_remote_code", [False, True])
@@ -316,19 +288,19 @@ def test_opens_with_a_device_map_and_in_another_dtype(trust_remote_code: bool, c
             torch.testing.assert_close(model(IDS).logits.float(), expected, rtol=0.1, atol=0.2)
 
 
-def test_a_model_of_its_own_code_cannot_get_different_widths(
-    make_model: Callable[..., Path],
-    open_tiny: Open,
+def test_a_model_class_outside_transformers_cannot_get_different_widths(
+    make_model: MakeModel,
+    open_tiny: OpenTiny,
     make_plan: MakePlan,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     loaded, decoder = open_tiny(make_model("llama"))
-    cut_model(decoder, make_plan(decoder, (40, 24, 64)), GivenUpdates(add_biases(decoder, ())))
+    cut_model(decoder, make_plan(decoder, (40, 24, 64)), GivenUpdates(families.add_biases(decoder, ())))
     for cls in type(decoder.model).__mro__:
         if cls.__module__.startswith("transformers.models."):
-            monkeypatch.setattr(cls, "__module__", "transformers_modules.somebody.modeling_own")
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM is no class of Transformers.*--allocator uniform"):
+            monkeypatch.setattr(cls, "__module__", "transformers_modules.acme.modeling_acme")
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM .*--allocator uniform"):
         save_model(decoder, loaded, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -351,14 +323,14 @@ def test_a_pruned_checkpoint_can_be_pruned_again(
     story: str,
     trust_remote_code: bool,
     checkpoints: dict[str, Path],
-    open_tiny: Open,
+    open_tiny: OpenTiny,
     make_plan: MakePlan,
     calibration_text: Path,
     tmp_path: Path,
 ) -> None:
     name, widths, biased = AGAIN[story]
-    _, before = open_tiny(checkpoints[name])
-    plan = make_plan(before, widths)
+    loaded, before = open_tiny(checkpoints[name])
+    plan = make_plan(before, widths, loaded.fingerprint)
     config = RunConfig.build(
         model=str(checkpoints[name]),
         criterion="magnitude",
@@ -370,8 +342,6 @@ def test_a_pruned_checkpoint_can_be_pruned_again(
         device="cpu",
         trust_remote_code=trust_remote_code,
     )
-    loaded, _ = open_tiny(checkpoints[name])
-    plan = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": loaded.fingerprint})})
     result = prune(config, tmp_path / "out", plan=plan)
     assert result.report.reload_difference == 0
 
@@ -395,26 +365,17 @@ def test_a_pruned_checkpoint_can_be_pruned_again(
 
 
 def data_free(model: Path, **options: object) -> RunConfig:
-    """A quick run with different widths."""
-    return RunConfig.build(
-        **{
-            "model": str(model),
-            "ratio": 0.4,
-            "criterion": "magnitude",
-            "allocator": "log-increase",
-            "round_to": 8,
-            "device": "cpu",
-            **options,
-        }
-    )
+    """Configure a run with different widths that needs no data."""
+    chosen: dict[str, object] = {"criterion": "magnitude", "allocator": "log-increase", "round_to": 8, **options}
+    return RunConfig.build(model=str(model), ratio=0.4, device="cpu", **chosen)
 
 
-def snapshot(place: Path) -> dict[str, bytes | None]:
-    """Everything under a folder, hidden files too."""
-    return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in place.rglob("*")}
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Read everything under a folder, hidden files too."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def test_generation_settings_and_tokenizer_are_carried_over(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_generation_settings_and_tokenizer_are_carried_over(make_model: MakeModel, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for path in make_model("llama").iterdir():
@@ -434,9 +395,7 @@ def test_generation_settings_and_tokenizer_are_carried_over(make_model: Callable
     assert after.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
-def test_a_checkpoint_has_plan_and_report_and_the_modes_others_expect(
-    make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_checkpoint_has_plan_and_report_and_the_modes_others_expect(make_model: MakeModel, tmp_path: Path) -> None:
     old = os.umask(0o022)
     try:
         result = prune(data_free(make_model("llama")), tmp_path / "out")
@@ -459,7 +418,7 @@ FAILURES: dict[str, tuple[BaseException, type[BaseException]]] = {
 MOMENTS = {
     "in the middle of saving": "cfsp_framework.pipeline.save_model",
     "while verifying": "cfsp_framework.pipeline.verify",
-    "once all is written": "cfsp_framework.runtime.atomic_files._make_readable",
+    "once all is written": "pathlib.Path.chmod",
 }
 
 
@@ -470,7 +429,7 @@ def test_a_run_that_fails_leaves_everything_as_it_was(
     failure: str,
     moment: str,
     overwrite: bool,
-    make_model: Callable[..., Path],
+    make_model: MakeModel,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -481,26 +440,26 @@ def test_a_run_that_fails_leaves_everything_as_it_was(
         (out / "model.safetensors").write_bytes(b"old")
     before = snapshot(tmp_path)
     raised, expected = FAILURES[failure]
-    happened: list[bool] = []
+    failed: list[bool] = []
 
     def fail(*arguments: Any, **_: Any) -> None:
         if moment == "in the middle of saving":
             save_model(*arguments)
             assert snapshot(tmp_path) != before, "something was written"
-        happened.append(True)
+        failed.append(True)
         raise raised
 
     monkeypatch.setattr(MOMENTS[moment], fail)
     with pytest.raises(expected) as caught:
         prune(data_free(make_model("llama")), out, overwrite=overwrite)
-    assert happened
+    assert failed
     assert snapshot(tmp_path) == before
     if expected is OutputError:
-        assert str(caught.value) == f"{out} cannot be written: No space left on device."
+        assert f"{out} cannot be written" in str(caught.value)
 
 
 def test_a_failure_while_the_old_folder_makes_way_brings_it_back(
-    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -508,20 +467,20 @@ def test_a_failure_while_the_old_folder_makes_way_brings_it_back(
     before = snapshot(tmp_path)
     rename = Path.rename
 
-    def fail_for_the_new_one(self: Path, target: Path) -> Path:
+    def fail_for_the_new_folder(self: Path, target: Path) -> Path:
         if self.suffix == ".partial":
             assert not out.exists()
             raise KeyboardInterrupt
         return rename(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail_for_the_new_one)
+        patch.setattr(Path, "rename", fail_for_the_new_folder)
         with pytest.raises(KeyboardInterrupt):
             prune(data_free(make_model("llama")), out, overwrite=True)
     assert snapshot(tmp_path) == before
 
 
-def test_overwriting_replaces_the_whole_folder(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_overwriting_replaces_the_whole_folder(make_model: MakeModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
@@ -532,7 +491,7 @@ def test_overwriting_replaces_the_whole_folder(make_model: Callable[..., Path], 
     assert AutoModelForCausalLM.from_pretrained(out).config.is_heterogeneous
 
 
-def test_pruning_a_checkpoint_onto_itself(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_pruned_into_its_own_folder(make_model: MakeModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prune(data_free(make_model("llama")), out)
     result = prune(data_free(out), out, overwrite=True)
@@ -542,7 +501,7 @@ def test_pruning_a_checkpoint_onto_itself(make_model: Callable[..., Path], tmp_p
     assert tuple(layer.mlp.down_proj.in_features for layer in model.model.layers) == result.plan.widths
 
 
-def test_a_place_that_is_taken_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_used_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
     config = data_free(tmp_path / "no-such-model")
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/config.json").write_text("{}")
@@ -554,8 +513,8 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_opened(tmp_path: Pa
         with pytest.raises(OutputError, match=f"{name} exists"):
             prune(config, tmp_path / name)
     for name in ("thesis", "file"):
-        with pytest.raises(OutputError, match=f"{name} exists and is no checkpoint"):
+        with pytest.raises(OutputError, match=f"{name} exists .*--overwrite does not remove it"):
             prune(config, tmp_path / name, overwrite=True)
-    with pytest.raises(OutputError, match="no folder one can write to"):
+    with pytest.raises(OutputError, match="no/such is not a writable directory"):
         prune(config, tmp_path / "no/such/parent")
     assert snapshot(tmp_path) == before

@@ -1,4 +1,4 @@
-"""The block-by-block engine: it computes what the model computes, once, and leaves no trace."""
+"""Replay block by block: it computes what the model computes, each block once, and leaves no hook on the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -22,11 +21,9 @@ from cfsp_framework.engine.measure import measure_block
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import ForwardOptions, embed, run_block
 from cfsp_framework.errors import PluginError
-from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward
-from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import (
@@ -38,27 +35,22 @@ from cfsp_framework.statistics import (
     FEED_FORWARD_INPUTS,
     FEED_FORWARD_TARGETS,
 )
+from helpers.types import MakeModel, OpenTiny
 
-Open = Callable[..., tuple[LoadedModel, Decoder]]
 WINDOWS = torch.randint(3, 300, (5, 24), generator=torch.Generator().manual_seed(1))  # longer than the sliding windows
 LIGHT = frozenset({DOWN_INPUT_SQUARES, DOWN_INPUT_MEAN, ANGULAR_DISTANCE})
 
 
 @pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return load_plugins()
-
-
-@pytest.fixture(scope="module")
-def llama(make_model: Callable[..., Path], open_tiny: Open) -> Decoder:
+def llama(make_model: MakeModel, open_tiny: OpenTiny) -> Decoder:
     """A model that no test changes."""
     return open_tiny(make_model("llama"))[1]
 
 
-def measured(
+def collect_light(
     decoder: Decoder, plugins: Plugins, windows: Tensor = WINDOWS, batch_size: int | None = 2
 ) -> tuple[FeedForwardMeasurement, ...]:
-    """The light statistics and the CFSP scores of every block's only feed-forward."""
+    """Collect light statistics and CFSP scores of every block's only feed-forward."""
     criterion: ConfiguredComponent[Criterion] = plugins.criteria.create("cfsp", {})
     collectors = plugins.collectors_for(LIGHT | criterion.component.required())
     forward_options = ForwardOptions(batch_size=batch_size)
@@ -68,25 +60,25 @@ def measured(
 
 
 def down_projection(decoder: Decoder, index: int) -> nn.Module:
-    """The module whose input are the channel activations of block ``index``."""
+    """Return the module whose inputs are the channel activations of block ``index``."""
     (module,) = decoder.feed_forward_modules(index)
     assert isinstance(module, DenseFeedForward)
     return module.down
 
 
-def traces(model: nn.Module) -> list[tuple[str, str]]:
-    """Every hook and every replaced forward in the model."""
+def hooks_of(model: nn.Module) -> list[tuple[str, str]]:
+    """List every hook and every replaced forward in the model."""
     return [
-        (path, what)
+        (path, name)
         for path, module in model.named_modules()
-        for what in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "forward")
-        if module.__dict__.get(what)
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "forward")
+        if module.__dict__.get(name)
     ]
 
 
 @contextmanager
 def counting(modules: dict[str, nn.Module]) -> Generator[Counter[str]]:
-    """How often each module's forward ran."""
+    """Count how often each module's forward runs."""
     counts: Counter[str] = Counter()
 
     def count(name: str) -> Callable[..., None]:
@@ -105,7 +97,7 @@ def counting(modules: dict[str, nn.Module]) -> Generator[Counter[str]]:
 
 @torch.no_grad()
 def test_block_by_block_equals_the_models_own_forward_bit_for_bit(
-    family: str, make_model: Callable[..., Path], open_tiny: Open
+    family: str, make_model: MakeModel, open_tiny: OpenTiny
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     expected: list[list[Tensor]] = [[] for _ in decoder.blocks]  # block -> its output for every batch
@@ -130,10 +122,10 @@ def test_block_by_block_equals_the_models_own_forward_bit_for_bit(
             batch.hidden.copy_(run_block(decoder, index, batch))  # once more: no cache was filled
             assert torch.equal(batch.hidden, first)
             assert torch.equal(batch.hidden, expected[index][number]), f"block {index}, batch {number}"
-    assert all(torch.equal(batch.hidden, own) for batch, own in zip(batches, final_norm, strict=True))
+    assert all(torch.equal(batch.hidden, output) for batch, output in zip(batches, final_norm, strict=True))
 
 
-def test_masks_of_every_block_are_kept_where_they_differ(make_model: Callable[..., Path], open_tiny: Open) -> None:
+def test_masks_of_every_block_are_kept_where_they_differ(make_model: MakeModel, open_tiny: OpenTiny) -> None:
     _, decoder = open_tiny(make_model("gemma3_text"))
     (batch,) = embed(decoder, WINDOWS[:1])
     sliding, also_sliding, full = (call.keyword["attention_mask"] for call in batch.calls)
@@ -141,30 +133,26 @@ def test_masks_of_every_block_are_kept_where_they_differ(make_model: Callable[..
     assert full is None
 
 
-def test_each_block_runs_once_a_batch_and_the_head_never(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+def test_collecting_runs_each_block_once_a_batch_and_the_head_never_and_leaves_no_hook(
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, plugins: Plugins
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     parts: dict[str, nn.Module] = {"head": decoder.model.get_submodule("lm_head")}
     for index, block in enumerate(decoder.blocks):  # the parts: a stub in place of a block still calls its hooks
         parts[f"attention {index}"] = block.get_submodule("self_attn")
         parts[f"feed-forward {index}"] = down_projection(decoder, index)
+    hooks = hooks_of(decoder.model)
     with counting(parts) as counts:
-        measured(decoder, plugins, batch_size=2)
+        collect_light(decoder, plugins, batch_size=2)
+    assert hooks_of(decoder.model) == hooks
     assert counts == {name: 3 for name in parts if name != "head"}
 
 
-def test_nothing_stays_on_the_model(llama: Decoder, plugins: Plugins) -> None:
-    before = traces(llama.model)
-    measured(llama, plugins)
-    assert traces(llama.model) == before
-
-
 def test_an_exception_while_recording_leaves_no_stub(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = traces(llama.model)
+    before = hooks_of(llama.model)
     with pytest.raises(IndexError):  # before any block
         embed(llama, torch.full((1, 4), 10**6))
-    assert traces(llama.model) == before
+    assert hooks_of(llama.model) == before
 
     def interrupt(*_: object) -> Tensor:
         assert "forward" in llama.blocks[0].__dict__, "the blocks are stubbed here"
@@ -174,12 +162,12 @@ def test_an_exception_while_recording_leaves_no_stub(llama: Decoder, monkeypatch
         patch.setattr(type(llama.base.get_submodule("norm")), "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             embed(llama, WINDOWS)
-    assert traces(llama.model) == before
+    assert hooks_of(llama.model) == before
     with torch.no_grad():
         assert llama.model(WINDOWS).logits.std() > 0.1
 
 
-class _Failing:
+class FailingAccumulator:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
@@ -196,41 +184,45 @@ class FailingCollector(Collector):
     site: ClassVar[Site] = Site.DOWN_PROJECTION
 
     def start(self) -> Accumulator:
-        return _Failing()
+        return FailingAccumulator()
 
 
 class FailingGradientCollector(FailingCollector):
     site: ClassVar[Site] = Site.GRADIENT
 
 
+def configured(collector: Collector) -> Sequence[ConfiguredComponent[Collector]]:
+    return [ConfiguredComponent(collector, Origin("test"))]
+
+
 def test_an_exception_while_measuring_leaves_no_hook(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = traces(llama.model)
-    failing: Sequence[ConfiguredComponent[Collector]] = [ConfiguredComponent(FailingCollector(), Origin("test"))]
+    before = hooks_of(llama.model)
+    failing = configured(FailingCollector())
     with pytest.raises(PluginError, match=r"failing.*update"):
         measure_block(llama, 0, embed(llama, WINDOWS), failing)
-    assert traces(llama.model) == before
+    assert hooks_of(llama.model) == before
 
     batches = embed(llama, WINDOWS)
 
     def interrupt(*_: object, **__: object) -> Tensor:
-        assert traces(llama.model) != before, "the hooks are there here"
+        assert hooks_of(llama.model) != before, "the hooks are on the model here"
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(type(llama.blocks[0].get_submodule("self_attn")), "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             measure_block(llama, 0, batches, failing)
-    assert traces(llama.model) == before
+    assert hooks_of(llama.model) == before
 
 
 def test_gradients_are_the_losss_and_leave_nothing(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, plugins: Plugins
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     trained = [name for name, parameter in decoder.model.named_parameters() if parameter.requires_grad]
-    before = traces(decoder.model)
-    found = measure_gradients(decoder, WINDOWS, plugins.collectors_for({DOWN_INPUT_TAYLOR}), Progress())
-    assert traces(decoder.model) == before
+    before = hooks_of(decoder.model)
+    measured = measure_gradients(decoder, WINDOWS, plugins.collectors_for({DOWN_INPUT_TAYLOR}), Progress())
+    assert hooks_of(decoder.model) == before
     assert trained == [name for name, parameter in decoder.model.named_parameters() if parameter.requires_grad]
     assert all(parameter.grad is None for parameter in decoder.model.parameters())
 
@@ -245,40 +237,38 @@ def test_gradients_are_the_losss_and_leave_nothing(
             expected, activations, torch.autograd.grad(loss, activations), strict=True
         ):
             total += (activation * gradient).abs().sum((0, 1)).detach()
-    for (statistics,), total in zip(found, expected, strict=True):
+    for (statistics,), total in zip(measured, expected, strict=True):
         torch.testing.assert_close(statistics[DOWN_INPUT_TAYLOR], total, rtol=1e-4, atol=1e-6)
 
 
 def test_an_exception_while_gradients_are_measured_leaves_nothing(llama: Decoder) -> None:
-    before = traces(llama.model)
-    failing: Sequence[ConfiguredComponent[Collector]] = [
-        ConfiguredComponent(FailingGradientCollector(), Origin("test"))
-    ]
+    before = hooks_of(llama.model)
+    failing = configured(FailingGradientCollector())
     with pytest.raises(PluginError, match=r"failing.*update"):
         measure_gradients(llama, WINDOWS, failing, Progress())
     with pytest.raises(IndexError):
         measure_gradients(llama, torch.full((1, 4), 10**6), failing, Progress())
-    assert traces(llama.model) == before
+    assert hooks_of(llama.model) == before
     assert all(parameter.requires_grad for parameter in llama.model.parameters())
 
 
-def everything(decoder: Decoder, plugins: Plugins, windows: Tensor, batch_size: int) -> list[BlockStatistics]:
-    """Every statistic of the built-in collectors, the heavy ones too."""
+def measure_everything(decoder: Decoder, plugins: Plugins, windows: Tensor, batch_size: int) -> list[BlockStatistics]:
+    """Measure every statistic of the built-in collectors, the heavy ones too."""
     collectors = plugins.collectors_for(cls.provides for cls in plugins.collectors.values())
-    backward = [chosen for chosen in collectors if chosen.component.site is Site.GRADIENT]
-    forward = [chosen for chosen in collectors if chosen.component.site is not Site.GRADIENT]
+    backward = [c for c in collectors if c.component.site is Site.GRADIENT]
+    forward = [c for c in collectors if c.component.site is not Site.GRADIENT]
     gradients = measure_gradients(decoder, windows, backward, Progress())
     batches = embed(decoder, windows, ForwardOptions(batch_size=batch_size))
-    found: list[BlockStatistics] = []
+    measured: list[BlockStatistics] = []
     for index, (backwards,) in enumerate(gradients):
         (statistics,) = measure_block(decoder, index, batches, forward)
-        found.append(statistics | backwards)
-    return found
+        measured.append(statistics | backwards)
+    return measured
 
 
 @pytest.fixture(scope="module")
 def one_by_one(llama: Decoder, plugins: Plugins) -> list[BlockStatistics]:
-    return everything(llama, plugins, WINDOWS, batch_size=1)
+    return measure_everything(llama, plugins, WINDOWS, batch_size=1)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -289,8 +279,8 @@ def test_statistics_depend_neither_on_batches_nor_on_the_order_of_windows(
     ordered = {cls.provides for cls in plugins.collectors.values() if cls.ordered}
     for expected, batched, shuffled in zip(
         one_by_one,
-        everything(llama, plugins, WINDOWS, batch_size),
-        everything(llama, plugins, WINDOWS[order], batch_size),
+        measure_everything(llama, plugins, WINDOWS, batch_size),
+        measure_everything(llama, plugins, WINDOWS[order], batch_size),
         strict=True,
     ):
         assert batched.tokens == shuffled.tokens == WINDOWS.numel()
@@ -305,71 +295,66 @@ def test_statistics_depend_neither_on_batches_nor_on_the_order_of_windows(
 
 
 def test_the_last_batch_may_be_short_and_a_batch_larger_than_all_windows(llama: Decoder, plugins: Plugins) -> None:
-    expected = measured(llama, plugins, batch_size=None)
+    expected = collect_light(llama, plugins, batch_size=None)
     for batch_size in (3, 100):
-        for left, right in zip(expected, measured(llama, plugins, batch_size=batch_size), strict=True):
+        for left, right in zip(expected, collect_light(llama, plugins, batch_size=batch_size), strict=True):
             torch.testing.assert_close(left.scores["cfsp"], right.scores["cfsp"], rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_are_those_of_the_dense_model(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, plugins: Plugins
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     before = {name: value.clone() for name, value in decoder.model.state_dict().items()}
-    found = measured(decoder, plugins)
+    measurements = collect_light(decoder, plugins)
     assert all(torch.equal(value, before[name]) for name, value in decoder.model.state_dict().items())
 
-    inputs: dict[int, Tensor] = {}
+    activations: dict[int, Tensor] = {}
     streams: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def hear(index: int) -> Callable[..., None]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[index] = arguments[0].double().flatten(0, 1)  # (N * T, F)
+    def record(index: int, _: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
+        activations[index] = inputs[0].double().flatten(0, 1)  # (N * T, F)
 
-        return hook
-
-    def hear_block(index: int) -> Callable[..., None]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            streams[index] = arguments[0].double(), output.double()
-
-        return hook
+    def record_stream(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        streams[index] = inputs[0].double(), output.double()
 
     for index, block in enumerate(decoder.blocks):
-        down_projection(decoder, index).register_forward_hook(hear(index))
-        block.register_forward_hook(hear_block(index))
+        down_projection(decoder, index).register_forward_hook(partial(record, index))
+        block.register_forward_hook(partial(record_stream, index))
     with torch.no_grad():
         decoder.model(WINDOWS, use_cache=False)
-    for index, measurement in enumerate(found):
-        statistics = measurement.statistics
-        squares, mean = inputs[index].square().sum(0).float(), inputs[index].mean(0).float()
-        torch.testing.assert_close(statistics[DOWN_INPUT_SQUARES], squares, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(statistics[DOWN_INPUT_MEAN], mean, rtol=1e-4, atol=1e-5)
+    for index, measurement in enumerate(measurements):
         cosine = torch.nn.functional.cosine_similarity(*streams[index], dim=-1)
-        angle = (cosine.clamp(-1, 1).arccos() / torch.pi).mean().float()
-        torch.testing.assert_close(statistics[ANGULAR_DISTANCE], angle, rtol=1e-4, atol=1e-5)
+        expected = {
+            DOWN_INPUT_SQUARES: activations[index].square().sum(0),
+            DOWN_INPUT_MEAN: activations[index].mean(0),
+            ANGULAR_DISTANCE: (cosine.clamp(-1, 1).arccos() / torch.pi).mean(),
+        }
+        for statistic, value in expected.items():
+            torch.testing.assert_close(measurement.statistics[statistic], value.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_and_scores_of_a_bfloat16_model_are_float32(
-    make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
+    make_model: MakeModel, open_tiny: OpenTiny, plugins: Plugins
 ) -> None:
     loaded, decoder = open_tiny(make_model("qwen2", dtype="bfloat16"))
     assert loaded.model.dtype == torch.bfloat16
-    for measurement in measured(decoder, plugins):
+    for measurement in collect_light(decoder, plugins):
         assert {value.dtype for value in measurement.statistics.values()} == {torch.float32}
         assert measurement.scores["cfsp"].dtype == torch.float32
-    for statistics in everything(decoder, plugins, WINDOWS[:2], batch_size=2):
+    for statistics in measure_everything(decoder, plugins, WINDOWS[:2], batch_size=2):
         assert {value.dtype for value in statistics.values()} == {torch.float32}
 
 
 def test_heavy_statistics_do_not_outlive_their_block(llama: Decoder, plugins: Plugins) -> None:
     criterion: ConfiguredComponent[Criterion] = plugins.criteria.create("magnitude", {})
     collectors = plugins.collectors_for({DOWN_INPUT_GRAM, DOWN_INPUT_MEAN})
-    found = collect(llama, WINDOWS, {"magnitude": criterion}, collectors, seed=0, progress=Progress())
-    assert [set(measurement.statistics) for measurement in found] == [{DOWN_INPUT_MEAN}] * 3
+    measurements = collect(llama, WINDOWS, {"magnitude": criterion}, collectors, seed=0, progress=Progress())
+    assert [set(measurement.statistics) for measurement in measurements] == [{DOWN_INPUT_MEAN}] * 3
 
 
 def test_magnitude_and_uniform_read_no_data_and_run_nothing(
-    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a module ran")

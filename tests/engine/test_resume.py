@@ -1,4 +1,4 @@
-"""A run that was killed goes on where it was and ends as if nothing had happened; nothing half-written is ever trusted."""
+"""A killed run resumes and ends with the same bits as an undisturbed one; incomplete files are never used."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -26,34 +26,34 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from cfsp_framework import Criterion, RunConfig, Update
+from cfsp_framework import Criterion, RunConfig, Statistic, Update
 from cfsp_framework.engine.cache import MeasurementCache
 from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import Batch, ForwardOptions
 from cfsp_framework.errors import OutputError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.registry import ConfiguredComponent
+from cfsp_framework.host.registry import ConfiguredComponent, Origin
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.pruning import compensation
 from cfsp_framework.pruning.compensation import UpdateCache
 from cfsp_framework.runtime.atomic_files import save_tensors, staged_folder
 from cfsp_framework.runtime.progress import Progress
+from cfsp_framework.statistics import ANGULAR_DISTANCE, DOWN_INPUT_GRAM, DOWN_INPUT_SQUARES
+from helpers.families import tensors_of
+from helpers.types import MakeModel, OpenTiny
 
-MakeModel = Callable[..., Path]
-Open = Callable[..., tuple[LoadedModel, Decoder]]
 BLOCKS = 9
 LIMIT = 100.0
-"""Seconds after which a command hangs."""
+"""Seconds after which a command is taken to hang."""
 
 # --- killed runs ------------------------------------------------------------------------------------------------------
 
-# Forks a process for every line it reads. That one runs a command line and kills itself at the moment it is told, or is
-# killed after some seconds; it tells how often it came past each of the moments.
+# Forks a process for each line of its input. The child runs a command and kills itself at a given moment, or is killed
+# after some seconds; it writes how often it passed each moment.
 SERVER = """
-import collections, json, os, signal, sys, time
+import collections, functools, json, os, signal, sys, time
 import torch
 torch.set_num_threads(1)
 import safetensors.torch
@@ -61,12 +61,10 @@ import transformers.modeling_utils
 import transformers.models.llama.modeling_llama
 from pathlib import Path
 from cfsp_framework import pipeline
-from cfsp_framework.runtime import atomic_files as files
 from cfsp_framework.pruning import compensation
 from cfsp_framework.pruning import cut
 from cfsp_framework.run import steps
 from cfsp_framework.modeling import streaming
-from cfsp_framework.engine import cache as resume
 from cfsp_framework.engine import collect
 from cfsp_framework.cli.main import cli
 
@@ -79,27 +77,27 @@ def moment(name):
         os.kill(os.getpid(), signal.SIGKILL)
 
 def around(owner, attribute, name):
-    own = getattr(owner, attribute)
+    original = getattr(owner, attribute)
     def wrapped(*arguments, **options):
         moment(f"{name}, before")
-        result = own(*arguments, **options)
+        result = original(*arguments, **options)
         moment(f"{name}, after")
         return result
     setattr(owner, attribute, wrapped)
 
 def around_writing(owner, attribute, name=None):
-    own = getattr(owner, attribute)
+    original = getattr(owner, attribute)
     def wrapped(tensors, path, *arguments, **options):
         called = name or ("hidden" if "hidden_" in str(path) else "block" if "collection-" in str(path) else "answers")
         moment(f"{called}, before")
-        own(tensors, path, *arguments, **options)
+        original(tensors, path, *arguments, **options)
         if deadly is not None and deadly[0] == f"{called}, half" and passed[f"{called}, half"] + 1 == deadly[1]:
             os.truncate(path, os.path.getsize(path) // 2)
         moment(f"{called}, half")
         moment(f"{called}, after")
     setattr(owner, attribute, wrapped)
 
-resume.MeasurementCache._is_cheap = lambda *_: True
+steps.MeasurementCache = functools.partial(steps.MeasurementCache, share=float('inf'))  # keep all hidden states
 around(collect, "measure_block", "measuring")
 around(collect, "embed", "embedding")
 around_writing(safetensors.torch, "save_file")  # what --resume keeps
@@ -130,13 +128,13 @@ for line in sys.stdin:
             os._exit(left.code or 0)
         finally:
             os._exit(99)
-    print(0, flush=True)  # it runs
+    print(0, flush=True)  # running
     until = time.monotonic() + job["seconds"]
-    found, status = 0, 0
-    while not found and time.monotonic() < until:
-        found, status = os.waitpid(child, os.WNOHANG)
+    ended, status = 0, 0
+    while not ended and time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
         time.sleep(0.002)
-    if not found:
+    if not ended:
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
     print(os.waitstatus_to_exitcode(status), flush=True)
@@ -145,13 +143,13 @@ for line in sys.stdin:
 
 @dataclass
 class Server:
-    """Runs commands in processes that may be killed."""
+    """Run commands in processes that may be killed."""
 
     process: subprocess.Popen[str]
     folder: Path
 
     def start(self, words: Sequence[object], deadly: tuple[str, int] | None = None, seconds: float = LIMIT) -> None:
-        """Begin a command, which is killed when it passes a moment the n-th time, or after some seconds."""
+        """Start a command, which is killed when it passes a moment the n-th time, or after some seconds."""
         job: dict[str, object] = {"words": list(map(str, words)), "deadly": deadly, "seconds": seconds}
         job |= {"log": str(self.folder / "log.txt"), "passed": str(self.folder / "passed.json")}
         assert self.process.stdin is not None
@@ -160,7 +158,7 @@ class Server:
         self.end()
 
     def end(self) -> int:
-        """Wait for the command; its exit code, or minus the signal that killed it."""
+        """Wait for the command and return its exit code, or minus the signal that killed it."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the server of this test broke"
@@ -176,13 +174,13 @@ class Server:
 
     @property
     def passed(self) -> dict[str, int]:
-        """How often the last command that was not killed passed each moment."""
+        """How often the last command that ended by itself passed each moment."""
         return cast("dict[str, int]", json.loads((self.folder / "passed.json").read_text()))
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[Server]:
-    """One process that has everything imported; its children start at once."""
+    """One process that has everything imported, so that its children start at once."""
     pipe = subprocess.PIPE
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SERVER]
@@ -192,17 +190,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[Server]:
         process.stdin.close()
 
 
-@dataclass(frozen=True)
-class Story:
-    """A command that is killed again and again: at its n-th passing of each of these moments in turn."""
-
-    options: tuple[object, ...]
-    kills: tuple[tuple[str, int], ...]
-
-
 CLOSED_FORM = ("--preset", "cfsp-closed-form", "--compensator", "least-squares-bias")
-STORIES = {
-    "cfsp": Story(
+# Options of a command, and the moments at whose n-th passing it is killed in turn.
+STORIES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, int], ...]]] = {
+    "cfsp": (
         (),
         (
             ("embedding, after", 1), ("block, before", 1), ("block, half", 2), ("measuring, after", 1),
@@ -211,7 +202,7 @@ STORIES = {
             ("verifying, before", 1), ("reporting, after", 1), ("renaming, before", 1), ("renaming, after", 1),
         ),
     ),
-    "second pass": Story(
+    "second pass": (
         CLOSED_FORM,
         (
             ("hidden, after", 2), ("measuring, before", 4), ("answers, before", 1), ("answers, half", 2),
@@ -219,7 +210,7 @@ STORIES = {
             ("saving, after", 1),
         ),
     ),
-    "streamed": Story(
+    "streamed": (
         (*CLOSED_FORM, "--stream"),
         (
             ("measuring, after", 3), ("hidden, half", 2), ("block, half", 2), ("shard, before", 2), ("shard, half", 1),
@@ -238,31 +229,27 @@ def deep(make_model: MakeModel) -> Path:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What a run that nobody disturbed wrote."""
+class Written:
+    """The files of a finished run."""
 
     plan: str
     tensors: Mapping[str, Tensor]
     evaluations: Any
     files: frozenset[str]
 
-
-def looked_at(out: Path) -> Whole:
-    found = {key: value for path in sorted(out.glob("model*.safetensors")) for key, value in load_file(path).items()}
-    report = json.loads((out / "report.json").read_text())
-    names = frozenset(path.name for path in out.iterdir())
-    return Whole((out / "pruning_plan.json").read_text(), found, report["evaluations"], names)
-
-
-def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(value, right[key]) for key, value in left.items())
+    @classmethod
+    def read(cls, out: Path) -> Written:
+        names = frozenset(path.name for path in out.iterdir())
+        report = json.loads((out / "report.json").read_text())
+        return cls((out / "pruning_plan.json").read_text(), tensors_of(out), report["evaluations"], names)
 
 
-def check_finished(out: Path, whole: Whole) -> None:
-    """What is there is what a run that nobody disturbed wrote, to the last bit."""
-    found = looked_at(out)
-    assert same(found.tensors, whole.tensors)
-    assert (found.plan, found.evaluations, found.files) == (whole.plan, whole.evaluations, whole.files)
+def check_finished(out: Path, expected: Written) -> None:
+    """Compare a checkpoint with that of an undisturbed run, to the last bit."""
+    actual = Written.read(out)
+    assert actual.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in actual.tensors.items())
+    assert (actual.plan, actual.evaluations, actual.files) == (expected.plan, expected.evaluations, expected.files)
 
 
 Words = Callable[..., tuple[object, ...]]
@@ -270,7 +257,7 @@ Words = Callable[..., tuple[object, ...]]
 
 @pytest.fixture
 def words(deep: Path, calibration_text: Path, tmp_path: Path) -> Words:
-    """``words(*options, out=...)``: a command line; with ``--resume`` unless told otherwise."""
+    """``words(*options, out=...)``: a command line; with ``--resume`` by default."""
 
     def command(*options: object, out: str = "out", resume: bool = True) -> tuple[object, ...]:
         data = "--calibration", calibration_text, "--samples", 24, "--seqlen", 32, "--batch-size", 5
@@ -282,36 +269,40 @@ def words(deep: Path, calibration_text: Path, tmp_path: Path) -> Words:
 
 
 @pytest.fixture
-def undisturbed(server: Server, words: Words, tmp_path: Path) -> Callable[..., Whole]:
-    """``undisturbed(*options)``: what the command writes where nobody kills it and nothing is kept."""
+def undisturbed(server: Server, words: Words, tmp_path: Path) -> Callable[..., Written]:
+    """``undisturbed(*options)``: the files of the command when it is not killed and nothing is cached."""
 
-    def whole(*options: object) -> Whole:
+    def whole(*options: object) -> Written:
         assert server.run(words(*options, out="whole", resume=False)) == 0, server.log
-        found = looked_at(tmp_path / "whole")
+        written = Written.read(tmp_path / "whole")
         shutil.rmtree(tmp_path / "whole")
-        return found
+        return written
 
     return whole
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
-    name: str, server: Server, words: Words, undisturbed: Callable[..., Whole], tmp_path: Path
+def test_a_run_that_is_killed_repeatedly_ends_with_the_same_files(
+    name: str, server: Server, words: Words, undisturbed: Callable[..., Written], tmp_path: Path
 ) -> None:
-    story, out = STORIES[name], tmp_path / "out"
-    whole = undisturbed(*story.options)
-    command = words(*story.options)
-    for moment in story.kills:
-        assert server.run(command, moment) == -signal.SIGKILL, f"it never came to {moment}: {server.log}"
-        assert out.exists() is (moment[0] == "renaming, after"), "it is there once it is whole"
-        assert len(set(tmp_path.iterdir()) - {out, tmp_path / "state"}) <= 1, "what the last one left, alone"
+    (options, kills), out = STORIES[name], tmp_path / "out"
+    whole = undisturbed(*options)
+    command = words(*options)
+    for moment in kills:
+        assert server.run(command, moment) == -signal.SIGKILL, f"never at {moment}: {server.log}"
+        assert out.exists() is (moment[0] == "renaming, after"), "the folder appears once it is complete"
+        left = {path.stem for path in tmp_path.iterdir()} - {"out", "state"}  # a folder, and its lock of the same name
+        assert len(left) <= 1, "only the last killed run left files"
     if out.exists():
         check_finished(out, whole)
         assert server.run(command) == 2, "it exists"
     else:
         assert server.run(command) == 0, server.log
     check_finished(out, whole)
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "state"}
+    files = {
+        path.name for path in tmp_path.iterdir() if path.suffix != ".lock"
+    }  # left when it is killed at the very end
+    assert files == {"out", "state"}
     kept = [path.name for path in (tmp_path / "state").rglob("*") if path.is_file()]
     assert {name.partition("_")[0] for name in kept} == {"block"}, "neither hidden states nor anything unfinished"
     ids = torch.arange(3, 30)[None]
@@ -319,25 +310,23 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
         assert AutoModelForCausalLM.from_pretrained(out)(ids).logits.std() > 0.1
 
 
-def test_a_run_goes_on_and_does_not_begin_again(
-    server: Server, words: Words, undisturbed: Callable[..., Whole]
+def test_a_resumed_run_does_not_repeat_finished_blocks(
+    server: Server, words: Words, undisturbed: Callable[..., Written]
 ) -> None:
     command = words(*CLOSED_FORM)
     undisturbed(*CLOSED_FORM)
     whole = server.passed
     assert (whole["measuring, before"], whole["measuring again, before"]) == (BLOCKS, whole["compensating, before"])
-    assert whole["compensating, before"] > 5, "all that lose channels"
+    assert whole["compensating, before"] > 5, "every block that loses channels"
     assert server.run(command, ("measuring, after", 6)) == -signal.SIGKILL
     assert server.run(command, ("compensating, after", 4)) == -signal.SIGKILL
     assert server.run(command) == 0
     assert "measuring, before" not in server.passed
-    assert server.passed["compensating, before"] == whole["compensating, before"] - 3, (
-        "three were answered and kept before"
-    )
+    assert server.passed["compensating, before"] == whole["compensating, before"] - 3, "three were compensated and kept"
 
 
-def test_kills_at_any_time_leave_nothing_half_finished(
-    server: Server, words: Words, undisturbed: Callable[..., Whole], tmp_path: Path
+def test_kills_at_random_times_leave_no_incomplete_checkpoint(
+    server: Server, words: Words, undisturbed: Callable[..., Written], tmp_path: Path
 ) -> None:
     out, options, draw = tmp_path / "out", (*CLOSED_FORM, "--stream"), random.Random(0)
     start = time.monotonic()
@@ -355,7 +344,7 @@ def test_kills_at_any_time_leave_nothing_half_finished(
         code = server.end()
         assert code in (0, -signal.SIGKILL), server.log
         kills += code == -signal.SIGKILL
-        if out.exists():  # and once more from the beginning
+        if out.exists():  # start again without any files
             check_finished(out, whole)
             shutil.rmtree(out)
             shutil.rmtree(tmp_path / "state")
@@ -364,8 +353,8 @@ def test_kills_at_any_time_leave_nothing_half_finished(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "state"}
 
 
-def test_replacing_a_checkpoint_leaves_the_old_or_the_new_one(
-    server: Server, words: Words, undisturbed: Callable[..., Whole], tmp_path: Path
+def test_a_killed_replacement_leaves_the_old_or_the_new_checkpoint(
+    server: Server, words: Words, undisturbed: Callable[..., Written], tmp_path: Path
 ) -> None:
     out, command = tmp_path / "out", words("--overwrite")
     old, new = undisturbed("--ratio", 0.25), undisturbed()
@@ -373,7 +362,7 @@ def test_replacing_a_checkpoint_leaves_the_old_or_the_new_one(
     for moment in (("weights, half", 1), ("renaming, before", 1)):
         assert server.run(command, moment) == -signal.SIGKILL
         check_finished(out, old)
-    assert server.run(command, ("renaming, after", 1)) == -signal.SIGKILL, "the old one is aside, the new one as well"
+    assert server.run(command, ("renaming, after", 1)) == -signal.SIGKILL, "both are moved aside"
     assert not out.exists()
     (aside,) = tmp_path.glob(".out.*.old")
     check_finished(aside, old)
@@ -390,16 +379,13 @@ def test_replacing_a_checkpoint_leaves_the_old_or_the_new_one(
 
 
 class Marks(Criterion):
-    """Reads a light and a heavy statistic; stops where it is told to."""
+    """Read light and heavy statistics, and stop in one block."""
 
     name: ClassVar[str] = "marks"
     stop: ClassVar[int | None] = None
     scored: ClassVar[list[int]] = []
 
-    def required(self) -> frozenset[Any]:
-        from cfsp_framework.statistics import ANGULAR_DISTANCE, DOWN_INPUT_GRAM, DOWN_INPUT_SQUARES
-
-        return frozenset({ANGULAR_DISTANCE, DOWN_INPUT_GRAM, DOWN_INPUT_SQUARES})
+    requires: ClassVar[frozenset[Statistic]] = frozenset({ANGULAR_DISTANCE, DOWN_INPUT_GRAM, DOWN_INPUT_SQUARES})
 
     def score(self, feed_forward: Any, statistics: Any) -> Tensor:
         if feed_forward.block == Marks.stop:
@@ -410,12 +396,12 @@ class Marks(Criterion):
 
 
 WINDOWS = torch.randint(3, 300, (5, 24), generator=torch.Generator().manual_seed(1))
-Measured = Sequence[FeedForwardMeasurement]
+Measurements = Sequence[FeedForwardMeasurement]
 
 
 @dataclass
 class Collection:
-    """``collect`` on one model with ``--resume``, and what ran while it did."""
+    """Collect on one model with ``--resume``, and record the forward passes of its blocks."""
 
     decoder: Decoder
     folder: Path
@@ -423,16 +409,15 @@ class Collection:
 
     def run(
         self, share: float = float("inf"), *, stop: int | None = None, only_until: int = 99, windows: Tensor = WINDOWS
-    ) -> Measured:
-        """Collect, or be interrupted in block ``stop``; hidden states are kept up to one block only."""
+    ) -> Measurements:
+        """Collect, or be interrupted in block ``stop``; hidden states are kept up to block ``only_until``."""
         Marks.stop = stop
         Marks.scored.clear()
         self.forwards.clear()
-        finished = _Until(only_until, self.folder, "key", share=share)
-        return self._collect(windows, finished)
+        return self._collect(windows, CacheUntil(only_until, self.folder, "key", share=share))
 
-    def plain(self) -> Measured:
-        """The same with nothing kept."""
+    def plain(self) -> Measurements:
+        """Collect without a cache."""
         Marks.stop = None
         return self._collect(WINDOWS, None)
 
@@ -441,10 +426,9 @@ class Collection:
         with pytest.raises(KeyboardInterrupt):
             self.run(stop=stop, **options)
 
-    def _collect(self, windows: Tensor, finished: MeasurementCache | None) -> Measured:
-        plugins = load_plugins()
-        criterion = ConfiguredComponent[Criterion](Marks(), plugins.criteria.origin("cfsp"))
-        collectors = plugins.collectors_for(criterion.component.required())
+    def _collect(self, windows: Tensor, cache: MeasurementCache | None) -> Measurements:
+        criterion = ConfiguredComponent[Criterion](Marks(), Origin("test"))
+        collectors = load_plugins().collectors_for(Marks.requires)
         return collect(
             self.decoder,
             windows,
@@ -454,137 +438,111 @@ class Collection:
             forward_options=ForwardOptions(batch_size=2),
             seed=0,
             progress=Progress(),
-            cache=finished,
+            cache=cache,
         )
 
     @property
     def files(self) -> Path:
-        """Where the only collection is."""
-        (found,) = self.folder.iterdir()
-        return found
+        """Folder of the only collection."""
+        (folder,) = self.folder.iterdir()
+        return folder
 
 
-class _Until(MeasurementCache):
-    """Keeps no hidden states from some block on."""
+class CacheUntil(MeasurementCache):
+    """Keep no hidden states after some block."""
 
     def __init__(self, last: int, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._last = last
 
-    def store(self, index: int, measured: list[FeedForwardMeasurement], batches: Sequence[Batch]) -> None:
-        if index > self._last:
-            self._share = 0.0
-        super().store(index, measured, batches)
+    def store(self, index: int, measurements: list[FeedForwardMeasurement], batches: Sequence[Batch]) -> None:
+        super().store(index, measurements, batches if index <= self._last else ())
 
 
 @pytest.fixture
-def collection(make_model: MakeModel, open_tiny: Open, tmp_path: Path) -> Iterator[Collection]:
-    """A fresh model of six blocks whose forwards are counted."""
-    yield from _collection(make_model("llama", num_hidden_layers=6), open_tiny, tmp_path)
-
-
-@pytest.fixture
-def experts(make_model: MakeModel, open_tiny: Open, tmp_path: Path) -> Iterator[Collection]:
-    """The same with experts, of which some share statistics."""
-    yield from _collection(make_model("mixtral", num_hidden_layers=6), open_tiny, tmp_path)
-
-
-def _collection(model: Path, open_tiny: Open, folder: Path) -> Iterator[Collection]:
-    _, decoder = open_tiny(model)
-    found = Collection(decoder, folder / "state", [])
+def collection(
+    request: pytest.FixtureRequest, make_model: MakeModel, open_tiny: OpenTiny, tmp_path: Path
+) -> Collection:
+    """A fresh model of six blocks whose forward passes are counted; parametrised by the model's name."""
+    _, decoder = open_tiny(make_model(getattr(request, "param", "llama"), num_hidden_layers=6))
+    collection = Collection(decoder, tmp_path / "state", [])
     for index, block in enumerate(decoder.blocks):
         attention = block.get_submodule("self_attn")  # a stub in place of a block does not run it
-        attention.register_forward_hook(partial(lambda at, *_: found.forwards.append(at), index))
-    yield found
-    Marks.stop = None
+        attention.register_forward_hook(partial(lambda at, *_: collection.forwards.append(at), index))
+    return collection
 
 
-def check_same(left: Measured, right: Measured) -> None:
-    """To the last bit."""
-    assert len(left) == len(right)
-    for one, other in zip(left, right, strict=True):
-        assert (one.block, one.path, one.width) == (other.block, other.path, other.width)
-        assert (one.statistics.tokens, one.statistics.held_out_tokens, one.statistics.unseen) == (
-            other.statistics.tokens,
-            other.statistics.held_out_tokens,
-            other.statistics.unseen,
-        )
+def check_same(actual: Measurements, expected: Measurements) -> None:
+    """Compare measurements to the last bit."""
+    assert len(actual) == len(expected)
+    for left, right in zip(actual, expected, strict=True):
+        assert (left.block, left.path, left.width) == (right.block, right.path, right.width)
+        for name in ("tokens", "held_out_tokens", "unseen"):
+            assert getattr(left.statistics, name) == getattr(right.statistics, name)
         for kind in ("statistics", "scores", "curves"):
-            mine, its = dict(getattr(one, kind)), dict(getattr(other, kind))
-            assert mine.keys() == its.keys()
-            assert mine
-            assert all(torch.equal(value, its[key]) and value.dtype == its[key].dtype for key, value in mine.items())
+            tensors, others = dict(getattr(left, kind)), dict(getattr(right, kind))
+            assert tensors.keys() == others.keys() != set()
+            assert all(torch.equal(value, others[key]) for key, value in tensors.items())
+            assert all(value.dtype == others[key].dtype for key, value in tensors.items())
 
 
 @pytest.mark.parametrize(("stop", "only_until", "entering"), [(4, 99, 4), (4, 1, 2), (5, 0, 1), (3, -1, 0), (0, 99, 0)])
-def test_a_collection_goes_on_from_the_hidden_states_that_were_kept(
+def test_a_collection_resumes_from_the_hidden_states_that_were_kept(
     stop: int, only_until: int, entering: int, collection: Collection
 ) -> None:
     expected = collection.plain()
     collection.interrupted(stop, only_until=only_until)
     assert Marks.scored == list(range(stop))
-    found = collection.run()
-    check_same(found, expected)
+    check_same(collection.run(), expected)
     assert Marks.scored == list(range(stop, 6))
     assert Counter(collection.forwards) == dict.fromkeys(range(entering, 6), 3), "three batches each"
     assert sorted(path.name for path in collection.files.iterdir()) == [f"block_{n}.safetensors" for n in range(6)]
     check_same(collection.run(), expected)
-    assert (Marks.scored, collection.forwards) == ([], []), "everything is there"
+    assert (Marks.scored, collection.forwards) == ([], []), "every block was kept"
 
 
-def test_hidden_states_are_never_kept_where_that_may_take_no_time(collection: Collection) -> None:
+def test_without_a_share_of_the_time_no_hidden_states_are_kept(collection: Collection) -> None:
     collection.interrupted(5, share=0.0)
     assert {path.name for path in collection.files.iterdir()} == {f"block_{n}.safetensors" for n in range(5)}
     collection.run(0.0)
     assert Counter(collection.forwards) == dict.fromkeys(range(6), 3)
 
 
-def test_experts_go_on_too(experts: Collection) -> None:
-    expected = experts.plain()
-    experts.interrupted(3)
-    check_same(experts.run(), expected)
+@pytest.mark.parametrize("collection", ["mixtral"], indirect=True)
+def test_experts_that_share_statistics_resume(collection: Collection) -> None:
+    expected = collection.plain()
+    collection.interrupted(3)
+    check_same(collection.run(), expected)
     assert len(expected) == 24
-    assert set(experts.forwards) == {3, 4, 5}
+    assert set(collection.forwards) == {3, 4, 5}
 
 
-def _truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "empty": lambda path: os.truncate(path, 0),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "foreign": lambda path: save_file({"other": torch.ones(3)}, path),
+    "no header": lambda path: save_file(load_file(path), path),
+    "missing": Path.unlink,
+}
 
 
-def _empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def _zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def _foreign(path: Path) -> None:
-    save_file({"other": torch.ones(3)}, path)
-
-
-def _no_header(path: Path) -> None:
-    save_file(load_file(path), path)
-
-
-@pytest.mark.parametrize("damage", [_truncate, _empty, _zeros, _foreign, _no_header, Path.unlink])
-def test_hidden_states_that_are_not_whole_are_not_used(damage: Callable[[Path], None], collection: Collection) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_incomplete_hidden_states_are_not_used(damage: str, collection: Collection) -> None:
     expected = collection.plain()
     collection.interrupted(4)
-    damage(collection.files / "hidden_0.safetensors")
+    DAMAGES[damage](collection.files / "hidden_0.safetensors")
     check_same(collection.run(), expected)
     assert Marks.scored == [4, 5]
     assert set(collection.forwards) == set(range(6))
 
 
-@pytest.mark.parametrize("damage", [_truncate, _empty, _zeros, _foreign, _no_header, Path.unlink])
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("block", [0, 2, 3])
-def test_a_block_whose_file_is_not_whole_is_measured_again(
-    block: int, damage: Callable[[Path], None], collection: Collection
-) -> None:
+def test_a_block_whose_file_is_incomplete_is_measured_again(block: int, damage: str, collection: Collection) -> None:
     expected = collection.plain()
-    collection.interrupted(4)  # the hidden states that were kept enter block 4, behind what is damaged
-    damage(collection.files / f"block_{block}.safetensors")
+    collection.interrupted(4)  # the hidden states that were kept enter block 4, behind the damaged one
+    DAMAGES[damage](collection.files / f"block_{block}.safetensors")
     check_same(collection.run(), expected)
     assert Marks.scored == list(range(block, 6))
     check_same(collection.run(), expected)
@@ -597,13 +555,13 @@ def test_hidden_states_of_other_shapes_are_not_used(collection: Collection) -> N
     path = collection.files / "hidden_0.safetensors"
     kept = load_file(path)
     with safe_open(path, framework="pt") as file:
-        told = file.metadata()
-    save_file({**kept, "2": kept["2"].repeat(2, 1, 1)}, path, told)
+        metadata = file.metadata()
+    save_file({**kept, "2": kept["2"].repeat(2, 1, 1)}, path, metadata)
     check_same(collection.run(), expected)
     assert set(collection.forwards) == set(range(6))
 
 
-def test_what_a_run_killed_at_its_last_block_left_goes(collection: Collection) -> None:
+def test_hidden_states_of_a_run_killed_after_its_last_block_are_removed(collection: Collection) -> None:
     collection.interrupted(5)
     hidden = collection.files / "hidden_0.safetensors"
     kept = hidden.read_bytes()
@@ -613,30 +571,31 @@ def test_what_a_run_killed_at_its_last_block_left_goes(collection: Collection) -
     assert not hidden.exists()
 
 
-def test_without_collectors_scores_are_kept(make_model: MakeModel, tmp_path: Path) -> None:
-    config = {"model": str(make_model("llama")), "criterion": "magnitude", "allocator": "uniform", "round_to": 8}
-    kept = RunConfig.build(**config, resume=tmp_path)
-    plans = [plan_only(RunConfig.build(**config)), plan_only(kept), plan_only(kept)]
-    assert plans[0] == plans[1] == plans[2]
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "magnitude", "allocator": "uniform"},  # scores without statistics
+        {"criterion": "taylor", "samples": 3, "seqlen": 16},  # a statistic that is the score
+    ],
+)
+def test_cached_scores_give_the_same_plan(
+    options: dict[str, object], make_model: MakeModel, calibration_text: Path, tmp_path: Path
+) -> None:
+    options |= {"model": str(make_model("llama")), "calibration": str(calibration_text), "round_to": 8, "device": "cpu"}
+    cached = RunConfig.build(**options, resume=tmp_path)
+    assert plan_only(RunConfig.build(**options)) == plan_only(cached) == plan_only(cached)
     (folder,) = tmp_path.iterdir()
     assert len(list(folder.iterdir())) == 3
 
 
-def test_statistics_that_are_scores_are_kept(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> None:
-    config = {"model": str(make_model("llama")), "criterion": "taylor", "round_to": 8, "device": "cpu"}
-    config |= {"calibration": str(calibration_text), "samples": 3, "seqlen": 16}
-    kept = RunConfig.build(**config, resume=tmp_path)
-    assert plan_only(RunConfig.build(**config)) == plan_only(kept) == plan_only(kept)
-
-
-# --- what is used again, and what is not ------------------------------------------------------------------------------
+# --- keys of the cache ------------------------------------------------------------------------------------------------
 
 PLUGIN = """
 import torch
 from cfsp_framework import Criterion, Statistic, hookimpl
 
-class Own(Criterion):
-    name = "own"
+class Squares(Criterion):
+    name = "squares"
     requires = frozenset({Statistic("down_input_squares")})
 
     def score(self, feed_forward, statistics):
@@ -644,14 +603,14 @@ class Own(Criterion):
 
 @hookimpl
 def cfsp_criteria():
-    return [Own]
+    return [Squares]
 """
 
 
 @pytest.fixture
 def config(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> dict[str, object]:
-    """A run whose collection is kept."""
-    (tmp_path / "own.py").write_text(PLUGIN.replace("FACTOR", "1.0"))
+    """Options of a run whose collection is kept."""
+    (tmp_path / "squares.py").write_text(PLUGIN.replace("FACTOR", "1.0"))
     return {
         "model": str(make_model("llama")),
         "calibration": str(calibration_text),
@@ -660,20 +619,20 @@ def config(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> dic
         "round_to": 8,
         "device": "cpu",
         "criterion": "cfsp",
-        "plugins": [str(tmp_path / "own.py")],
+        "plugins": [str(tmp_path / "squares.py")],
         "resume": tmp_path / "state",
     }
 
 
 @contextmanager
 def counting(monkeypatch: pytest.MonkeyPatch) -> Generator[list[LlamaMLP]]:
-    """Every feed-forward that runs while open."""
+    """List every feed-forward that runs."""
     ran: list[LlamaMLP] = []
-    own: Callable[..., Any] = LlamaMLP.forward
+    original: Callable[..., Any] = LlamaMLP.forward
 
     def forward(self: LlamaMLP, hidden: Tensor) -> Tensor:
         ran.append(self)
-        return cast("Tensor", own(self, hidden))
+        return cast("Tensor", original(self, hidden))
 
     with monkeypatch.context() as patch:
         patch.setattr(LlamaMLP, "forward", forward)
@@ -696,7 +655,7 @@ def _other_data(config: dict[str, object], folder: Path) -> None:
 
 
 def _edited_plugin(config: dict[str, object], folder: Path) -> None:
-    (folder / "own.py").write_text(PLUGIN.replace("FACTOR", "(1.0 + 1.0)"))
+    (folder / "squares.py").write_text(PLUGIN.replace("FACTOR", "(1.0 + 1.0)"))
 
 
 def _option(**values: object) -> Callable[[dict[str, object], Path], None]:
@@ -733,11 +692,11 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", [*CHANGES, "the source of a plugin", "versions"])
-def test_what_decides_a_measurement_finds_nothing_when_it_changes(
+def test_a_change_that_decides_a_measurement_measures_again(
     name: str, config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "the source of a plugin":
-        config["criterion"] = "own"
+        config["criterion"] = "squares"
     if name == "another kind of curve":
         config["allocator"] = "error-curve"
     plan_only(RunConfig.build(**config))
@@ -749,12 +708,12 @@ def test_what_decides_a_measurement_finds_nothing_when_it_changes(
         plan = plan_only(RunConfig.build(**config))
     assert len(set(ran)) == 3, "every block ran"
     assert len(list((tmp_path / "state").iterdir())) == 2
-    assert len(list(before.iterdir())) == 3, "what was kept of the other stays"
+    assert len(list(before.iterdir())) == 3, "the other cache stays"
     assert plan == plan_only(RunConfig.build(**{**config, "resume": None}))
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_what_decides_no_measurement_runs_no_block(
+def test_a_change_that_decides_no_measurement_runs_no_block(
     name: str, config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan_only(RunConfig.build(**config))
@@ -779,108 +738,123 @@ COMPENSATION = {
 
 
 @pytest.mark.parametrize("name", [*COMPENSATION, "versions"])
-def test_what_decides_compensation_finds_no_answers_when_it_changes(
+def test_a_change_that_decides_compensation_compensates_again(
     name: str, config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config |= {"compensator": "least-squares", "samples": 20}
-    asked: list[int] = []
-    own = compensation.compensate
+    compensated: list[int] = []
+    original = compensation.compensate
 
     def counted(compensator: Any, feed_forward: Any, *rest: Any) -> Any:
-        asked.append(feed_forward.block)
-        return own(compensator, feed_forward, *rest)
+        compensated.append(feed_forward.block)
+        return original(compensator, feed_forward, *rest)
 
     monkeypatch.setattr(compensation, "compensate", counted)
     prune(RunConfig.build(**config), tmp_path / "first")
-    assert asked == [0, 1, 2]
-    asked.clear()
+    assert compensated == [0, 1, 2]
+    compensated.clear()
     prune(RunConfig.build(**config), tmp_path / "second")
-    assert asked == [], "all of them are read"
+    assert compensated == [], "all updates are read"
     COMPENSATION.get(name, _option())(config, tmp_path)
     if name == "versions":
         monkeypatch.setattr("cfsp_framework.run.cache_keys.library_versions", lambda: {"python": "3.0.0"})
     third = prune(RunConfig.build(**config), tmp_path / "third")
-    assert asked == [block.block for block in third.plan.blocks if len(block.kept) < block.width] != []
+    assert compensated == [block.block for block in third.plan.blocks if len(block.kept) < block.width] != []
 
 
-def test_answers_that_are_not_whole_are_asked_for_again(tmp_path: Path) -> None:
-    kept = UpdateCache(tmp_path, "key")
-    kept.store(0, [Update(down=torch.ones(3, 4), error=0.5, error_plain=1.0), Update()])
-    found = kept.load(0, 2)
-    assert found is not None
-    assert torch.equal(cast("Tensor", found[0].down), torch.ones(3, 4))
-    assert (found[0].error, found[0].error_plain, found[1]) == (0.5, 1.0, Update())
+def test_incomplete_updates_are_not_used(tmp_path: Path) -> None:
+    cache = UpdateCache(tmp_path, "key")
+    cache.store(0, [Update(down=torch.ones(3, 4), error=0.5, error_plain=1.0), Update()])
+    updates = cache.load(0, 2)
+    assert updates is not None
+    assert torch.equal(cast("Tensor", updates[0].down), torch.ones(3, 4))
+    assert (updates[0].error, updates[0].error_plain, updates[1]) == (0.5, 1.0, Update())
     (path,) = (tmp_path / "key").iterdir()
-    _truncate(path)
-    assert kept.load(0, 2) is None
+    DAMAGES["truncated"](path)
+    assert cache.load(0, 2) is None
 
 
-# --- what keeping costs -----------------------------------------------------------------------------------------------
+# --- the cost of keeping hidden states --------------------------------------------------------------------------------
 
 
-class _Clock:
-    """Stands still unless it is told how long something took."""
+class Clock:
+    """A clock that a test advances, in place of the module ``time``."""
 
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.seconds = 1000.0
 
     def monotonic(self) -> float:
-        return self.now
+        return self.seconds
+
+
+@dataclass
+class Disk:
+    """Take so many seconds to write hidden states, and record when they are written."""
+
+    clock: Clock
+    seconds: float
+    written: list[float] = field(default_factory=list)
+
+    def save(self, path: Path, *_: object) -> None:
+        if "hidden" in path.name:
+            self.clock.seconds += self.seconds
+            self.written.append(self.clock.seconds)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk(Clock(), 0.0)
+    monkeypatch.setattr("cfsp_framework.engine.cache.time", disk.clock)
+    monkeypatch.setattr("cfsp_framework.engine.cache.save_tensors", disk.save)
+    return disk
 
 
 @pytest.mark.parametrize("block", [0.01, 1.0, 60.0])
 @pytest.mark.parametrize("speed", [1e7, 2e8, 5e9])
 def test_keeping_hidden_states_takes_less_than_a_twentieth_of_the_time(
-    block: float, speed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: float, speed: float, disk: Disk, tmp_path: Path
 ) -> None:
-    clock, written = _Clock(), list[float]()
-    size = 4 * 2**20
     batches = [Batch(torch.zeros(2, 2**18), ()), Batch(torch.zeros(2, 2**18), ())]
-    assert size == sum(batch.hidden.nbytes for batch in batches)
-
-    def write(path: Path, *_: object) -> None:
-        if "hidden" in path.name:
-            clock.now += size / speed
-            written.append(clock.now)
-
-    monkeypatch.setattr("cfsp_framework.engine.cache.time", clock)
-    monkeypatch.setattr("cfsp_framework.engine.cache.save_tensors", write)
-    kept = MeasurementCache(tmp_path, "key")
+    disk.seconds = sum(batch.hidden.nbytes for batch in batches) / speed
+    cache = MeasurementCache(tmp_path, "key")
     count = 20_000 if block < 1 else 200
-    kept.load(count)
-    kept.resume(batches)
-    start = clock.now
+    cache.load(count)
+    cache.resume(batches)
+    start = disk.clock.seconds
     for index in range(count):
-        clock.now += block
-        kept.store(index, [], batches)
-    spent = len(written) * size / speed
-    assert spent < 0.05 * (clock.now - start)
-    possible = 0.05 * count * block / (size / speed)
-    assert len(written) >= min(count - 1, 0.8 * possible - 1), "and it is not given up either"
-    assert start + count * block + spent == pytest.approx(clock.now)
+        disk.clock.seconds += block
+        cache.store(index, [], batches)
+    spent, total = len(disk.written) * disk.seconds, disk.clock.seconds - start
+    assert spent < 0.05 * total
+    assert total == pytest.approx(count * block + spent)
+    possible = 0.05 * count * block / disk.seconds
+    assert len(disk.written) >= min(count - 1, 0.8 * possible - 1), "and not much more rarely than that"
 
 
-def test_a_first_writing_is_judged_by_a_guess_and_the_next_by_the_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = _Clock()
-    monkeypatch.setattr("cfsp_framework.engine.cache.time", clock)
-    batches = [Batch(torch.zeros(10**7), ())]  # 0.2 seconds at the speed that is guessed
-    kept = MeasurementCache(tmp_path, "key")
+def test_the_first_cost_is_estimated_and_the_next_is_that_of_the_last(disk: Disk, tmp_path: Path) -> None:
+    batches = [Batch(torch.zeros(10**7), ())]  # 0.2 seconds at the estimated speed
 
-    def worth(after: float) -> bool:
-        clock.now += after
-        return kept._is_cheap(batches)
+    def stored(cache: MeasurementCache, *delays: float) -> list[bool]:
+        """Store a block after each delay and return whether hidden states were written."""
+        results: list[bool] = []
+        for index, delay in enumerate(delays):
+            disk.clock.seconds += delay
+            before = len(disk.written)
+            cache.store(index, [], batches)
+            results.append(len(disk.written) > before)
+        return results
 
-    assert [worth(after) for after in (0.0, 3.9, 0.2)] == [False, False, True]
-    kept._cost = 10.0  # as if the disk were slow
-    kept._since = clock.now
-    assert [worth(after) for after in (4.1, 195.0, 1.0)] == [False, False, True]
-    monkeypatch.setattr(kept, "_share", 0.0)
-    assert not worth(1e9)
+    cache = MeasurementCache(tmp_path, "key")
+    cache.load(100)
+    disk.seconds = 10.0  # a slow disk
+    assert stored(cache, 0.0, 3.9, 0.2) == [False, False, True]
+    assert stored(cache, 4.1, 195.0, 1.0) == [False, False, True]
+    never = MeasurementCache(tmp_path, "key", share=0.0)
+    never.load(100)
+    assert stored(never, 1e9) == [False]
 
 
-# --- whole or not at all ----------------------------------------------------------------------------------------------
+# --- complete files or none -------------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

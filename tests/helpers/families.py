@@ -42,8 +42,8 @@ from cfsp_framework.modeling.feed_forwards import DenseFeedForward, ExpertFeedFo
 from cfsp_framework.modeling.loading import load_model, open_model, silence_transformers
 from cfsp_framework.pipeline import prune
 from cfsp_framework.pruning.cut import cut_model
-from cfsp_framework.recovery.lora import add_adapters, merge, open_adapted, save_adapter
-from cfsp_framework.recovery.targets import adapted, trainable_blocks
+from cfsp_framework.recovery.lora import add_adapters, load_adapter, merge_adapters, save_adapter
+from cfsp_framework.recovery.targets import list_trainable_blocks, select_matrices
 from cfsp_framework.testing.models import byte_tokenizer, random_model
 from cfsp_plugins.recovery import unit_of_rank
 
@@ -456,18 +456,18 @@ class AdapterCheck:
 @torch.no_grad()
 def check_adapters(decoder: Decoder, plan: PruningPlan, folder: Path) -> AdapterCheck:
     """Add adapters to a model that was cut by the plan, except to its first block; write and merge them."""
-    blocks, plain, other = trainable_blocks(decoder, plan), logits_of(decoder), copy.deepcopy(decoder.model)
+    blocks, plain, other = list_trainable_blocks(decoder, plan), logits_of(decoder), copy.deepcopy(decoder.model)
     paths = dict.fromkeys(path for block in blocks for path in (*block.feed_forward, *block.attention))
     ranks = tuple(BlockRecovery(block=block.block, rank=block.block, alpha=2 * block.block) for block in blocks)
-    learner = add_adapters(decoder, adapted(decoder, RecoveryPlan(targets=tuple(paths), blocks=ranks), blocks))
+    learner = add_adapters(decoder, select_matrices(decoder, RecoveryPlan(targets=tuple(paths), blocks=ranks), blocks))
     for name, parameter in learner.named_parameters():
         if "lora_B" in name:  # which are 0 at first
             parameter.normal_(0, 0.1)
     adapted_logits = logits_of(decoder)
     save_adapter(learner, folder)
-    open_adapted(other, folder)
+    load_adapter(other, folder)
     trained = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
-    merge(learner)
+    merge_adapters(learner)
     shapes = [(b.block, shape) for b in blocks for shape in (*b.feed_forward.values(), *b.attention.values())]
     return AdapterCheck(
         trained,

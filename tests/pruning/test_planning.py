@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -25,36 +26,44 @@ from cfsp_framework.pruning.planning import (
     round_widths,
     total_to_keep,
 )
+from helpers.plans import build_plan
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
 # --- shares, widths, budgets -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Case:
+    """Shares and widths of a few blocks, and a budget."""
+
+    shares: list[float]
+    widths: list[int]
+    budget: Budget
+
+    @property
+    def total(self) -> int:
+        """Channels to keep; a budget that cannot be met is passed over."""
+        try:
+            return total_to_keep(self.widths, self.budget)
+        except ConfigError:
+            assume(False)
+            raise
+
+    @property
+    def equal(self) -> Case:
+        """The same case with blocks of equal widths."""
+        return replace(self, widths=[max(self.widths)] * len(self.widths))
+
+
 @st.composite
-def shared_widths(draw: st.DrawFn, *, multiples: bool) -> tuple[list[float], list[int], int]:
-    """Shares and widths of a few blocks, and a step; ``multiples`` makes every width a multiple of the step."""
+def cases(draw: st.DrawFn, *, multiples: bool = False) -> Case:
+    """Draw a case; with ``multiples`` every width is a multiple of the step."""
     step = draw(st.sampled_from([1, 2, 7, 8, 64, 128]))
-    blocks = draw(st.integers(1, 6))
     width = st.integers(1, 12).map(lambda count: count * step) if multiples else st.integers(1, 12 * step)
-    shares = st.floats(1e-6, 1.0)
-    return (
-        draw(st.lists(shares, min_size=blocks, max_size=blocks)),
-        draw(st.lists(width, min_size=blocks, max_size=blocks)),
-        step,
-    )
-
-
-RATIOS = st.floats(0.01, 0.95)
-
-
-def possible(widths: Sequence[int], budget: Budget) -> int:
-    """The total, where there is one."""
-    try:
-        return total_to_keep(widths, budget)
-    except ConfigError:
-        assume(False)
-        raise
+    blocks = draw(st.lists(st.tuples(st.floats(1e-6, 1.0), width), min_size=1, max_size=6))
+    budget = Budget(draw(st.floats(0.01, 0.95)), step)
+    return Case([share for share, _ in blocks], [count for _, count in blocks], budget)
 
 
 def allowed(width: int, step: int) -> set[int]:
@@ -62,103 +71,76 @@ def allowed(width: int, step: int) -> set[int]:
 
 
 @untimed
-@given(shared_widths(multiples=True), RATIOS)
-def test_the_total_is_exact_where_widths_are_multiples_of_the_step(
-    case: tuple[list[float], list[int], int], ratio: float
-) -> None:
-    shares, widths, step = case
-    budget = Budget(ratio, step)
-    total = possible(widths, budget)
-    assert sum(round_widths(shares, widths, budget)) == total
-    assert abs(total - (1 - ratio) * sum(widths)) <= step / 2 + 1e-6
+@given(cases(multiples=True))
+def test_the_total_is_exact_where_widths_are_multiples_of_the_step(case: Case) -> None:
+    total, exact = case.total, (1 - case.budget.ratio) * sum(case.widths)
+    assert sum(round_widths(case.shares, case.widths, case.budget)) == total
+    assert abs(total - exact) <= case.budget.round_to / 2 + 1e-6
 
 
 @untimed
-@given(shared_widths(multiples=False), RATIOS, st.booleans())
-def test_every_width_is_a_multiple_of_the_step_or_the_full_width(
-    case: tuple[list[float], list[int], int], ratio: float, rebalance: bool
-) -> None:
-    shares, widths, step = case
-    budget = Budget(ratio, step)
-    possible(widths, budget)
-    chosen = round_widths(shares, widths, budget, rebalance=rebalance)
-    for after, before in zip(chosen, widths, strict=True):
-        assert after in allowed(before, step)
-        assert after >= min(step, before)
+@given(cases(), st.booleans())
+def test_every_width_is_a_multiple_of_the_step_or_the_full_width(case: Case, rebalance: bool) -> None:
+    assert case.total
+    rounded = round_widths(case.shares, case.widths, case.budget, rebalance=rebalance)
+    assert all(after in allowed(width, case.budget.round_to) for after, width in zip(rounded, case.widths, strict=True))
 
 
 @untimed
-@given(shared_widths(multiples=False), RATIOS)
-def test_no_single_step_brings_the_total_nearer(case: tuple[list[float], list[int], int], ratio: float) -> None:
-    shares, widths, step = case
-    budget = Budget(ratio, step)
-    total = possible(widths, budget)
-    chosen = round_widths(shares, widths, budget)
-    miss = abs(sum(chosen) - total)
-    for block, width in enumerate(widths):
-        steps = sorted(allowed(width, step))
-        here = steps.index(chosen[block])
-        for other in steps[max(here - 1, 0) : here + 2]:
-            assert abs(sum(chosen) - chosen[block] + other - total) >= miss
+@given(cases())
+def test_no_single_step_brings_the_total_nearer(case: Case) -> None:
+    total, rounded = case.total, round_widths(case.shares, case.widths, case.budget)
+    miss = abs(sum(rounded) - total)
+    for after, width in zip(rounded, case.widths, strict=True):
+        steps = sorted(allowed(width, case.budget.round_to))
+        position = steps.index(after)
+        for other in steps[max(position - 1, 0) : position + 2]:
+            assert abs(sum(rounded) - after + other - total) >= miss
 
 
 @untimed
-@given(shared_widths(multiples=False), RATIOS)
-def test_without_rebalancing_each_width_is_the_nearest_to_its_share(
-    case: tuple[list[float], list[int], int], ratio: float
-) -> None:
-    shares, widths, step = case
-    chosen = round_widths(shares, widths, Budget(ratio, step), rebalance=False)
-    for share, width, after in zip(shares, widths, chosen, strict=True):
-        best = min(abs(other - width * share) for other in allowed(width, step))
+@given(cases())
+def test_without_rebalancing_each_width_is_the_nearest_to_its_share(case: Case) -> None:
+    rounded = round_widths(case.shares, case.widths, case.budget, rebalance=False)
+    for share, width, after in zip(case.shares, case.widths, rounded, strict=True):
+        best = min(abs(other - width * share) for other in allowed(width, case.budget.round_to))
         assert abs(after - width * share) == best
 
 
 @untimed
-@given(shared_widths(multiples=False), RATIOS)
-def test_without_rebalancing_a_larger_share_keeps_no_less(
-    case: tuple[list[float], list[int], int], ratio: float
-) -> None:
-    shares, widths, step = case
-    same = [max(widths)] * len(shares)
-    chosen = round_widths(shares, same, Budget(ratio, step), rebalance=False)
-    ordered = [after for _, after in sorted(zip(shares, chosen, strict=True))]
+@given(cases())
+def test_without_rebalancing_a_larger_share_keeps_no_less(case: Case) -> None:
+    rounded = round_widths(case.shares, case.equal.widths, case.budget, rebalance=False)
+    ordered = [width for _, width in sorted(zip(case.shares, rounded, strict=True))]
     assert ordered == sorted(ordered)
 
 
 @untimed
-@given(shared_widths(multiples=True), RATIOS)
-def test_equal_blocks_differ_by_one_step_at_most_under_equal_shares(
-    case: tuple[list[float], list[int], int], ratio: float
-) -> None:
-    _, widths, step = case
-    budget = Budget(ratio, step)
-    same = [max(widths)] * len(widths)
-    possible(same, budget)
-    chosen = round_widths([1 - ratio] * len(same), same, budget)
-    assert max(chosen) - min(chosen) <= step
-    assert chosen == sorted(chosen, reverse=True) or chosen == sorted(chosen)
+@given(cases(multiples=True))
+def test_equal_blocks_differ_by_one_step_at_most_under_equal_shares(case: Case) -> None:
+    case = case.equal
+    assert case.total
+    rounded = round_widths([1 - case.budget.ratio] * len(case.widths), case.widths, case.budget)
+    assert max(rounded) - min(rounded) <= case.budget.round_to
+    assert rounded in (sorted(rounded), sorted(rounded, reverse=True))
 
 
 @untimed
-@given(shared_widths(multiples=False), st.booleans())
-def test_a_ratio_of_zero_is_the_identity(case: tuple[list[float], list[int], int], rebalance: bool) -> None:
-    shares, widths, step = case
-    assert round_widths(shares, widths, Budget(0.0, step), rebalance=rebalance) == widths
-    assert total_to_keep(widths, Budget(0.0, step)) == sum(widths)
+@given(cases(), st.booleans())
+def test_a_ratio_of_zero_is_the_identity(case: Case, rebalance: bool) -> None:
+    nothing = Budget(0.0, case.budget.round_to)
+    assert round_widths(case.shares, case.widths, nothing, rebalance=rebalance) == case.widths
+    assert total_to_keep(case.widths, nothing) == sum(case.widths)
 
 
 @untimed
-@given(shared_widths(multiples=False), RATIOS)
-def test_rounding_is_deterministic_and_leaves_its_arguments_alone(
-    case: tuple[list[float], list[int], int], ratio: float
-) -> None:
-    shares, widths, step = case
-    budget = Budget(ratio, step)
-    possible(widths, budget)
-    before = list(shares), list(widths)
-    assert round_widths(shares, widths, budget) == round_widths(shares, widths, budget)
-    assert (shares, widths) == before
+@given(cases())
+def test_rounding_is_deterministic_and_does_not_change_its_arguments(case: Case) -> None:
+    assert case.total
+    before = list(case.shares), list(case.widths)
+    first, second = (round_widths(case.shares, case.widths, case.budget) for _ in range(2))
+    assert first == second
+    assert (case.shares, case.widths) == before
 
 
 @pytest.mark.parametrize(
@@ -192,20 +174,15 @@ def test_the_example_of_the_method_reference_rounds_as_released_and_then_meets_t
 
 
 @pytest.mark.parametrize("ratio", [0.001, 1e-9])
-def test_a_ratio_that_removes_nothing_says_why(ratio: float) -> None:
-    with pytest.raises(
-        ConfigError, match=r"removes nothing with --round-to 128: 1024 channels would all stay\. Choose"
-    ):
+def test_a_ratio_that_removes_nothing_is_refused(ratio: float) -> None:
+    with pytest.raises(ConfigError, match=r"--round-to 128.* 1024 "):
         total_to_keep([512, 512], Budget(ratio, 128))
 
 
 @pytest.mark.parametrize(("widths", "least"), [([512, 512], 256), ([512, 64], 192), ([64, 64], 128)])
-def test_a_ratio_that_cannot_be_met_says_how_much_can(widths: list[int], least: int) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_a_ratio_that_cannot_be_met_is_refused_with_the_largest_that_can(widths: list[int], least: int) -> None:
+    with pytest.raises(ConfigError, match=f" {least} of {sum(widths)}.*{1 - least / sum(widths):.4g}.*--round-to"):
         total_to_keep(widths, Budget(0.95, 128))
-    assert f"one multiple a block already keeps {least} of {sum(widths)}" in str(caught.value)
-    assert f"at most {1 - least / sum(widths):.4g} can go" in str(caught.value)
-    assert "--round-to" in str(caught.value)
 
 
 def test_the_total_is_the_nearest_multiple_and_halves_go_up() -> None:
@@ -217,10 +194,9 @@ def test_the_total_is_the_nearest_multiple_and_halves_go_up() -> None:
 def test_a_share_of_all_parameters_becomes_a_share_of_the_channels() -> None:
     assert channel_ratio(0.32, parameters=1000, prunable=640) == pytest.approx(0.5)
     assert channel_ratio(0.0, parameters=1000, prunable=640) == 0
-    with pytest.raises(ConfigError, match=r"--ratio 0\.7 of all parameters cannot be met: .* hold 64\.0% of them\."):
-        channel_ratio(0.7, parameters=1000, prunable=640)
-    with pytest.raises(ConfigError, match=r"--budget channels"):
-        channel_ratio(0.64, parameters=1000, prunable=640)
+    for ratio in (0.7, 0.64):
+        with pytest.raises(ConfigError, match=rf"--ratio {ratio} .*64\.0%.*--budget channels"):
+            channel_ratio(ratio, parameters=1000, prunable=640)
 
 
 @untimed
@@ -271,64 +247,69 @@ def test_keeping_does_not_change_the_scores() -> None:
 
 
 class Fixed(Allocator):
-    """Returns what it is told to."""
+    """Return fixed shares and importances."""
 
     name: ClassVar[str] = "fixed"
-    answer: Any = None
+    shares: Any = None
     coarse: Any = None
 
     def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> Any:
-        return self.answer
+        return self.shares
 
     def importance(self, summaries: Sequence[BlockSummary]) -> Any:
         return self.coarse
 
 
-def fixed(answer: object, coarse: object = None) -> ConfiguredComponent[Allocator]:
-    # not validated: the answers that plugins give include those that pydantic would not let through
-    return ConfiguredComponent(
-        Fixed.model_construct(answer=answer, coarse=coarse), Origin("acme", "acme-pruning", "1.0")
-    )
+def fixed(shares: object, coarse: object = None) -> ConfiguredComponent[Allocator]:
+    # not validated: plugins return values that pydantic would refuse
+    component = Fixed.model_construct(shares=shares, coarse=coarse)
+    return ConfiguredComponent(component, Origin("acme", "acme-pruning", "1.0"))
 
 
-def summaries(widths: Sequence[int]) -> list[BlockSummary]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        BlockSummary(block, "mlp", width, 10, {}, torch.rand(width, generator=generator))
-        for block, width in enumerate(widths)
-    ]
+def summaries(*widths: int) -> list[BlockSummary]:
+    draw = torch.Generator().manual_seed(0)
+    return [BlockSummary(block, "mlp", F, 10, {}, torch.rand(F, generator=draw)) for block, F in enumerate(widths)]
+
+
+BLAME = r"^allocator 'fixed' \(plugin 'acme' of acme-pruning 1\.0\)"
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("shares", "message"),
     [
-        ([0.5, math.nan], "returned the share nan for block 1, outside (0, 1]."),
-        ([0.0, 0.5], "returned the share 0.0 for block 0, outside (0, 1]."),
-        ([0.5, -0.1], "returned the share -0.1 for block 1, outside (0, 1]."),
-        ([1.01, 0.5], "returned the share 1.01 for block 0, outside (0, 1]."),
-        ([math.inf, 0.5], "returned the share inf for block 0, outside (0, 1]."),
-        ([0.5], "returned 1 shares for 2 blocks."),
-        ([], "returned 0 shares for 2 blocks."),
-        ([0.5, 0.5, 0.5], "returned 3 shares for 2 blocks."),
-        (None, "failed in allocate(): TypeError: 'NoneType' object is not iterable."),
-        (["much", 0.5], "failed in allocate(): ValueError: could not convert string to float: 'much'."),
+        ([0.5, math.nan], "share nan for block 1"),
+        ([0.0, 0.5], r"share 0\.0 for block 0"),
+        ([0.5, -0.1], r"share -0\.1 for block 1"),
+        ([1.01, 0.5], r"share 1\.01 for block 0"),
+        ([math.inf, 0.5], "share inf for block 0"),
+        ([0.5], "1 shares for 2 blocks"),
+        ([], "0 shares for 2 blocks"),
+        ([0.5, 0.5, 0.5], "3 shares for 2 blocks"),
+        (None, r"allocate\(\): TypeError"),
+        (["much", 0.5], r"allocate\(\): ValueError"),
     ],
 )
-def test_impossible_shares_are_blamed_on_the_allocator(answer: object, message: str) -> None:
-    with pytest.raises(PluginError) as caught:
-        allocate(fixed(answer), summaries([8, 8]), Budget(0.5))
-    assert str(caught.value) == f"allocator 'fixed' (plugin 'acme' of acme-pruning 1.0) {message}"
+def test_impossible_shares_are_blamed_on_the_allocator(shares: object, message: str) -> None:
+    with pytest.raises(PluginError, match=f"{BLAME}.*{message}"):
+        allocate(fixed(shares), summaries(8, 8), Budget(0.5))
+
+
+@pytest.mark.parametrize(
+    ("coarse", "message"), [([1.0], "1 importances for 2 blocks"), (["a", "b"], r"importance\(\): ValueError")]
+)
+def test_impossible_importances_are_blamed_on_the_allocator(coarse: object, message: str) -> None:
+    with pytest.raises(PluginError, match=f"{BLAME}.*{message}"):
+        plan_blocks(summaries(8, 8), fixed([0.5, 0.5], coarse), Budget(0.5))
 
 
 def test_shares_may_be_any_numbers() -> None:
-    answer = torch.tensor([0.25, 1.0])
-    shares = allocate(fixed(answer), summaries([8, 8]), Budget(0.5))
+    shares = allocate(fixed(torch.tensor([0.25, 1.0])), summaries(8, 8), Budget(0.5))
     assert shares == [0.25, 1.0]
     assert all(type(share) is float for share in shares)
 
 
 def test_blocks_are_planned_by_share_and_score() -> None:
-    blocks = summaries([8, 16])
+    blocks = summaries(8, 16)
     planned = plan_blocks(blocks, fixed([0.5, 0.5], coarse=(0.25, torch.tensor(0.75))), Budget(0.5, 4))
     assert [(plan.block, plan.path, plan.width, plan.importance) for plan in planned] == [
         (0, "mlp", 8, 0.25),
@@ -336,24 +317,12 @@ def test_blocks_are_planned_by_share_and_score() -> None:
     ]
     for plan, summary in zip(planned, blocks, strict=True):
         assert plan.kept == keep_highest(summary.scores, summary.width // 2)
-
-
-def test_an_allocator_needs_no_importance() -> None:
-    assert [plan.importance for plan in plan_blocks(summaries([8, 8]), fixed([0.5, 0.5]), Budget(0.5))] == [None, None]
-
-
-@pytest.mark.parametrize(
-    ("coarse", "message"),
-    [([1.0], "returned 1 importances for 2 blocks."), (["a", "b"], "failed in importance(): ValueError: ")],
-)
-def test_impossible_importances_are_blamed_on_the_allocator(coarse: object, message: str) -> None:
-    with pytest.raises(PluginError) as caught:
-        plan_blocks(summaries([8, 8]), fixed([0.5, 0.5], coarse), Budget(0.5))
-    assert str(caught.value).startswith(f"allocator 'fixed' (plugin 'acme' of acme-pruning 1.0) {message}")
+    without = plan_blocks(summaries(8, 8), fixed([0.5, 0.5]), Budget(0.5))
+    assert [plan.importance for plan in without] == [None, None]
 
 
 def test_a_ratio_of_zero_keeps_every_channel() -> None:
-    planned = plan_blocks(summaries([8, 13]), fixed([1.0, 1.0]), Budget(0.0, 4))
+    planned = plan_blocks(summaries(8, 13), fixed([1.0, 1.0]), Budget(0.0, 4))
     assert [plan.kept for plan in planned] == [tuple(range(8)), tuple(range(13))]
 
 
@@ -416,84 +385,59 @@ def test_a_plan_has_one_line_per_block() -> None:
 
 
 def example(**changes: object) -> PruningPlan:
-    values: dict[str, object] = {
-        "model": {"source": "demo", "family": "llama", "fingerprint": "f", "parameters": 100},
-        "calibration": None,
-        "ratio": 0.5,
-        "budget": "channels",
-        "round_to": 1,
-        "seed": 0,
-        "components": {},
-        "versions": {},
-        "blocks": [
-            {"block": 0, "path": "mlp", "width": 4, "kept": [0, 3]},
-            {"block": 7, "path": "mlp", "width": 4, "kept": [1, 2]},
-        ],
-    }
-    return PruningPlan.from_json(json.dumps({**values, **changes}))
+    blocks = [
+        BlockPlan(block=0, path="mlp", width=4, kept=(0, 3)),
+        BlockPlan(block=7, path="mlp", width=4, kept=(1, 2)),
+    ]
+    return PruningPlan.from_json(json.dumps({**build_plan(blocks).model_dump(mode="json"), **changes}))
 
 
-@pytest.mark.parametrize(
-    ("block", "message"),
-    [
-        ({"kept": []}, "blocks.1: block 7, mlp: keeps no channel"),
-        ({"kept": [1, 4]}, "blocks.1: block 7, mlp: keeps channel 4, outside 0..3"),
-        ({"kept": [-1, 2]}, "blocks.1: block 7, mlp: keeps channel -1, outside 0..3"),
-        ({"kept": [2, 1]}, "blocks.1: block 7, mlp: kept channels are not ascending and distinct"),
-        ({"kept": [1, 1]}, "blocks.1: block 7, mlp: kept channels are not ascending and distinct"),
-        ({"kept": [0.5]}, "blocks.1.kept.0: Input should be a valid integer"),
-        ({"width": 0}, "blocks.1.width: Input should be greater than 0"),
-        ({"block": -1}, "blocks.1.block: Input should be greater than or equal to 0"),
-        ({"experts": 2}, "blocks.1.experts: Extra inputs are not permitted"),
-        ({"block": 0}, "as a whole: block 0, mlp: listed twice"),
-    ],
-)
-def test_an_impossible_block_is_refused_by_name(block: dict[str, object], message: str) -> None:
+def change(**values: object) -> dict[str, object]:
+    """Return changes that give the second block other values."""
     first, second = json.loads(example().to_json())["blocks"]
-    with pytest.raises(PlanError) as caught:
-        example(blocks=[first, {**second, **block}])
-    assert str(caught.value).startswith(f"the plan cannot be used: {message}")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "as a whole: Invalid JSON"),
-        ('{"format": "cfsp-pruning-plan"', "as a whole: Invalid JSON"),
-        ("[]", "as a whole: Input should be an object"),
-        ("{}", "model: Field required"),
-    ],
-)
-def test_what_is_no_plan_is_refused(text: str, message: str) -> None:
-    with pytest.raises(PlanError) as caught:
-        PruningPlan.from_json(text)
-    assert str(caught.value).startswith(f"the plan cannot be used: {message}")
+    return {"blocks": [first, {**second, **values}]}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "other"}, "format: Input should be 'cfsp-pruning-plan'"),
-        ({"version": 2}, "version: Input should be 1"),
-        ({"ratio": 1.0}, "ratio: Input should be less than 1"),
+        (change(kept=[]), "block 7, mlp: keeps no channel"),
+        (change(kept=[1, 4]), r"block 7, mlp: keeps channel 4, outside 0\.\.3"),
+        (change(kept=[-1, 2]), r"block 7, mlp: keeps channel -1, outside 0\.\.3"),
+        (change(kept=[2, 1]), "block 7, mlp: .*not ascending"),
+        (change(kept=[1, 1]), "block 7, mlp: .*not ascending"),
+        (change(kept=[0.5]), r"blocks\.1\.kept\.0: "),
+        (change(width=0), r"blocks\.1\.width: "),
+        (change(block=-1), r"blocks\.1\.block: "),
+        (change(experts=2), r"blocks\.1\.experts: "),
+        (change(block=0), "block 0, mlp: .*twice"),
+        ({"format": "other"}, "format: "),
+        ({"version": 2}, "version: "),
+        ({"ratio": 1.0}, "ratio: "),
         ({"round_to": 0}, "round_to: "),
         ({"budget": "heads"}, "budget: "),
         ({"blocks": []}, "blocks: "),
-        ({"note": "mine"}, "note: Extra inputs are not permitted"),
-        ({"ratio": 2, "round_to": 0}, "ratio: Input should be less than 1 (2 problems in all)"),
+        ({"note": "mine"}, "note: "),
+        ({"ratio": 2, "round_to": 0}, r"ratio: .*\(2 problems"),
     ],
 )
-def test_a_plan_with_an_impossible_value_is_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(PlanError) as caught:
+def test_an_impossible_value_is_refused_by_name(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         example(**changes)
-    assert str(caught.value).startswith(f"the plan cannot be used: {message}")
 
 
-def test_one_block_may_hold_several_feed_forwards() -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "Invalid JSON"), ('{"format": "cfsp-pruning-plan"', "Invalid JSON"), ("[]", "object"), ("{}", "model: ")],
+)
+def test_a_text_that_is_not_a_plan_is_refused(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=f"^the plan cannot be used: .*{message}"):
+        PruningPlan.from_json(text)
+
+
+def test_a_block_may_hold_several_feed_forwards_and_a_plan_is_frozen() -> None:
     blocks = [{"block": 0, "path": f"experts.{expert}", "width": 4, "kept": [0]} for expert in range(3)]
-    assert example(blocks=blocks).widths == (1, 1, 1)
-
-
-def test_a_plan_is_frozen() -> None:
+    plan = example(blocks=blocks)
+    assert plan.widths == (1, 1, 1)
     with pytest.raises(ValidationError, match="frozen"):
-        example().ratio = 0.1
+        plan.ratio = 0.1

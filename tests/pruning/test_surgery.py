@@ -1,11 +1,10 @@
-"""Cutting: a narrower model computes what the dense one does without the removed channels."""
+"""Cutting: a narrower model computes what the dense one computes with the removed channels masked."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,11 +17,9 @@ from cfsp_framework.engine.measure import measure_block
 from cfsp_framework.engine.measurements import summarise
 from cfsp_framework.engine.replay import embed
 from cfsp_framework.errors import PlanError
-from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import ConfiguredComponent, Plugins
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward
-from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.pruning.compensation import FirstPassCompensation
 from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.pruning.planning import plan_blocks
@@ -30,59 +27,53 @@ from cfsp_framework.pruning.surgery import added_biases, apply_updates, check_fi
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import DOWN_INPUT_GRAM, DOWN_INPUT_MEAN
 from helpers.compensation import GivenUpdates
+from helpers.types import MakeModel, MakePlan, OpenTiny
 
-Open = Callable[..., tuple[LoadedModel, Decoder]]
-MakePlan = Callable[..., PruningPlan]
 WINDOWS = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(2))
 WIDTHS = (40, 24, 56)
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return load_plugins()
-
-
-def nothing(index: int, kept: Sequence[Tensor]) -> list[Update]:
-    return [Update() for _ in kept]
+OpenPair = Callable[[str], tuple[Decoder, Decoder]]
 
 
 def module_of(decoder: Decoder, index: int) -> DenseFeedForward:
-    """Block ``index``'s only feed-forward."""
-    (found,) = decoder.feed_forward_modules(index)
-    assert isinstance(found, DenseFeedForward)
-    return found
+    """Return block ``index``'s only feed-forward module."""
+    (module,) = decoder.feed_forward_modules(index)
+    assert isinstance(module, DenseFeedForward)
+    return module
 
 
 @torch.no_grad()
 def logits(decoder: Decoder, windows: Tensor = WINDOWS) -> Tensor:
-    found: Tensor = decoder.model(windows, use_cache=False).logits
-    return found
+    output: Tensor = decoder.model(windows, use_cache=False).logits
+    return output
+
+
+@pytest.fixture
+def open_pair(make_model: MakeModel, open_tiny: OpenTiny) -> OpenPair:
+    """``open_pair(name)``: the same model twice."""
+    return lambda name: (open_tiny(make_model(name))[1], open_tiny(make_model(name))[1])
 
 
 @torch.no_grad()
 def zero_removed(decoder: Decoder, plan: PruningPlan) -> None:
-    """Silence the removed channels of the dense model."""
+    """Mask the removed channels of the dense model."""
     for index, block in enumerate(plan.blocks):
         removed = sorted(set(range(block.width)) - set(block.kept))
         module_of(decoder, index).down.weight[:, removed] = 0
 
 
-def test_a_cut_model_is_the_dense_one_with_removed_columns_zeroed(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+def test_a_cut_model_is_the_dense_one_with_removed_channels_masked(
+    family: str, open_pair: OpenPair, make_plan: MakePlan
 ) -> None:
-    folder = make_model(family)
-    _, cut = open_tiny(folder)
-    _, dense = open_tiny(folder)
-    plan = make_plan(cut, WIDTHS)
-    before = logits(dense)
+    cut, dense = open_pair(family)
+    plan, before = make_plan(cut, WIDTHS), logits(dense)
     cut_model(cut, plan)
     zero_removed(dense, plan)
     torch.testing.assert_close(logits(cut), logits(dense), rtol=1e-4, atol=1e-5)
     assert (logits(cut) - before).abs().max() > 0.05, "the removed channels mattered"
 
 
-def test_widths_are_right_wherever_a_module_or_the_configuration_keeps_them(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+def test_modules_and_configuration_have_the_planned_widths(
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     (layout,) = decoder.architecture.feed_forwards
@@ -109,7 +100,7 @@ def test_widths_are_right_wherever_a_module_or_the_configuration_keeps_them(
 
 
 def test_equal_widths_make_an_ordinary_configuration(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model(family))
     before = decoder.config.to_dict()
@@ -120,10 +111,9 @@ def test_equal_widths_make_an_ordinary_configuration(
 
 @pytest.mark.parametrize("widths", [(64, 64, 8), (1, 1, 64), (63, 64, 64)])
 def test_blocks_may_stay_whole_or_keep_a_single_channel(
-    widths: tuple[int, ...], make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+    widths: tuple[int, ...], open_pair: OpenPair, make_plan: MakePlan
 ) -> None:
-    folder = make_model("phi3")
-    (_, cut), (_, dense) = open_tiny(folder), open_tiny(folder)
+    cut, dense = open_pair("phi3")
     plan = make_plan(cut, widths)
     cut_model(cut, plan)
     zero_removed(dense, plan)
@@ -133,29 +123,21 @@ def test_blocks_may_stay_whole_or_keep_a_single_channel(
 
 @torch.no_grad()
 def permute_channels(decoder: Decoder) -> list[list[int]]:
-    """Shuffle every block's channels, which changes nothing the model computes: new position -> old channel."""
+    """Shuffle every block's channels, which does not change the output; return the old channel at each position."""
     orders: list[list[int]] = []
     draw = torch.Generator().manual_seed(3)
     for index, width in enumerate(decoder.widths):
         order = torch.randperm(width, generator=draw)
-        (own,) = decoder.feed_forwards(index)
-        update = Update(
-            down=own.down[:, order].clone(),
-            up=own.up[order].clone(),
-            gate=None if own.gate is None else own.gate[order].clone(),
-            up_bias=None if own.up_bias is None else own.up_bias[order].clone(),
-            gate_bias=None if own.gate_bias is None else own.gate_bias[order].clone(),
-        )
-        apply_updates(decoder, index, [update])
+        (feed_forward,) = decoder.feed_forwards(index)
+        parts = {name: getattr(feed_forward, name) for name in ("up", "gate", "up_bias", "gate_bias")}
+        permuted = {name: value[order].clone() for name, value in parts.items() if value is not None}
+        apply_updates(decoder, index, [Update(down=feed_forward.down[:, order].clone(), **permuted)])
         orders.append(order.tolist())
     return orders
 
 
-def test_permuting_the_channels_permutes_the_plan(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, plugins: Plugins
-) -> None:
-    folder = make_model(family)
-    (_, original), (_, permuted) = open_tiny(folder), open_tiny(folder)
+def test_permuting_the_channels_permutes_the_plan(family: str, open_pair: OpenPair, plugins: Plugins) -> None:
+    original, permuted = open_pair(family)
     orders = permute_channels(permuted)
     torch.testing.assert_close(logits(permuted), logits(original), rtol=1e-4, atol=1e-5)
 
@@ -164,23 +146,20 @@ def test_permuting_the_channels_permutes_the_plan(
     }
     allocator: ConfiguredComponent[Allocator] = plugins.allocators.create("cfsp", {})
     required = allocator.component.required().union(*(c.component.required() for c in criteria.values()))
-    plans = []
-    for decoder in (original, permuted):
-        found = collect(
-            decoder,
-            WINDOWS,
-            criteria,
-            plugins.collectors_for(required),
-            seed=0,
-            progress=Progress(),
-        )
-        plans.append({name: plan_blocks(summarise(decoder, found, name), allocator, Budget(0.5)) for name in criteria})
+    collectors = plugins.collectors_for(required)
+    measured = [
+        collect(decoder, WINDOWS, criteria, collectors, seed=0, progress=Progress()) for decoder in (original, permuted)
+    ]
     for name in criteria:
-        for block, (before, after) in enumerate(zip(plans[0][name], plans[1][name], strict=True)):
-            assert sorted(orders[block][channel] for channel in after.kept) == list(before.kept), f"{name}, {block}"
+        before, after = (
+            plan_blocks(summarise(decoder, measurements, name), allocator, Budget(0.5))
+            for decoder, measurements in zip((original, permuted), measured, strict=True)
+        )
+        for order, left, right in zip(orders, before, after, strict=True):
+            assert sorted(order[channel] for channel in right.kept) == list(left.kept), f"{name}, {left.block}"
 
 
-def test_ratio_0_is_the_identity(family: str, make_model: Callable[..., Path], open_tiny: Open, tmp_path: Path) -> None:
+def test_ratio_0_is_the_identity(family: str, make_model: MakeModel, open_tiny: OpenTiny, tmp_path: Path) -> None:
     folder = make_model(family)
     config = RunConfig.build(
         model=str(folder), ratio=0, criterion="magnitude", allocator="uniform", compensator="none", device="cpu"
@@ -194,27 +173,24 @@ def test_ratio_0_is_the_identity(family: str, make_model: Callable[..., Path], o
     assert not list((tmp_path / "out").glob("*.py"))
 
 
-def refit(plan: PruningPlan, **changes: Any) -> PruningPlan:
-    return plan.model_copy(update=changes)
-
-
-def test_a_plan_for_a_model_of_other_shapes_is_refused_and_nothing_changed(
-    make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+def test_a_plan_for_a_model_of_other_shapes_is_refused_and_nothing_changes(
+    make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model("llama"))
     plan = make_plan(decoder, WIDTHS)
     first, second, third = plan.blocks
     narrower = first.model_copy(update={"width": 63, "kept": (0, 1)})
     elsewhere = first.model_copy(update={"path": "feed_forward"})
-    wrong: dict[str, tuple[PruningPlan, str]] = {
-        "family": (refit(plan, model=plan.model.model_copy(update={"family": "qwen2"})), "qwen2 model of 3 blocks"),
-        "blocks": (refit(plan, blocks=(first, second)), "llama model of 2 blocks"),
-        "width": (refit(plan, blocks=(narrower, second, third)), "entry 0 .* width 63; .* width 64"),
-        "path": (refit(plan, blocks=(elsewhere, second, third)), "feed_forward.* has mlp"),
-        "order": (refit(plan, blocks=(second, first, third)), "entry 0 is block 1"),
-    }
+    wrong: list[tuple[str, object, str]] = [
+        ("model", plan.model.model_copy(update={"family": "qwen2"}), "qwen2 model of 3 blocks"),
+        ("blocks", (first, second), "llama model of 2 blocks"),
+        ("blocks", (narrower, second, third), "entry 0 .* width 63; .* width 64"),
+        ("blocks", (elsewhere, second, third), "feed_forward.* has mlp"),
+        ("blocks", (second, first, third), "entry 0 is block 1"),
+    ]
     before = logits(decoder)
-    for bad, message in wrong.values():
+    for field, value, message in wrong:
+        bad = plan.model_copy(update={field: value})
         with pytest.raises(PlanError, match=message):
             check_fits(decoder, bad)
         with pytest.raises(PlanError, match=message):
@@ -224,7 +200,7 @@ def test_a_plan_for_a_model_of_other_shapes_is_refused_and_nothing_changed(
     check_fits(decoder, plan)
 
 
-def test_a_plan_fits_once(make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan) -> None:
+def test_a_plan_fits_once(make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan) -> None:
     _, decoder = open_tiny(make_model("llama"))
     plan = make_plan(decoder, WIDTHS)
     cut_model(decoder, plan)
@@ -232,9 +208,8 @@ def test_a_plan_fits_once(make_model: Callable[..., Path], open_tiny: Open, make
         cut_model(decoder, plan)
 
 
-def test_cutting_twice_is_cutting_once(make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan) -> None:
-    folder = make_model("llama-bias")
-    (_, twice), (_, once) = open_tiny(folder), open_tiny(folder)
+def test_cutting_twice_is_cutting_once(open_pair: OpenPair, make_plan: MakePlan) -> None:
+    twice, once = open_pair("llama-bias")
     first = make_plan(twice, WIDTHS)
     cut_model(twice, first)
     second = make_plan(twice, (16, 16, 16))
@@ -246,22 +221,16 @@ def test_cutting_twice_is_cutting_once(make_model: Callable[..., Path], open_tin
     assert torch.equal(logits(twice), logits(once))
 
 
-def test_bias_gives_back_what_removed_channels_gave_on_average(
-    family: str, make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan, plugins: Plugins
+def test_bias_restores_the_mean_output_of_the_removed_channels(
+    family: str, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan, plugins: Plugins
 ) -> None:
     folder = make_model(family)
     (_, cut), (_, dense), (_, untouched) = (open_tiny(folder) for _ in range(3))
     plan = make_plan(cut, (40, 64, 24))  # the second block loses nothing
     compensator: ConfiguredComponent[Compensator] = plugins.compensators.create("bias", {})
-    found = collect(
-        cut,
-        WINDOWS,
-        {},
-        plugins.collectors_for({DOWN_INPUT_MEAN}),
-        seed=0,
-        progress=Progress(),
-    )
-    statistics = {(measured.block, measured.path): measured.statistics for measured in found}
+    collectors = plugins.collectors_for({DOWN_INPUT_MEAN})
+    measurements = collect(cut, WINDOWS, {}, collectors, seed=0, progress=Progress())
+    statistics = {(measurement.block, measurement.path): measurement.statistics for measurement in measurements}
     cut_model(cut, plan, FirstPassCompensation(cut, statistics, compensator, seed=0))
 
     native = module_of(dense, 0).down.bias is not None
@@ -277,23 +246,19 @@ def test_bias_gives_back_what_removed_channels_gave_on_average(
     if not native:
         assert torch.equal(module_of(cut, 1).down.bias, torch.zeros(32))
 
-    outputs = [record_output(decoder, 0).mean((0, 1)) for decoder in (cut, untouched)]  # the same stream enters there
+    outputs = [record_output(decoder, 0).mean((0, 1)) for decoder in (cut, untouched)]  # of the same inputs
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
-def test_biases_that_are_added_one_after_another_are_all_told(
-    make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan
+def test_biases_that_are_added_one_after_another_are_all_configured(
+    make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan
 ) -> None:
     _, decoder = open_tiny(make_model("llama"))
-    cut_model(
-        decoder, make_plan(decoder, (40, 64, 24)), GivenUpdates(lambda _, kept: [Update(down_bias=torch.ones(32))])
-    )
+    down_biases = GivenUpdates(lambda _, kept: [Update(down_bias=torch.ones(32))])
+    up_biases = GivenUpdates(lambda _, kept: [Update(up_bias=torch.ones(len(kept[0])))])
+    cut_model(decoder, make_plan(decoder, (40, 64, 24)), down_biases)
     assert added_biases(decoder.config) == ["mlp.down_proj"]
-    cut_model(
-        decoder,
-        make_plan(decoder, (40, 32, 16)),
-        GivenUpdates(lambda _, kept: [Update(up_bias=torch.ones(len(kept[0])))]),
-    )
+    cut_model(decoder, make_plan(decoder, (40, 32, 16)), up_biases)
     assert added_biases(decoder.config) == ["mlp.down_proj", "mlp.up_proj"]
     for index, down, up in ((0, 1, 0), (1, 0, 1), (2, 1, 1)):  # zero where a block lost nothing
         (feed_forward,) = decoder.feed_forwards(index)
@@ -305,13 +270,9 @@ def test_biases_that_are_added_one_after_another_are_all_told(
 
 
 def record_output(decoder: Decoder, index: int) -> Tensor:
-    """What the feed-forward of block ``index`` gives on the windows, ``(N, T, D)``."""
+    """Return the output of block ``index``'s feed-forward on the windows, ``(N, T, D)``."""
     outputs: list[Tensor] = []
-
-    def hear(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs.append(output)
-
-    handle = module_of(decoder, index).down.register_forward_hook(hear)
+    handle = module_of(decoder, index).down.register_forward_hook(lambda _, __, output: outputs.append(output))
     logits(decoder)
     handle.remove()
     return outputs[0]
@@ -322,8 +283,8 @@ PARTS = ("down", "up", "gate", "down_bias", "up_bias", "gate_bias")
 
 @pytest.mark.parametrize("parts", [*[(part,) for part in PARTS], PARTS, ("up", "gate_bias")], ids=str)
 @pytest.mark.parametrize("name", ["llama-bias", "phi3"])
-def test_whatever_a_compensator_changes_is_written_and_nothing_else(
-    name: str, parts: tuple[str, ...], make_model: Callable[..., Path], open_tiny: Open
+def test_exactly_the_changes_of_a_compensator_are_written(
+    name: str, parts: tuple[str, ...], make_model: MakeModel, open_tiny: OpenTiny
 ) -> None:
     _, decoder = open_tiny(make_model(name))
     (before,) = decoder.feed_forwards(1)
@@ -341,7 +302,7 @@ def test_whatever_a_compensator_changes_is_written_and_nothing_else(
             assert torch.equal(value, expected), part
 
 
-def test_an_update_is_written_in_the_models_dtype(make_model: Callable[..., Path], open_tiny: Open) -> None:
+def test_an_update_is_written_in_the_models_dtype(make_model: MakeModel, open_tiny: OpenTiny) -> None:
     _, decoder = open_tiny(make_model("phi3", dtype="bfloat16"))
     apply_updates(decoder, 0, [Update(down=torch.ones(32, 64), down_bias=torch.ones(32), up=torch.ones(64, 32))])
     (feed_forward,) = decoder.feed_forwards(0)
@@ -352,7 +313,7 @@ def test_an_update_is_written_in_the_models_dtype(make_model: Callable[..., Path
 
 
 def test_a_gram_matrix_of_a_cut_block_is_the_kept_part_of_the_dense_one(
-    make_model: Callable[..., Path], open_tiny: Open, make_plan: MakePlan, plugins: Plugins
+    make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan, plugins: Plugins
 ) -> None:
     _, decoder = open_tiny(make_model("phi3"))
     collectors = plugins.collectors_for({DOWN_INPUT_GRAM})
