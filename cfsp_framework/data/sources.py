@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from cfsp_framework.errors import DataError, did_you_mean
+from cfsp_framework.errors import DataError, did_you_mean, one_line
 
 Role = Literal["calibration", "evaluation", "training"]
 
@@ -253,7 +253,8 @@ def _reading(spec: str, source: str = "") -> Generator[None]:
     except ConnectionError as error:
         raise DataError(f"data {spec!r}: the Hub cannot be reached; give a local file, or `demo`.") from error
     except Exception as error:
-        raise DataError(f"data {spec!r} cannot be read{source}: {_one_line(error)}") from error
+        hidden = type(error).__name__ == "DatasetGenerationError" and error.__cause__  # says only that one occurred
+        raise DataError(f"data {spec!r} cannot be read{source}: {one_line(hidden or error)}") from error
 
 
 def _kind(path: Path) -> str:
@@ -277,11 +278,3 @@ def _silent_datasets() -> Generator[None]:
             logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()
-
-
-def _one_line(error: BaseException) -> str:
-    """Return an error's first line; of "an error occurred" of ``datasets``, that of its cause."""
-    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:300].rstrip(".") + "."

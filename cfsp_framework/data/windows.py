@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn import functional
 from cfsp_framework.api.records import CalibrationIdentity
 from cfsp_framework.data.sources import Role, apportion, parse_mixture, read_documents, read_text
 from cfsp_framework.errors import DataError
+from cfsp_framework.runtime.hashing import hash_windows
 
 PADDING = -100
 """Id of a position that holds no token; windows shorter than others end with it."""
@@ -98,5 +98,4 @@ def calibration_windows(
 def identify(spec: str, windows: Tensor, seed: int) -> CalibrationIdentity:
     """Return the record that identifies calibration windows ``(N, T)`` in a plan."""
     samples, seqlen = windows.shape
-    fingerprint = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    return CalibrationIdentity(spec=spec, samples=samples, seqlen=seqlen, seed=seed, fingerprint=fingerprint)
+    return CalibrationIdentity(spec=spec, samples=samples, seqlen=seqlen, seed=seed, fingerprint=hash_windows(windows))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,13 +30,13 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from cfsp_framework.config import RunConfig
-from cfsp_framework.errors import CfspError, ConfigError, ModelError
+from cfsp_framework.errors import CfspError, ConfigError, ModelError, one_line
 from cfsp_framework.modeling.meta_init import without_weights
 from cfsp_framework.runtime.atomic_files import LICENCE_FILES
 from cfsp_framework.runtime.distributed import SOLO, Ranks
+from cfsp_framework.runtime.hashing import hash_file
 
 _HASHES_AT_ONCE = 4
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py", "README.md", *LICENCE_FILES)
 
 
@@ -88,10 +87,10 @@ def _opening(subject: str) -> Generator[None]:
     except (CfspError, MemoryError, torch.OutOfMemoryError):
         raise
     except SafetensorError as error:
-        reason = _one_line(error).rstrip(".")
+        reason = one_line(error)
         raise ModelError(f"{subject}: its safetensors are damaged ({reason}); fetch or write them again.") from error
     except Exception as error:
-        raise ModelError(f"{subject} cannot be opened: {_one_line(error)}") from error
+        raise ModelError(f"{subject} cannot be opened: {one_line(error)[:300]}") from error
 
 
 def open_model(
@@ -215,7 +214,7 @@ def _explain_hub_error(error: Exception) -> str:
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | ConnectionError():
             return "the Hub cannot be reached."
         case _:
-            return f"the Hub does not give it: {_one_line(error)}"
+            return f"the Hub does not give it: {one_line(error)}"
 
 
 def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -244,7 +243,7 @@ def check_config(folder: Path, *, trust_remote_code: bool = False) -> None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} is not a model: its config.json cannot be read: {_one_line(error)}") from error
+        raise ModelError(f"{folder} is not a model: its config.json cannot be read: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{folder} is not a model: its config.json holds no settings.")
     family, names = config.get("model_type"), config.get("architectures") or []
@@ -282,28 +281,12 @@ def fingerprint(folder: Path) -> str:
     """Return SHA-256 over the configuration and the SHA-256 of every file of weights, whose names do not count."""
     total = hashlib.sha256((folder / "config.json").read_bytes())
     with ThreadPoolExecutor(_HASHES_AT_ONCE) as pool:  # hashing releases the GIL
-        for digest in pool.map(_file_hash, sorted(folder.glob("*.safetensors"))):
+        for digest in pool.map(hash_file, sorted(folder.glob("*.safetensors"))):
             total.update(bytes.fromhex(digest))
     return total.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file; the Hub's cache has it as the name of the file that is linked to."""
-    blob = path.resolve()
-    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
-        return blob.name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def silence_transformers() -> None:
     """Keep Transformers' progress bars and advice off the terminal; errors still raise."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def _one_line(error: Exception) -> str:
-    """Return the first sentence of an error, with its class where it has hardly any words."""
-    sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(str(error).split()))[0].rstrip(".")
-    named = sentence if sentence.count(" ") > 1 else f"{type(error).__name__}: {sentence}".rstrip(": ")
-    return f"{named[:300]}."

