@@ -143,7 +143,7 @@ def read_rows(spec: str) -> Sequence[Mapping[str, Any]]:
             return list(_load_hub(corpus, "training"))
     path = Path(spec)
     if not path.exists():
-        raise DataError(f"data {spec!r}: there is no such file or folder.")
+        raise DataError(f"data {spec!r}: no such file or folder.")
     with _reading(spec, _kind(path)), _silent_datasets():
         return list(_load_local(path, "training"))
 
@@ -171,7 +171,7 @@ def _read(spec: str, role: Role, characters: int | None = None) -> tuple[list[st
     if not path.exists() and ":" in spec:
         path, column = Path(spec.rpartition(":")[0]), spec.rpartition(":")[2]
     if not path.exists():
-        raise DataError(f"data {spec!r}: there is no such file or name.{did_you_mean(spec, ['demo', *WELL_KNOWN])}")
+        raise DataError(f"data {spec!r}: no such file or name.{did_you_mean(spec, ['demo', *WELL_KNOWN])}")
     with _reading(spec, _kind(path)):
         if path.suffix == ".txt":
             return [path.read_text(encoding="utf-8")], ""

@@ -194,13 +194,13 @@ def resolve(source: str, files: Sequence[str] = _CHECKPOINT_FILES) -> Path:
     if path.is_dir():
         return path
     if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise ModelError(f"model {source!r}: there is no such folder.")
+        raise ModelError(f"model {source!r}: no such folder.")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(files)))
     except Exception as error:  # the network and the Hub raise many classes
-        raise ModelError(f"model {source!r}: there is no such folder, and {_explain_hub_error(error)}") from error
+        raise ModelError(f"model {source!r}: no such folder, and {_explain_hub_error(error)}") from error
 
 
 def _explain_hub_error(error: Exception) -> str:

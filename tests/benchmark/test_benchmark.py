@@ -310,7 +310,7 @@ def test_one_model_alone_is_timed_too(run: Callable[..., Result], make_model: Ma
         (["demo", "--batch-sizes", "1,x"], "such as 1,8"),
         (["demo", "--plot", "speed.txt"], "a picture's name ends in"),
         (["demo", "--ratio", "0.5", "--allocator", "unifrom"], "Did you mean 'uniform'?"),
-        (["/nowhere/model"], "there is no such folder"),
+        (["/nowhere/model"], "no such folder"),
         (["demo", "--ratio", "1"], "range"),
     ],
 )

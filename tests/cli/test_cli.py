@@ -544,10 +544,10 @@ def test_every_component_can_be_shown(run: Callable[..., Result]) -> None:
     (["--device", "cuda:99"], "--device cuda:99: this PyTorch sees"),
     (["--device", "meta"], "--device meta: not supported; use auto, cpu, cuda or cuda:N."),
     (["--device", "gpu"], "--device gpu: not a device; use auto, cpu, cuda or cuda:N."),
-    (["--calibration", "wikitext"], "there is no such file or name. Did you mean 'wikitext2'?"),
-    (["--calibration", "/nowhere.txt"], "data '/nowhere.txt': there is no such file or name."),
+    (["--calibration", "wikitext"], "no such file or name. Did you mean 'wikitext2'?"),
+    (["--calibration", "/nowhere.txt"], "data '/nowhere.txt': no such file or name."),
     (["--calibration", "demo=x"], "a mixture is NAME=WEIGHT,NAME=WEIGHT"),
-    (["--evaluate", "/nowhere.txt"], "data '/nowhere.txt': there is no such file or name."),
+    (["--evaluate", "/nowhere.txt"], "data '/nowhere.txt': no such file or name."),
     (["--preset", "cfps"], "Unknown preset 'cfps'. Did you mean 'cfsp'?"),
     (["--criterion", "wanda"], "Unknown criterion 'wanda'. Did you mean 'wanda-"),
     (["--criterion", "cfsp:varient=act"], "Bad options for criterion 'cfsp'"),
@@ -591,7 +591,7 @@ def test_cuda_is_refused_where_there_is_none(
     (["prnue", "a", "b"], "No such command 'prnue'."),
     (["plugins", "show", "cfps"], "Unknown component 'cfps'. Did you mean 'cfsp'? `cfsp plugins list` shows all."),
     (["plugins", "list", "-p", "no:me"], "-p no:me names no plugin."),
-    (["evaluate", "/nowhere/model"], "model '/nowhere/model': there is no such folder."),
+    (["evaluate", "/nowhere/model"], "model '/nowhere/model': no such folder."),
     (["demo", "--ratio", "1"], "'--ratio': input should be less than 1, not 1.0."),
 ])  # fmt: skip
 def test_bad_usage_is_refused(words: list[str], message: str, refused: Callable[..., str]) -> None:
@@ -697,9 +697,9 @@ def refuse_model(refused: Callable[..., str], folder: Path | str, tmp_path: Path
 
 
 def test_a_model_that_is_not_there_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
-    assert refuse_model(refused, "/nowhere/model", tmp_path) == "model '/nowhere/model': there is no such folder."
+    assert refuse_model(refused, "/nowhere/model", tmp_path) == "model '/nowhere/model': no such folder."
     message = refuse_model(refused, "nobody/nothing", tmp_path)
-    assert message == "model 'nobody/nothing': there is no such folder, and the Hub cannot be reached."
+    assert message == "model 'nobody/nothing': no such folder, and the Hub cannot be reached."
     assert refuse_model(refused, tmp_path, tmp_path) == f"{tmp_path} is not a model: it has no config.json."
 
 

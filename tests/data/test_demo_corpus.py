@@ -1,7 +1,8 @@
-"""The demo corpus: what is measured was never trained on, and stays where it is."""
+"""The demo corpus: no document is in two splits, and each stays in its split."""
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -13,7 +14,7 @@ SPLITS: tuple[corpus.Split, ...] = ("train", "calibration", "test")
 
 
 def bodies(split: corpus.Split) -> set[str]:
-    """The documents of a split without their headings, which hold the module's name and so always differ."""
+    """Return the documents of a split without their headings, which name the module and always differ."""
     return {document.partition("\n\n")[2] or document for document in corpus.documents(split)}
 
 
@@ -59,13 +60,13 @@ def test_only_the_standard_library_is_read(tmp_path: Path) -> None:
     assert [name for name, _ in corpus._modules(tmp_path)] == ["kept", "package", "package.deep"]
 
 
-def test_an_unreadable_module_is_passed_over(tmp_path: Path) -> None:
+def test_an_unreadable_module_is_skipped(tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text('"""A docstring."""\ndef', encoding="utf-8")
     assert list(corpus._docstrings("broken", broken)) == []
 
 
-def test_headings_name_what_is_documented(tmp_path: Path) -> None:
+def test_headings_name_the_documented_object(tmp_path: Path) -> None:
     source = tmp_path / "shop.py"
     source.write_text(
         '"""M."""\nclass Till(dict):\n    """C."""\n    if True:\n        async def pay(self, *, tip=0):\n            """F."""\n',
@@ -75,8 +76,8 @@ def test_headings_name_what_is_documented(tmp_path: Path) -> None:
     assert list(corpus._docstrings("shop", source)) == expected
 
 
-def test_without_any_text_the_error_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_python_without_any_text_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "absent"))
-    monkeypatch.setattr(corpus, "_topics", dict)
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(LookupError, match="neither library sources nor pydoc topics"):
         corpus.documents("test")

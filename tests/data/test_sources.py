@@ -1,4 +1,4 @@
-"""Where text comes from: every form of a data SPEC, for calibration and for evaluation."""
+"""Every form of a data SPEC, read for calibration and for evaluation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cfsp_framework.data import sources as data
+from cfsp_framework.data.demo import corpus
 from cfsp_framework.data.sources import Role, apportion, parse_mixture, read_text
 from cfsp_framework.data.windows import calibration_windows, draw_windows, tokenize
 from cfsp_framework.errors import DataError
@@ -22,7 +23,7 @@ ROWS = {"text": ["one", "two", "three"], "story": ["a", "b", "c"], "number": [1,
 
 
 class Characters:
-    """A tokenizer: one token a character, and one before all of them."""
+    """Tokenize every character, with a token before all of them."""
 
     def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [1, *map(ord, text)]}
@@ -30,7 +31,7 @@ class Characters:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the cache of whoever runs the tests alone."""
+    """Use no cache but the test's."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -42,7 +43,7 @@ def write_rows(folder: Path, suffix: str) -> Path:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_text_file_is_taken_as_it_is(role: Role, tmp_path: Path) -> None:
+def test_a_text_file_is_read_unchanged(role: Role, tmp_path: Path) -> None:
     path = tmp_path / "story.txt"
     path.write_text("Once upon\n\na time — ünïcode.\n", encoding="utf-8")
     assert read_text(str(path), role) == "Once upon\n\na time — ünïcode.\n"
@@ -93,13 +94,9 @@ def test_rows_without_a_text_are_left_out(tmp_path: Path) -> None:
     assert read_text(str(path), "calibration") == "one\n\ntwo"
 
 
-def test_the_demo_text_has_different_splits() -> None:
-    calibration, evaluation = read_text("demo", "calibration"), read_text("demo", "evaluation")
-    assert len(calibration) > 100_000
-    assert len(evaluation) > 100_000
-    paragraphs = {p for p in calibration.split("\n\n") if len(p) > 200}
-    shared = paragraphs.intersection(evaluation.split("\n\n"))
-    assert len(shared) < 0.02 * len(paragraphs)
+def test_the_demo_has_a_split_for_every_role() -> None:
+    for role, split in (("calibration", "calibration"), ("evaluation", "test"), ("training", "train")):
+        assert read_text("demo", role) == corpus.text(split)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("content", "suffix", "column", "message"), [
@@ -126,8 +123,8 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ("wikitext", "there is no such file or name. Did you mean 'wikitext2'?"),
-    ("/nowhere/x.txt", "there is no such file or name."),
+    ("wikitext", "no such file or name. Did you mean 'wikitext2'?"),
+    ("/nowhere/x.txt", "no such file or name."),
     ("hf:", "expected hf:REPO[:CONFIG][:SPLIT][:COLUMN]"),
     ("hf:a:b:c:d:e", "expected hf:REPO[:CONFIG][:SPLIT][:COLUMN]"),
 ])  # fmt: skip
@@ -137,21 +134,21 @@ def test_unknown_names_are_refused(spec: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_a_folder_that_is_no_data_set_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="cannot be read as a data set"):
         read_text(str(tmp_path / "folder"), "calibration")
 
 
 class Hub:
-    """Stands in for load_dataset: remembers what it was asked for and answers rows without end, or with one."""
+    """Replace load_dataset: record its arguments and return rows, as a stream if that is asked for."""
 
     def __init__(self, column: str, rows: int) -> None:
-        self.asked: list[dict[str, Any]] = []
+        self.calls: list[dict[str, Any]] = []
         self.rows = datasets.Dataset.from_dict({column: [f"row {i}" for i in range(rows)]})
 
     def __call__(self, repository: str, config: str | None, **keywords: Any) -> Any:
-        self.asked.append({"repository": repository, "config": config, **keywords})
+        self.calls.append({"repository": repository, "config": config, **keywords})
         return self.rows.to_iterable_dataset() if keywords["streaming"] else self.rows
 
 
@@ -168,7 +165,7 @@ class Hub:
     ("hf:me/mine:v2:dev:story", "calibration", "story", ("me/mine", "v2", "dev"), "row 0\n\nrow 1"),
     ("hf:me/mine::dev", "evaluation", "text", ("me/mine", None, "dev"), "row 0\n\nrow 1"),
 ])  # fmt: skip
-def test_hub_names_ask_for_the_right_split_and_joint(
+def test_hub_names_load_the_right_split_and_joint(
     spec: str,
     role: Role,
     column: str,
@@ -179,8 +176,8 @@ def test_hub_names_ask_for_the_right_split_and_joint(
     hub = Hub(column, rows=2)
     monkeypatch.setattr(datasets, "load_dataset", hub)
     assert read_text(spec, role) == text
-    [asked] = hub.asked
-    assert (asked["repository"], asked["config"], asked["split"]) == expected
+    [call] = hub.calls
+    assert (call["repository"], call["config"], call["split"]) == expected
 
 
 def test_a_stream_is_read_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +203,7 @@ def test_without_a_network_hub_names_fail_in_one_line(spec: str, monkeypatch: py
     assert str(caught.value) == f"data {spec!r}: the Hub cannot be reached; give a local file, or `demo`."
 
 
-def test_the_hub_lacking_a_column_or_a_data_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_column_or_data_set_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", Hub("story", rows=2))
     with pytest.raises(DataError, match="has no column 'text'"):
         read_text("hf:me/mine", "calibration")
@@ -219,10 +216,10 @@ def test_the_hub_lacking_a_column_or_a_data_set_is_told(monkeypatch: pytest.Monk
         read_text("hf:me/mine", "calibration")
 
 
-def test_the_librarys_own_settings_come_back(tmp_path: Path) -> None:
-    path, before = write_rows(tmp_path, ".jsonl"), datasets.logging.get_verbosity()
+def test_the_settings_of_datasets_are_restored(tmp_path: Path) -> None:
+    path, verbosity = write_rows(tmp_path, ".jsonl"), datasets.logging.get_verbosity()
     read_text(str(path), "calibration")
-    assert datasets.logging.get_verbosity() == before
+    assert datasets.logging.get_verbosity() == verbosity
     assert not datasets.are_progress_bars_disabled()
 
 

@@ -88,8 +88,8 @@ def measure_by_definition(decoder: Decoder, windows: Sequence[Tensor], skip: fro
     for ids in windows:
         inputs: dict[str | int, Tensor] = {}
         streams = decoder.model(ids[None], use_cache=False, output_hidden_states=True).hidden_states
-        modules = {index: block.get_submodule("mlp.down_proj") for index, block in enumerate(decoder.blocks)}
-        modules |= {"norm": decoder.base.get_submodule("norm")}
+        modules: dict[str | int, nn.Module] = {"norm": decoder.base.get_submodule("norm")}
+        modules |= {index: block.get_submodule("mlp.down_proj") for index, block in enumerate(decoder.blocks)}
         handles = [
             module.register_forward_pre_hook(partial(keep_input, inputs, key)) for key, module in modules.items()
         ]

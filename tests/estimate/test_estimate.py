@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from cfsp_framework.benchmark.hardware import NOMINAL, Hardware, disk_rates, product_rate
 from cfsp_framework.cli.main import cli
@@ -25,35 +25,17 @@ from cfsp_framework.estimate.model_shape import BlockShape, FeedForwards, ModelS
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.selection import select
 from cfsp_framework.modeling.loading import build_from_config, load_model
+from helpers import families
 
 MakeModel = Callable[..., Path]
 
-TINY: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4}),
-    "tied": ("llama", {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4}),
-    "gpt2": ("gpt2", {"n_embd": 32, "n_inner": 72, "n_layer": 3, "n_head": 4}),
-    "opt": (
-        "opt",
-        {
-            "hidden_size": 32,
-            "word_embed_proj_dim": 32,
-            "ffn_dim": 72,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-        },
-    ),
-    "mixtral": (
-        "mixtral",
-        {
-            "hidden_size": 32,
-            "intermediate_size": 72,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-        },
-    ),
+# Families of the helpers, and the configuration's key for the width.
+TINY = {
+    "llama": "intermediate_size",
+    "llama_tied": "intermediate_size",
+    "gpt2": "n_inner",
+    "opt": "ffn_dim",
+    "mixtral": "intermediate_size",
 }
 BLOCKS = {"gpt2": "transformer.h", "opt": "model.decoder.layers"}
 HARDWARE = Hardware(
@@ -73,13 +55,12 @@ CLUSTER = replace(HARDWARE, devices=4, nodes=2, device_memory=10**12, to_device=
 @pytest.fixture(params=TINY)
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, torch.nn.Module, Path]:
     """Name, model and folder of a tiny model of which only the configuration is saved."""
-    family, options = TINY[request.param]
-    tied = {} if family in ("gpt2", "opt") else {"tie_word_embeddings": request.param == "tied"}
-    config = AutoConfig.for_model(family, vocab_size=100, dtype="bfloat16", **options, **tied)
+    name: str = request.param
+    config = families.config_of(name, dtype="bfloat16", **{TINY[name]: 72})
     config.architectures = ["TinyForCausalLM"]
     config.save_pretrained(tmp_path)
     model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return request.param, model, tmp_path
+    return name, model, tmp_path
 
 
 def shape_of(folder: Path, **options: object) -> ModelShape:
@@ -102,19 +83,18 @@ def test_counts_are_those_of_the_model_that_is_really_built(saved: tuple[str, to
     assert (shape.hidden, shape.widest, shape.dtype) == (32, 72, "bfloat16")
 
 
-def test_feed_forwards_are_found(saved: tuple[str, torch.nn.Module, Path]) -> None:
+def test_feed_forwards_are_recognised(saved: tuple[str, torch.nn.Module, Path]) -> None:
     name, _, folder = saved
     shape = shape_of(folder)
     biases = {"gpt2": 72 + 32, "opt": 72 + 32}.get(name, 0)
-    own = {"gpt2": 2, "opt": 2}.get(name, 3) * 32 * 72 + biases
-    wanted = FeedForwards(72, 4, 0.5, 4 * own) if name == "mixtral" else FeedForwards(72, 1, 1.0, own)
-    assert {block.feed_forwards for block in shape.blocks} == {(wanted,)}
+    each = {"gpt2": 2, "opt": 2}.get(name, 3) * 32 * 72 + biases
+    expected = FeedForwards(72, 4, 0.5, 4 * each) if name == "mixtral" else FeedForwards(72, 1, 1.0, each)
+    assert {block.feed_forwards for block in shape.blocks} == {(expected,)}
     assert (shape.experts, shape.experts_per_token) == ((4, 2) if name == "mixtral" else (0, 0))
 
 
-def test_only_the_experts_a_token_is_sent_to_are_counted(tmp_path: Path) -> None:
-    family, options = TINY["mixtral"]
-    AutoConfig.for_model(family, vocab_size=100, **options).save_pretrained(tmp_path)
+def test_only_the_experts_a_token_is_routed_to_are_counted(tmp_path: Path) -> None:
+    families.config_of("mixtral", intermediate_size=72).save_pretrained(tmp_path)
     attention, router, expert = 2 * 32 * 32 + 2 * 32 * 16, 4 * 32, 3 * 32 * 72
     shape = shape_of(tmp_path)
     assert {block.products for block in shape.blocks} == {attention + router + 2 * expert}
@@ -122,14 +102,13 @@ def test_only_the_experts_a_token_is_sent_to_are_counted(tmp_path: Path) -> None
 
 
 def test_a_vision_language_models_text_blocks_are_the_ones(tmp_path: Path) -> None:
-    text = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8}
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = AutoConfig.for_model("gemma3", text_config={**text, "vocab_size": 100}, vision_config=vision)
+    config: Any = families.config_of("gemma3")
+    config.vision_config.num_hidden_layers = 3  # as many as text blocks
     config.architectures = ["Gemma3ForConditionalGeneration"]
     config.save_pretrained(tmp_path)
     shape = shape_of(tmp_path)
-    assert (len(shape.blocks), shape.hidden, shape.widest) == (3, 32, 72)
-    assert shape.parameters > shape.outside_parameters > 100 * 32  # the eyes are around the blocks
+    assert (len(shape.blocks), shape.hidden, shape.widest) == (3, 32, 64)
+    assert shape.parameters > shape.outside_parameters > 320 * 32  # the vision tower is outside the blocks
 
 
 def test_what_is_written_is_what_pruning_leaves(make_model: MakeModel) -> None:
@@ -168,7 +147,7 @@ CLOSED = workload("cfsp-closed-form")
 
 
 def llama(layers: int = 4, hidden: int = 64, width: int = 192) -> ModelShape:
-    """The shape of a Llama nobody has to build."""
+    """Return the shape of a Llama without building it."""
     products = 4 * hidden**2 + 3 * hidden * width
     block = BlockShape(
         products, 4 * products, 4 * products, products, (FeedForwards(width, 1, 1.0, 3 * hidden * width),)
@@ -201,11 +180,11 @@ machines = st.sampled_from([HARDWARE, CLUSTER, *NOMINAL])
 def test_more_windows_and_more_blocks_never_take_less(
     size: dict[str, int], load: Workload, machine: Hardware, more: int
 ) -> None:
-    before = estimate(llama(**size), load, machine)
+    smaller = estimate(llama(**size), load, machine)
     windows = replace(load, select=replace(load.select, windows=load.select.windows + more))
     blocks = {**size, "layers": size["layers"] + more}
-    for after in (estimate(llama(**size), windows, machine), estimate(llama(**blocks), load, machine)):
-        for less, much in zip(before, after, strict=True):
+    for larger in (estimate(llama(**size), windows, machine), estimate(llama(**blocks), load, machine)):
+        for less, much in zip(smaller, larger, strict=True):
             assert much.total >= less.total * (1 - 1e-9)
             assert much.host_bytes >= less.host_bytes
             assert much.device_bytes >= less.device_bytes
@@ -234,11 +213,11 @@ def test_seconds_are_the_same_by_phase_and_by_cause(size: dict[str, int], load: 
 
 def test_processes_share_the_windows_and_add_their_sums() -> None:
     shape = llama(layers=3, hidden=64, width=128)
-    one, all_eight = (estimate(shape, HALF, machine)[0] for machine in (HARDWARE, CLUSTER))
-    assert all_eight.seconds["collect"] == pytest.approx(one.seconds["collect"] / 8 + all_eight.causes["all-reduce"])
+    alone, all_eight = (estimate(shape, HALF, machine)[0] for machine in (HARDWARE, CLUSTER))
+    assert all_eight.seconds["collect"] == pytest.approx(alone.seconds["collect"] / 8 + all_eight.causes["all-reduce"])
     sums = 8 * 128 * HALF.select.vectors
     assert all_eight.causes["all-reduce"] == pytest.approx(3 * 2 * 7 / 8 * sums / 1e10)
-    assert (all_eight.processes, one.causes["all-reduce"]) == (8, 0)
+    assert (all_eight.processes, alone.causes["all-reduce"]) == (8, 0)
 
 
 def test_a_gpu_reads_the_next_block_while_one_computes() -> None:
@@ -252,7 +231,7 @@ def test_a_gpu_reads_the_next_block_while_one_computes() -> None:
     assert estimate(shape, HALF, fast)[1].seconds["collect"] == pytest.approx(6 * reading)
 
 
-def test_what_does_not_fit_is_told() -> None:
+def test_too_little_memory_is_reported() -> None:
     shape = llama(layers=40, hidden=1024, width=4096)
     small = replace(HARDWARE, host_memory=1_200_000_000)
     assert [way.fits for way in estimate(shape, HALF, small)] == [False, True]
@@ -283,7 +262,7 @@ def test_bytes_for_people(value: int, text: str) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine without measuring it."""
+    """Replace the measurement of this machine."""
     monkeypatch.setattr(
         "cfsp_framework.estimate.estimate.this_machine", lambda *_: replace(HARDWARE, name="this CPU, 1 thread")
     )
@@ -291,7 +270,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bare(make_model: MakeModel, tmp_path: Path) -> Path:
-    """A folder with nothing but a configuration."""
+    """Return a folder with nothing but a configuration."""
     shutil.copy(make_model("llama") / "config.json", tmp_path)
     return tmp_path
 
@@ -307,33 +286,28 @@ def run(*words: object) -> Result:
 @pytest.mark.parametrize("name", ["", "config.json"])
 def test_a_configuration_is_enough(bare: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    before = sorted(bare.iterdir())
+    files = sorted(bare.iterdir())
     result = run("plan", bare / name, "--estimate")
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
     for words in ("4x8 GPUs *", "this CPU", "stream", "not measured"):
         assert words in result.stdout
-    assert sorted(bare.iterdir()) == before
+    assert sorted(bare.iterdir()) == files
 
 
 @pytest.mark.usefixtures("quick")
 def test_json_is_one_object_with_all_ways(bare: Path) -> None:
     words = ("--json", "--samples", 10, "--seqlen", 32, "--dtype", "bfloat16", "--preset", "cfsp-closed-form")
-    told = json.loads(run("plan", bare, bare / "plan.json", "--estimate", *words).stdout)
+    result = json.loads(run("plan", bare, bare / "plan.json", "--estimate", *words).stdout)
     assert not (bare / "plan.json").exists()
-    assert [(way["hardware"], way["streamed"]) for way in told["ways"]] == [
+    assert [(way["hardware"], way["streamed"]) for way in result["ways"]] == [
         (name, streamed) for name in ("this CPU, 1 thread", "1 GPU", "8 GPUs", "4x8 GPUs") for streamed in (False, True)
     ]
-    assert told["shape"]["parameters"] == sum(p.numel() for p in load_model_of(bare).parameters())
-    assert told["shape"]["hidden_state_bytes"] == 5 * 32 * 32 * 2
-    assert told["shape"]["gram_bytes"] == 2 * 64 * 64 * 4
-    assert told["workload"]["select"]["windows"] == 5
-    assert told["hardware"][0]["link"] is None
-
-
-def load_model_of(folder: Path) -> torch.nn.Module:
-    model: torch.nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return model
+    assert result["shape"]["parameters"] == shape_of(bare).parameters
+    assert result["shape"]["hidden_state_bytes"] == 5 * 32 * 32 * 2
+    assert result["shape"]["gram_bytes"] == 2 * 64 * 64 * 4
+    assert result["workload"]["select"]["windows"] == 5
+    assert result["hardware"][0]["link"] is None
 
 
 def test_it_measures_this_machine_and_loads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,9 +322,9 @@ def test_it_measures_this_machine_and_loads_no_weights(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        (("no-such/folder/here", "--estimate"), "there is no such folder"),
+        (("no-such/folder/here", "--estimate"), "no such folder"),
         (("EMPTY", "--estimate"), "has no config.json"),
         (("BROKEN", "--estimate"), "its config.json cannot be read"),
         (("FILE", "--estimate"), "cannot be read"),
@@ -359,7 +333,9 @@ def test_it_measures_this_machine_and_loads_no_weights(monkeypatch: pytest.Monke
         (("demo",), "Missing argument 'PLAN_FILE'"),
     ],
 )
-def test_what_cannot_be_estimated_is_refused_in_a_line(words: tuple[str, ...], told: str, tmp_path: Path) -> None:
+def test_models_that_cannot_be_estimated_are_refused_in_a_line(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "BROKEN").mkdir()
     (tmp_path / "BROKEN" / "config.json").write_text("{")
@@ -369,7 +345,7 @@ def test_what_cannot_be_estimated_is_refused_in_a_line(words: tuple[str, ...], t
     assert result.exit_code == 2
     assert result.stdout == ""
     lines = result.stderr.splitlines()
-    assert told in lines[0]
+    assert message in lines[0]
     assert len(lines) == (1 if "--estimate" in words else 2)  # a usage error also says where help is
 
 

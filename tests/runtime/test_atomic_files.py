@@ -1,4 +1,4 @@
-"""Files and folders are there whole or not at all, and others can read them."""
+"""Files and folders exist whole or not at all, and other users can read them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cfsp_framework.runtime.atomic_files import check_parent, staged_folder, wri
 
 @pytest.fixture
 def umask() -> Generator[None]:
-    """A usual umask, whatever the tests run under."""
-    before = os.umask(0o022)
+    """Set a usual umask."""
+    previous = os.umask(0o022)
     yield
-    os.umask(before)
+    os.umask(previous)
 
 
 def test_a_staged_folder_appears_only_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with staged_folder(out) as aside:
-        (aside / "weights").write_text("w")
-        assert aside.parent == tmp_path
+    with staged_folder(out) as staging:
+        (staging / "weights").write_text("w")
+        assert staging.parent == tmp_path
         assert not out.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "weights").read_text() == "w"
@@ -38,9 +38,9 @@ def _fail_midway(folder: Path, error: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_whatever_fails_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), staged_folder(tmp_path / "out") as aside:
-        _fail_midway(aside, error)
+def test_a_failure_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), staged_folder(tmp_path / "out") as staging:
+        _fail_midway(staging, error)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -48,8 +48,8 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "deep").mkdir(parents=True)
     (out / "deep" / "old").write_text("old")
-    with staged_folder(out) as aside:
-        (aside / "new").write_text("new")
+    with staged_folder(out) as staging:
+        (staging / "new").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["new"]
 
@@ -82,23 +82,23 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
     assert (out / "old").read_text() == "old"
 
 
-def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
+def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
     target, out = tmp_path / "target", tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
     out.symlink_to(target)
-    with staged_folder(out) as aside:
-        (aside / "new").write_text("new")
+    with staged_folder(out) as staging:
+        (staging / "new").write_text("new")
     assert (target / "old").exists()
     assert not out.is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "target"]
 
 
 @pytest.mark.usefixtures("umask")
-def test_others_can_read_what_was_written(tmp_path: Path) -> None:
-    with staged_folder(tmp_path / "out") as aside:
-        (aside / "deep").mkdir(mode=0o700)
-        (aside / "deep" / "weights").touch(mode=0o600)
+def test_other_users_can_read_the_files(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "out") as staging:
+        (staging / "deep").mkdir(mode=0o700)
+        (staging / "deep" / "weights").touch(mode=0o600)
     write_text(tmp_path / "plan.json", "{}")
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert modes == {"out": 0o755, "deep": 0o755, "weights": 0o644, "plan.json": 0o644}
@@ -108,7 +108,7 @@ def test_others_can_read_what_was_written(tmp_path: Path) -> None:
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
 ])  # fmt: skip
-def test_a_full_disk_is_told_in_one_line(error: Exception, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line(error: Exception, tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match=r"out cannot be written: No space left on device\.$"),
         staged_folder(tmp_path / "out"),
@@ -117,7 +117,7 @@ def test_a_full_disk_is_told_in_one_line(error: Exception, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_trouble_with_a_file_elsewhere_is_not_blamed_on_the_output(tmp_path: Path) -> None:
+def test_an_error_about_a_file_elsewhere_passes_through(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), staged_folder(tmp_path / "out"):
         (tmp_path / "input").read_text()
     with pytest.raises(SafetensorError), staged_folder(tmp_path / "out"):

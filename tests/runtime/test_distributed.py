@@ -1,4 +1,4 @@
-"""Several processes give what one gives; one of them writes and prints."""
+"""Several processes give the same as one; the first writes and prints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cfsp_framework.runtime.progress import Progress
 MakeModel = Callable[..., Path]
 WORLD = 2
 
-# Every process runs all commands and tells, beside what came of each, which files it wrote itself.
+# Every process runs all commands and prints the outcome of each, with the files it wrote itself.
 WORKER = """
 import json, os, sys, traceback
 from pathlib import Path
@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 from click.testing import CliRunner
 from cfsp_framework.cli.main import cli
 
-commands, told = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+commands, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 written = []
 
 def watch(event, arguments):
@@ -48,27 +48,27 @@ sys.addaudithook(watch)
 for name, words in commands.items():
     written.clear()
     result = CliRunner().invoke(cli, words)
-    here = [what for what in written if f"{told}/" in what]
-    kept = [what for what in here if f"{told}/kept" in what]  # hidden states are everybody's own
+    inside = [entry for entry in written if f"{folder}/" in entry]
+    kept = [entry for entry in inside if f"{folder}/kept" in entry]  # each process has its own hidden states
     error = "" if isinstance(result.exception, SystemExit | None) else "".join(traceback.format_exception(result.exception))
-    found = {"code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr, "error": error}
-    found |= {"written": [what for what in here if what not in kept], "kept": kept}
-    print(f"\\nTOLD {os.environ['RANK']} {name} {json.dumps(found)}", flush=True)
+    outcome = {"code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr, "error": error}
+    outcome |= {"written": [entry for entry in inside if entry not in kept], "kept": kept}
+    print("\\nOUTCOME " + json.dumps([int(os.environ["RANK"]), name, outcome]), flush=True)
 """
 
 
-# Stops a run when two blocks are measured, with hidden states kept by the first process alone.
+# Stop a run when two blocks are measured; only the first process keeps its hidden states.
 STOP = """
 from cfsp_framework import CfspError, hookimpl
 from cfsp_framework.engine.cache import MeasurementCache
 
-own = MeasurementCache.store
+original = MeasurementCache.store
 
 def store(self, index, measured, batches):
     self._is_cheap = lambda _: True
-    own(self, index, measured, batches)
+    original(self, index, measured, batches)
     if index == 1:
-        MeasurementCache.store = own  # the next command is left alone
+        MeasurementCache.store = original  # for the next command
         if not self._ranks.first:
             self._hidden.unlink()
         raise CfspError("stopped")
@@ -82,8 +82,8 @@ def cfsp_run_finished(result):
 
 
 @dataclass(frozen=True)
-class Told:
-    """What came of one command in one process."""
+class Outcome:
+    """Outcome of one command in one process."""
 
     code: int
     stdout: str
@@ -91,15 +91,22 @@ class Told:
     error: str
     written: list[str]
     kept: list[str]
-    """The same in the folders of ``--resume``."""
+    """Files written in the folders of ``--resume``."""
+
+
+Outcomes = Mapping[str, tuple[Outcome, Outcome]]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def torchrun(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run with two processes on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", WORLD, "--master-port", port]
+    """Run two processes on this machine."""
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", WORLD, "--master-port", free_port()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
     command = [str(word) for word in (*head, *words)]
     pipe = subprocess.PIPE
@@ -113,7 +120,7 @@ def torchrun(*words: object, timeout: float = 240) -> subprocess.CompletedProces
 
 
 def run(*words: object) -> str:
-    """The command line in this process alone; its stdout."""
+    """Run the command line in this process alone; return its stdout."""
     result = CliRunner().invoke(cli, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -126,7 +133,7 @@ class Case:
     model: str
     options: tuple[object, ...] = ()
     tolerance: float = 0.0
-    """Of the weights: what is only cut out is the same to the last bit, what is computed from sums is not."""
+    """Tolerance of the weights: those only cut are the same to the last bit, those computed from sums are not."""
 
 
 CASES = {
@@ -138,28 +145,22 @@ CASES = {
     "gradients": Case("llama", ("--criterion", "taylor")),
     "without the first token": Case("llama", ("--skip-bos", "--criterion", "variance-weighted")),
 }
-REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "one window": (("--samples", 1), "1 windows cannot be shared out over 2 processes; give more --samples."),
-    "an order": (
-        ("--preset", "flap-released"),
-        "down-input-fluctuation depends on the order of all windows and cannot be shared out; run one process.",
-    ),
-    "kept tokens": (
-        ("--compensator", "local-reconstruction"),
-        "feed-forward-inputs depends on the order of all windows and cannot be shared out; run one process.",
-    ),
+REFUSED: dict[str, tuple[tuple[object, ...], tuple[str, str]]] = {
+    "one window": (("--samples", 1), ("1 windows", "give more --samples")),
+    "an order": (("--preset", "flap-released"), ("down-input-fluctuation", "run one process")),
+    "kept tokens": (("--compensator", "local-reconstruction"), ("feed-forward-inputs", "run one process")),
 }
 
 
 @pytest.fixture(scope="module")
 def small(calibration_text: Path) -> tuple[object, ...]:
-    """An odd number of windows, so that the processes have different shares; some of them are held out."""
+    """Options of a run whose processes measure different numbers of windows, some of them held out."""
     return "--calibration", calibration_text, "--samples", 45, "--seqlen", 32, "--round-to", 8, "--device", "cpu"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where several processes write."""
+    """Folder that several processes write to."""
     return tmp_path_factory.mktemp("ranks")
 
 
@@ -170,7 +171,7 @@ Words = Mapping[str, tuple[object, ...]]
 def prune_words(
     make_model: MakeModel, small: tuple[object, ...], calibration_text: Path
 ) -> Callable[[str, Path], tuple[object, ...]]:
-    """``prune_words(name, folder)``: a case's command, that writes into ``folder``."""
+    """``prune_words(name, folder)``: the command of a case, which writes into ``folder``."""
 
     def words(name: str, folder: Path) -> tuple[object, ...]:
         case = CASES[name]
@@ -189,12 +190,12 @@ def commands(
     calibration_text: Path,
     folder: Path,
 ) -> Words:
-    """Every command that is run with several processes, by name."""
+    """Every command run by several processes, by name."""
     data = "--data", calibration_text, "--seqlen", 32, "--evaluate-windows", 7, "--json"
     model = make_model("llama")
 
     def again(name: str, kept: str = "stopped") -> tuple[object, ...]:
-        """The plain case into another folder, with what another run kept."""
+        """Return the plain case with another output folder and ``--resume`` folder."""
         changed = {folder / "llama": folder / name, folder / "kept" / "llama": folder / "kept" / kept}
         return tuple(
             changed.get(word, word) if isinstance(word, Path) else word for word in prune_words("llama", folder)
@@ -213,32 +214,31 @@ def commands(
 
 
 @pytest.fixture(scope="module")
-def told(commands: Words, folder: Path) -> Mapping[str, tuple[Told, Told]]:
-    """What each of two processes tells of every command."""
+def outcomes(commands: Words, folder: Path) -> Outcomes:
+    """Outcomes of every command in both processes."""
     (folder / "commands.json").write_text(json.dumps({name: list(map(str, words)) for name, words in commands.items()}))
     (folder / "worker.py").write_text(WORKER)
     (folder / "stop.py").write_text(STOP)
     done = torchrun(folder / "worker.py", folder / "commands.json", folder)
     assert done.returncode == 0, done.stderr
-    found: dict[str, dict[int, Told]] = {name: {} for name in commands}
+    by_rank: dict[str, dict[int, Outcome]] = {name: {} for name in commands}
     for line in done.stdout.splitlines():
-        if line.startswith("TOLD "):
-            head, _, values = line.partition(" {")
-            _, rank, name = head.split(" ", 2)
-            found[name][int(rank)] = Told(**json.loads("{" + values))
-    return {name: (ranks[0], ranks[1]) for name, ranks in found.items()}
+        if line.startswith("OUTCOME "):
+            rank, name, values = json.loads(line.removeprefix("OUTCOME "))
+            by_rank[name][rank] = Outcome(**values)
+    return {name: (ranks[0], ranks[1]) for name, ranks in by_rank.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_give_what_one_gives(
+def test_two_processes_give_the_same_as_one(
     name: str,
-    told: Mapping[str, tuple[Told, Told]],
+    outcomes: Outcomes,
     prune_words: Callable[[str, Path], tuple[object, ...]],
     folder: Path,
     tmp_path: Path,
 ) -> None:
-    assert [one.error for one in told[name]] == ["", ""]
-    expected, report = json.loads(run(*prune_words(name, tmp_path))), json.loads(told[name][0].stdout)
+    assert [outcome.error for outcome in outcomes[name]] == ["", ""]
+    expected, report = json.loads(run(*prune_words(name, tmp_path))), json.loads(outcomes[name][0].stdout)
     assert (expected["processes"], report["processes"]) == (1, 2)
     places = tmp_path / name, folder / name
     plans = [PruningPlan.from_json((place / "pruning_plan.json").read_text()) for place in places]
@@ -249,17 +249,17 @@ def test_two_processes_give_what_one_gives(
     assert len(kept[0]) >= 3
     _same(kept, 1e-6)
     _same((_tensors(place, "model*.safetensors") for place in places), CASES[name].tolerance)
-    for own, shared in zip(expected["evaluations"], report["evaluations"], strict=True):
-        assert shared["windows"] == own["windows"] == 7
-        assert shared["dense"] == pytest.approx(own["dense"], rel=1e-9)
-        assert shared["pruned"] == pytest.approx(own["pruned"], rel=max(1e-9, CASES[name].tolerance))
+    for alone, shared in zip(expected["evaluations"], report["evaluations"], strict=True):
+        assert shared["windows"] == alone["windows"] == 7
+        assert shared["dense"] == pytest.approx(alone["dense"], rel=1e-9)
+        assert shared["pruned"] == pytest.approx(alone["pruned"], rel=max(1e-9, CASES[name].tolerance))
     assert report["reload_difference"] < 1e-5
     with torch.no_grad():
         assert AutoModelForCausalLM.from_pretrained(folder / name)(torch.arange(3, 20)[None]).logits.isfinite().all()
 
 
 def _tensors(folder: Path, pattern: str) -> dict[str, torch.Tensor]:
-    """All tensors of some files, by file and name; those of a checkpoint by name alone, sharded or not."""
+    """Return all tensors of some files by file and name; those of a checkpoint by name alone, sharded or not."""
     return {
         key if key.startswith(("model.", "lm_head.", "blocks.")) else f"{path.name} {key}": value
         for path in sorted(folder.glob(pattern))
@@ -276,8 +276,8 @@ def _same(pair: Iterable[Mapping[str, torch.Tensor]], tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("name", [*CASES, "plan", "evaluate", "evaluate, streamed"])
-def test_one_process_writes_and_prints(name: str, told: Mapping[str, tuple[Told, Told]]) -> None:
-    first, other = told[name]
+def test_one_process_writes_and_prints(name: str, outcomes: Outcomes) -> None:
+    first, other = outcomes[name]
     assert (first.code, other.code) == (0, 0)
     assert first.stdout
     assert other.stdout == ""
@@ -285,43 +285,42 @@ def test_one_process_writes_and_prints(name: str, told: Mapping[str, tuple[Told,
     assert other.written == []
 
 
-def test_nothing_else_is_left(told: Mapping[str, tuple[Told, Told]], folder: Path) -> None:
-    made = {*CASES, "going on", "another ratio", "kept", "plan.json"}
-    assert {path.name for path in folder.iterdir()} == made | {"commands.json", "worker.py", "stop.py"}
-    assert told.keys() > CASES.keys()
+def test_nothing_else_is_left(outcomes: Outcomes, folder: Path) -> None:
+    outputs = {*CASES, "going on", "another ratio", "kept", "plan.json"}
+    assert {path.name for path in folder.iterdir()} == outputs | {"commands.json", "worker.py", "stop.py"}
+    assert outcomes.keys() > CASES.keys()
 
 
-def test_another_ratio_measures_nothing(told: Mapping[str, tuple[Told, Told]]) -> None:
-    assert all(one.kept for one in told["llama"])
-    for one in told["another ratio"]:
-        assert one.code == 0
-        assert not [what for what in one.kept if not what.startswith("os.remove")]
-    assert json.loads(told["another ratio"][0].stdout)["channel_ratio"] == 0.25
+def test_another_ratio_measures_nothing(outcomes: Outcomes) -> None:
+    assert all(outcome.kept for outcome in outcomes["llama"])
+    for outcome in outcomes["another ratio"]:
+        assert outcome.code == 0
+        assert not [entry for entry in outcome.kept if not entry.startswith("os.remove")]
+    assert json.loads(outcomes["another ratio"][0].stdout)["channel_ratio"] == 0.25
 
 
-def test_a_run_goes_on_from_what_each_process_kept(told: Mapping[str, tuple[Told, Told]], folder: Path) -> None:
-    assert [(one.code, one.stderr) for one in told["stopped"]] == [(1, "Error: stopped\n")] * 2
+def test_a_run_goes_on_from_what_each_process_kept(outcomes: Outcomes, folder: Path) -> None:
+    assert [(outcome.code, outcome.stderr) for outcome in outcomes["stopped"]] == [(1, "Error: stopped\n")] * 2
     (kept,) = (folder / "kept" / "stopped").iterdir()
     assert {path.name for path in kept.iterdir()} == {f"block_{block}.safetensors" for block in range(3)}
-    assert [one.code for one in told["going on"]] == [0, 0]
+    assert [outcome.code for outcome in outcomes["going on"]] == [0, 0]
     for pattern in ("model*.safetensors", "statistics.safetensors"):
         _same((_tensors(folder / name, pattern) for name in ("llama", "going on")), 0.0)
     _same((_tensors(folder / "kept" / name, "*/block_*") for name in ("llama", "stopped")), 0.0)
-    reports = [json.loads(told[name][0].stdout) for name in ("llama", "going on")]
+    reports = [json.loads(outcomes[name][0].stdout) for name in ("llama", "going on")]
     assert reports[0]["evaluations"] == reports[1]["evaluations"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_shared_out_is_refused(name: str, told: Mapping[str, tuple[Told, Told]], folder: Path) -> None:
-    for one in told[name]:
-        assert (one.code, one.error, one.stdout) == (2, "", "")
-        assert one.stderr == f"Error: {REFUSED[name][1]}\n"
+def test_work_that_cannot_be_shared_is_refused(name: str, outcomes: Outcomes, folder: Path) -> None:
+    for outcome in outcomes[name]:
+        assert (outcome.code, outcome.error, outcome.stdout) == (2, "", "")
+        assert all(words in outcome.stderr for words in REFUSED[name][1])
+        assert outcome.stderr.count("\n") == 1
     assert not (folder / name).exists()
 
 
-def test_one_plan_is_written(
-    told: Mapping[str, tuple[Told, Told]], commands: Words, folder: Path, tmp_path: Path
-) -> None:
+def test_one_plan_is_written(outcomes: Outcomes, commands: Words, folder: Path, tmp_path: Path) -> None:
     head, model, _, *rest = commands["plan"]
     run(head, model, tmp_path / "plan.json", *rest, "-q")
     plans = [PruningPlan.from_json(path.read_text()) for path in (tmp_path / "plan.json", folder / "plan.json")]
@@ -330,11 +329,11 @@ def test_one_plan_is_written(
 
 
 @pytest.mark.parametrize("name", ["evaluate", "evaluate, streamed"])
-def test_evaluation_is_the_same(name: str, told: Mapping[str, tuple[Told, Told]], commands: Words) -> None:
-    (own,) = json.loads(run(*commands[name]))["evaluations"]
-    (shared,) = json.loads(told[name][0].stdout)["evaluations"]
-    assert (own.pop("data"), own.pop("windows")) == (shared.pop("data"), shared.pop("windows"))
-    assert shared == pytest.approx(own, rel=1e-9)
+def test_evaluation_is_the_same(name: str, outcomes: Outcomes, commands: Words) -> None:
+    (alone,) = json.loads(run(*commands[name]))["evaluations"]
+    (shared,) = json.loads(outcomes[name][0].stdout)["evaluations"]
+    assert (alone.pop("data"), alone.pop("windows")) == (shared.pop("data"), shared.pop("windows"))
+    assert shared == pytest.approx(alone, rel=1e-9)
 
 
 def test_the_command_line_itself_under_torchrun(
@@ -410,12 +409,9 @@ if __name__ == "__main__":
 """
 
 
-def test_what_processes_tell_each_other(tmp_path: Path) -> None:
+def test_sums_and_values_are_exchanged(tmp_path: Path) -> None:
     (tmp_path / "together.py").write_text(TOGETHER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, str(tmp_path / "together.py"), str(tmp_path), port]
+    command = [sys.executable, str(tmp_path / "together.py"), str(tmp_path), str(free_port())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert {"0", "1", "2"} <= {path.name for path in tmp_path.iterdir()}
@@ -439,7 +435,7 @@ def test_one_process_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("count", [4, 7, 8])
-def test_every_window_is_somebodys(count: int) -> None:
+def test_every_window_is_measured_once(count: int) -> None:
     shares = [list(Ranks(rank, 4).share(count)) for rank in range(4)]
     assert sorted(number for share in shares for number in share) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -456,5 +452,5 @@ class _Second(Ranks):
 def test_a_process_without_a_window_to_evaluate(make_model: MakeModel) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_model("llama"))
     data = EvaluationSet("text", torch.arange(3, 35)[None], 1.0)
-    found = perplexity(model, data, Progress(), ForwardOptions(ranks=_Second(1, 2)))
-    assert found.nll == 1.5
+    result = perplexity(model, data, Progress(), ForwardOptions(ranks=_Second(1, 2)))
+    assert result.nll == 1.5
