@@ -26,19 +26,10 @@ if TYPE_CHECKING:
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Patterns of the files that a checkpoint takes over from the model it is made from."""
-_USER_ERRORS = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.ENAMETOOLONG,
-        errno.EFBIG,
-    }
-)
+_USER_ERRORS = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR,
+    errno.ENAMETOOLONG, errno.EFBIG,
+})  # fmt: skip
 
 
 @contextmanager

@@ -30,21 +30,10 @@ HELD_OUT_PERCENT: Final = 8
 SALT: Final = "cfsp-demo-596:"
 """Chosen once so that both held-out splits are large and diverse. Changing it leaks trained text into `test`."""
 
-SKIPPED_FOLDERS: Final = frozenset(
-    [
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "test",
-        "tests",
-        "idle_test",
-        "idlelib",
-        "lib2to3",
-        "ensurepip",
-        "turtledemo",
-        "pydoc_data",
-    ]
-)
+SKIPPED_FOLDERS: Final = frozenset({
+    "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip",
+    "turtledemo", "pydoc_data",
+})  # fmt: skip
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
