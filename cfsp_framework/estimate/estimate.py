@@ -68,7 +68,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Workload:
+class RunWorkload:
     """Work of a run, for a model of any size."""
 
     seqlen: int
@@ -119,7 +119,7 @@ class Way:
         return max(self.causes, key=self.causes.__getitem__)
 
 
-def plan_workload(config: RunConfig, selection: Selection, context: int | None) -> Workload:
+def plan_workload(config: RunConfig, selection: Selection, context: int | None) -> RunWorkload:
     """Return the work of a run with this configuration; ``context`` is the model's longest sequence.
 
     Raises:
@@ -130,7 +130,7 @@ def plan_workload(config: RunConfig, selection: Selection, context: int | None) 
     twice = bool(selection.second_pass)
     split = twice and not config.calibration.reuse_windows and config.calibration.samples > 1
     first = -(-config.calibration.samples // 2) if split else config.calibration.samples
-    return Workload(
+    return RunWorkload(
         seqlen=config.calibration.seqlen or min(1024, context or 1024),
         select=_first_pass(selection, first),
         compensate=_second_pass(selection, config.calibration.samples - first if split else config.calibration.samples)
@@ -201,7 +201,7 @@ def _not_counted(config: RunConfig, selection: Selection) -> Iterable[str]:
         yield "choosing the attentions to drop is not counted"
 
 
-def estimate(shape: ModelShape, workload: Workload, hardware: Hardware) -> tuple[Way, Way]:
+def estimate(shape: ModelShape, workload: RunWorkload, hardware: Hardware) -> tuple[Way, Way]:
     """Estimate the run with the whole model in memory, and streamed block by block, with one process on each device."""
     in_memory, streamed = (_Run(shape, workload, hardware, streamed=streamed).estimate() for streamed in (False, True))
     return in_memory, streamed
@@ -210,7 +210,7 @@ def estimate(shape: ModelShape, workload: Workload, hardware: Hardware) -> tuple
 @dataclass(frozen=True)
 class _Run:
     shape: ModelShape
-    workload: Workload
+    workload: RunWorkload
     hardware: Hardware
     streamed: bool
     seconds: dict[str, float] = field(default_factory=dict)
@@ -378,12 +378,12 @@ class _Run:
         return hidden * (part.streams + kept) + batch + heavy + max(finishing, algebra)
 
 
-def pruned_bytes(shape: ModelShape, workload: Workload) -> int:
+def pruned_bytes(shape: ModelShape, workload: RunWorkload) -> int:
     """Return the bytes of the checkpoint that is written."""
     return shape.outside_bytes + sum(_pruned_block(shape, workload, block) for block in shape.blocks)
 
 
-def _pruned_block(shape: ModelShape, workload: Workload, block: BlockShape) -> int:
+def _pruned_block(shape: ModelShape, workload: RunWorkload, block: BlockShape) -> int:
     """Return the bytes of a block whose feed-forwards lost the same share as all others."""
     inside = sum(group.parameters for block in shape.blocks for group in block.feed_forwards)
     removed = workload.ratio * (shape.parameters if workload.of_all_parameters else inside)
@@ -391,7 +391,7 @@ def _pruned_block(shape: ModelShape, workload: Workload, block: BlockShape) -> i
     return block.bytes - round(share * sum(f.parameters for f in block.feed_forwards) * block.bytes / block.parameters)
 
 
-def activation_bytes(shape: ModelShape, workload: Workload, windows: int, batch_tokens: int) -> int:
+def activation_bytes(shape: ModelShape, workload: RunWorkload, windows: int, batch_tokens: int) -> int:
     """Return the bytes of one batch inside a block: outputs of projections and attention, and float32 copies."""
     batch = workload.batch_size or max(1, batch_tokens // workload.seqlen)
     tokens = min(batch, windows) * workload.seqlen
@@ -406,7 +406,7 @@ class Estimate:
 
     model: str
     shape: ModelShape
-    workload: Workload
+    workload: RunWorkload
     hardware: tuple[Hardware, ...]
     ways: tuple[Way, ...]
 

@@ -20,7 +20,7 @@ from cfsp_framework.benchmark.hardware import NOMINAL, Hardware, disk_rates, pro
 from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.tables import human_seconds, rough_bytes
 from cfsp_framework.config import RunConfig, layered
-from cfsp_framework.estimate.estimate import Way, Workload, estimate, plan_workload, pruned_bytes
+from cfsp_framework.estimate.estimate import RunWorkload, Way, estimate, plan_workload, pruned_bytes
 from cfsp_framework.estimate.model_shape import BlockShape, FeedForwards, ModelShape, measure_shape
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.selection import select
@@ -114,9 +114,9 @@ def test_a_vision_language_models_text_blocks_are_the_ones(tmp_path: Path) -> No
 def test_what_is_written_is_what_pruning_leaves(make_model: MakeModel) -> None:
     folder = make_model("llama")
     shape = shape_of(folder)
-    channels = pruned_bytes(shape, Workload(8, HALF.select, ratio=0.25))
+    channels = pruned_bytes(shape, RunWorkload(8, HALF.select, ratio=0.25))
     assert shape.bytes - channels == 3 * 3 * 32 * 16 * 4  # blocks, projections, D, a quarter of F, float32
-    of_all = pruned_bytes(shape, Workload(8, HALF.select, ratio=0.25, of_all_parameters=True))
+    of_all = pruned_bytes(shape, RunWorkload(8, HALF.select, ratio=0.25, of_all_parameters=True))
     assert of_all == pytest.approx(0.75 * shape.bytes, abs=8)
 
 
@@ -137,7 +137,7 @@ def test_the_workload_is_what_the_components_require() -> None:
     assert "local-reconstruction" in note
 
 
-def workload(preset: str) -> Workload:
+def workload(preset: str) -> RunWorkload:
     config = layered(preset, None, {"model": "demo", "samples": 8, "seqlen": 64})
     return plan_workload(config, select(config, load_plugins()), 512)
 
@@ -178,7 +178,7 @@ machines = st.sampled_from([HARDWARE, CLUSTER, *NOMINAL])
 @given(sizes, loads, machines, st.integers(1, 50))
 @settings(deadline=None)
 def test_more_windows_and_more_blocks_never_take_less(
-    size: dict[str, int], load: Workload, machine: Hardware, more: int
+    size: dict[str, int], load: RunWorkload, machine: Hardware, more: int
 ) -> None:
     smaller = estimate(llama(**size), load, machine)
     windows = replace(load, select=replace(load.select, windows=load.select.windows + more))
@@ -193,7 +193,7 @@ def test_more_windows_and_more_blocks_never_take_less(
 @given(sizes, loads, machines)
 @settings(deadline=None)
 def test_streaming_takes_less_memory_and_on_a_cpu_more_time(
-    size: dict[str, int], load: Workload, machine: Hardware
+    size: dict[str, int], load: RunWorkload, machine: Hardware
 ) -> None:
     memory, stream = estimate(llama(**size), load, machine)
     assert stream.host_bytes <= memory.host_bytes
@@ -204,7 +204,7 @@ def test_streaming_takes_less_memory_and_on_a_cpu_more_time(
 
 @given(sizes, loads, machines)
 @settings(deadline=None)
-def test_seconds_are_the_same_by_phase_and_by_cause(size: dict[str, int], load: Workload, machine: Hardware) -> None:
+def test_seconds_are_the_same_by_phase_and_by_cause(size: dict[str, int], load: RunWorkload, machine: Hardware) -> None:
     for way in estimate(llama(**size), load, machine):
         assert way.total == pytest.approx(sum(way.causes.values()))
         assert min(way.causes.values()) >= 0

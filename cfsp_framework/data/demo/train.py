@@ -14,7 +14,7 @@ import platform
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,22 +70,6 @@ class Score:
     def bits_per_byte(self) -> float:
         """Bits per byte, comparable between tokenizers."""
         return self.nats_per_token * self.tokens_per_byte / math.log(2)
-
-
-@dataclass
-class Clock:
-    """Training time, and its fraction of the budget that the schedule follows."""
-
-    minutes: float
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    @property
-    def progress(self) -> float:
-        return self.seconds / (60 * self.minutes)
 
 
 def train_tokenizer(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -207,14 +191,17 @@ def fit(
     stream = training_stream(corpus.documents("train"), tokenizer, recipe, random.Random(options.seed))
     test = corpus.text("test")
     steppers = optimizers(model, recipe)
-    clock = Clock(options.minutes)
+    started = time.monotonic()
     steps, tokens, tenths, smoothed = 0, 0, 0, math.log(recipe.vocabulary)
-    while (progress := clock.progress) < 1:
+    while (progress := (time.monotonic() - started) / (60 * options.minutes)) < 1:
         batch = next(stream)  # (B, T)
         loss = step(model, batch, steppers, rate_factor(progress, recipe.warmup), recipe)
         steps, tokens, smoothed = steps + 1, tokens + batch.numel(), 0.95 * smoothed + 0.05 * loss
         if steps % 50 == 0:
-            print(f"step {steps}  {tokens / clock.seconds:.0f} tokens/s  train loss {smoothed:.3f}", flush=True)
+            print(
+                f"step {steps}  {tokens / (time.monotonic() - started):.0f} tokens/s  train loss {smoothed:.3f}",
+                flush=True,
+            )
         if int(10 * progress) > tenths:
             tenths += 1
             score = evaluate(model, tokenizer, test, recipe.window)
@@ -282,18 +269,11 @@ def report(folder: Path, recipe: Recipe, tokens: int, options: argparse.Namespac
     trained = evaluate(model, tokenizer, corpus.text("train")[:200_000], recipe.window)
     samples = [continuation(model, tokenizer, prompt, i > 0) for i, prompt in enumerate(PROMPTS)]
     return README.format(
+        **{**asdict(recipe), **vars(options), "vocabulary": len(tokenizer)},
         parameters=model.num_parameters(),
-        blocks=recipe.blocks,
-        hidden=recipe.hidden,
-        width=recipe.width,
-        vocabulary=len(tokenizer),
         python=".".join(platform.python_version_tuple()[:2]),
         train_bytes=len(corpus.text("train").encode()),
         tokens=tokens,
-        minutes=options.minutes,
-        threads=options.threads,
-        seed=options.seed,
-        window=recipe.window,
         perplexity=score.perplexity,
         bits=score.bits_per_byte,
         trained_perplexity=trained.perplexity,
