@@ -208,7 +208,7 @@ class Output:
 def output_options(*, plugins: bool = True, quiet: str | None = "No progress, no tables.") -> Decorator:
     """Return a decorator that adds -p, -q, --json and --traceback; the command gets ``output: Output``.
 
-    Without ``plugins`` there is no -p; ``quiet`` is the help of -q, and without it there is no -q.
+    ``plugins`` adds -p; ``quiet`` is the help of -q, and None omits -q.
     """
 
     def decorate(command: Command) -> Command:

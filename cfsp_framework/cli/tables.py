@@ -117,7 +117,11 @@ def show_report(report: Report, out: Path | None) -> None:
         _total_table(report),
         *([_evaluation_table(report.evaluations)] if report.evaluations else []),
         f"Used: {used}; {'no data' if report.calibration is None else data}.",
-        *([f"{describe_training(recovery.model_copy(update={'data': shorten_spec(recovery.data)}))}."] if recovery else []),
+        *(
+            [f"{describe_training(recovery.model_copy(update={'data': shorten_spec(recovery.data)}))}."]
+            if recovery
+            else []
+        ),
         *_notes(report.notes),
         f"Seconds: {seconds}. Peak memory: {format_bytes(report.peak_memory_bytes)}.",
     )
