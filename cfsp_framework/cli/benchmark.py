@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cfsp_framework.cli.options import Output, config_options, given, output_options
+from cfsp_framework.cli.options import Decorator, Output, config_options, given, output_options
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 
@@ -25,8 +25,13 @@ def _parse_numbers(ctx: click.Context, parameter: click.Parameter, value: str | 
     return numbers
 
 
-def _numbers(flag: str, **settings: Any) -> Any:
+def _numbers(flag: str, **settings: Any) -> Decorator:
     return click.option(flag, callback=_parse_numbers, metavar="N,N", **settings)
+
+
+def _setting(flag: str, kind: click.ParamType[Any], default: object, text: str) -> Decorator:
+    metavar = "N" if isinstance(kind, click.IntRange) else None
+    return click.option(flag, type=kind, default=default, metavar=metavar, show_default=True, help=text)
 
 
 @click.command
@@ -44,35 +49,19 @@ def _numbers(flag: str, **settings: Any) -> Any:
 @click.option("--random-weights", is_flag=True, help="Read only each config.json and use random weights: no download.")
 @_numbers("--batch-sizes", default="1", show_default=True, help="Sequences at once.")
 @_numbers("--lengths", default="128,512", show_default=True, help="Tokens of a prompt.")
-@click.option(
-    "--decode-tokens",
-    type=click.IntRange(0),
-    default=32,
-    metavar="N",
-    show_default=True,
-    help="Tokens decoded after the prompt; 0: prefill only.",
-)
-@click.option(
+@_setting("--decode-tokens", click.IntRange(0), 32, "Tokens decoded after the prompt; 0: prefill only.")
+@_setting(
     "--cache",
-    type=click.Choice(["dynamic", "static"]),
-    default="dynamic",
-    show_default=True,
-    help="A key-value cache that grows with every token, or one allocated at full length.",
+    click.Choice(["dynamic", "static"]),
+    "dynamic",
+    "A key-value cache that grows with every token, or one allocated at full length.",
 )
-@click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=7,
-    metavar="N",
-    show_default=True,
-    help="Rounds; in each round every model runs in turn.",
-)
-@click.option(
+@_setting("--repeats", click.IntRange(1), 7, "Rounds; in each round every model runs in turn.")
+@_setting(
     "--clock",
-    type=click.Choice(["wall", "processor"]),
-    default="wall",
-    show_default=True,
-    help="Measure wall-clock seconds, or processor seconds on a CPU that other programs use too.",
+    click.Choice(["wall", "processor"]),
+    "wall",
+    "Measure wall-clock seconds, or processor seconds on a CPU that other programs use too.",
 )
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of a CPU. [default: PyTorch's choice]")
 @click.option(

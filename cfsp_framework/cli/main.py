@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -125,7 +125,7 @@ def _plain_warnings() -> Generator[None]:
             else:
                 show(message, category, *place)
 
-        warnings.showwarning = show_plainly
+        warnings.showwarning = cast("Any", show_plainly)
         yield
 
 

@@ -19,7 +19,7 @@ from cfsp_framework.errors import DataError, ModelError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.progress import Progress
 
-_LOGITS_PER_BATCH = 1 << 23
+LOGITS_PER_BATCH = 1 << 23
 """Limit of a batch, 32 MiB in float32."""
 
 
@@ -112,7 +112,7 @@ def _losses_by_blocks(
 
 def _windows_per_batch(model: PreTrainedModel, seqlen: int) -> int:
     vocabulary: int = model.config.get_text_config().vocab_size
-    return max(1, _LOGITS_PER_BATCH // (seqlen * vocabulary))
+    return max(1, LOGITS_PER_BATCH // (seqlen * vocabulary))
 
 
 def _cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:

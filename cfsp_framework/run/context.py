@@ -18,8 +18,8 @@ from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.observers import start_observing
 from cfsp_framework.host.registry import Plugins
 from cfsp_framework.host.selection import Selection, select
-from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.config_facts import context_length
+from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.loading import LoadedModel, load_model
 from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.modeling.streaming import Streamed
