@@ -30,7 +30,7 @@ from cfsp_framework.ablation.grid import expand
 from cfsp_framework.api import hookspecs
 from cfsp_framework.api.records import PruningPlan, Report
 from cfsp_framework.cli.main import cli
-from cfsp_framework.config import OPTIONS, PRESETS, Choice, layered
+from cfsp_framework.config import layered
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.statistics import DOWN_INPUT_GRAM
 from cfsp_framework.testing import CONTRACTS
@@ -115,86 +115,12 @@ def ci_test_command() -> str:
     return command
 
 
-def commands(command: click.Command = cli, path: str = "cfsp") -> Iterator[tuple[str, click.Command]]:
-    """Every command with its path: (`cfsp plugins list`, ...)."""
-    yield path, command
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            found = command.get_command(context, name)
-            assert found is not None
-            yield from commands(found, f"{path} {name}")
-
-
 def options(command: click.Command) -> list[click.Option]:
     return [parameter for parameter in command.params if isinstance(parameter, click.Option)]
 
 
 def flags(option: click.Option) -> list[str]:
     return [*option.opts, *option.secondary_opts]
-
-
-def test_every_command_is_documented() -> None:
-    text = read(CLI)
-    for path, command in commands():
-        if not isinstance(command, click.Group):
-            arguments = [p.name.upper() for p in command.params if isinstance(p, click.Argument) and p.name]
-            assert re.search(rf"^{' '.join([path, *arguments])}  ", text, flags=re.MULTILINE), path
-
-
-def test_every_option_is_documented_with_the_commands_that_have_it() -> None:
-    rows = list(table(read(CLI), "option", "default", "commands"))
-    documented = {
-        (command.strip(), flag)
-        for cell, _, names, _ in rows
-        for command in names.split(",")
-        for flag in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join(code(cell)))
-    }
-    existing = {
-        (path.removeprefix("cfsp "), flag)
-        for path, command in commands()
-        for option in options(command)
-        for flag in flags(option)
-    }
-    assert documented == existing
-
-
-def test_the_defaults_documented_are_those_of_a_run() -> None:
-    defaults = {code(cell)[0].split()[0]: default for cell, default, *_ in table(read(CLI), "option", "default")}
-    for name, option in OPTIONS.items():
-        field = option.field
-        if isinstance(field.default, str | int | float | Choice) and not isinstance(field.default, bool):
-            assert defaults["--" + name.replace("_", "-")] == f"`{field.default}`"
-
-
-def test_the_options_of_components_are_documented() -> None:
-    documented = dict(table(read(CLI), "component", "options and defaults"))
-    for registry in load_plugins().registries:
-        for name, cls in registry.items():
-            cell = documented.pop(f"{registry.kind} `{name}`", "")
-            given = dict(part.split("=") for part in code(cell) if "=" in part)
-            written = {
-                key: "null" if value == "null" else ast.literal_eval(literal(value)) for key, value in given.items()
-            }
-            expected = {key: "null" if f.default is None else f.default for key, f in cls.model_fields.items()}
-            assert written == expected, name
-    assert not documented
-
-
-def literal(value: str) -> str:
-    """A YAML scalar as Python writes it."""
-    if value in ("true", "false"):
-        return value.capitalize()
-    return value if re.fullmatch(r"[\d.]+", value) else repr(value)
-
-
-def test_the_presets_are_documented() -> None:
-    documented = {code(row[0])[0]: [code(cell)[0] for cell in row[1:4]] for row in table(read(CLI), "preset")}
-    expected = {
-        name: [str(preset.get(kind, "none")) for kind in ("criterion", "allocator", "compensator")]
-        for name, preset in PRESETS.items()
-    }
-    assert documented == expected
 
 
 @pytest.mark.parametrize("model", [Report, PruningPlan])

@@ -1,8 +1,9 @@
-"""The models a benchmark compares: checkpoints as they are, random ones of a shape, and cuts of them in memory."""
+"""Open the models that a benchmark compares: checkpoints, models with random weights, and cuts in memory."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,77 +35,78 @@ from cfsp_framework.pruning.planning import plan_blocks
 from cfsp_framework.runtime.progress import Progress
 
 _WINDOWS, _TOKENS = 4, 64
+"""Random windows, and tokens in each, on which allocators measure."""
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A model on its device, under the name tables call it."""
+class Candidate:
+    """A model on its device, with its name in tables."""
 
     name: str
     model: PreTrainedModel
     widths: tuple[int, ...]
-    """Of every feed-forward."""
+    """Channels of each feed-forward."""
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """Which cuts of one model to compare: one for each allocator and rounding."""
+    """Cuts of one model to compare: one for each allocator and rounding."""
 
     ratio: float
     allocators: tuple[str, ...] = ("uniform",)
     roundings: tuple[int, ...] = (128,)
 
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        return iter([(allocator, step) for allocator in self.allocators for step in self.roundings])
 
-
-def open_contestant(
+def open_candidate(
     source: str, config: RunConfig, plugins: Plugins, *, random_weights: bool = False, name: str | None = None
-) -> Contestant:
-    """A checkpoint, or with ``random_weights`` a model of the shape its ``config.json`` says.
+) -> Candidate:
+    """Open a checkpoint or, with ``random_weights``, build a model of the shape in its ``config.json``.
 
     Raises:
-        ModelError: it cannot be opened.
+        ModelError: the model cannot be opened.
     """
-    device = device_of(config.model.device)
+    device = parse_device(config.model.device)
     config = config.replace(model=source)
     if random_weights:
         model = random_model(config, device)
     else:
         silence_transformers()
-        folder = resolve(source)
-        check_checkpoint(folder, trust_remote_code=config.model.trust_remote_code)
-        model = open_model(folder, config.model.dtype, device=device, trust_remote_code=config.model.trust_remote_code)
-    return Contestant(name or source, model, open_decoder(model, plugins).widths)
+        folder, trusted = resolve(source), config.model.trust_remote_code
+        check_checkpoint(folder, trust_remote_code=trusted)
+        model = open_model(folder, config.model.dtype, device=device, trust_remote_code=trusted)
+    return Candidate(name or source, model, open_decoder(model, plugins).widths)
 
 
 def random_model(config: RunConfig, device: torch.device) -> PreTrainedModel:
-    """A model of ``config.model.source``'s shape with random matrices, which are small, as before training.
+    """Build a model of the shape of ``config.model.source`` with small random matrices, as before training.
 
-    The configuration is enough: of a Hub id only that is fetched, and ``config.model.source`` may be the file itself.
+    Only the configuration is read, and of a Hub id only that is fetched; the source may be a ``config.json``.
     """
     sketch, stored = build_from_config(config)
     dtype = stored if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     family: Any = type(sketch)
     with without_weights():
-        model: PreTrainedModel = family._from_config(sketch.config, dtype=dtype)
-    model.tie_weights()  # without weights, each got a parameter of its own
+        model: Any = family._from_config(sketch.config, dtype=dtype)
+    model.tie_weights()  # without weights, each tied module got its own parameter
     draw = torch.Generator().manual_seed(config.run.seed)
-    # One draw over and over: a million values are as slow to multiply with as a billion, and drawn in no time.
-    values = (0.02 * torch.randn(1 << 20, generator=draw)).to(device, dtype)
-    made: dict[int, nn.Parameter] = {}  # tied parameters stay one
+    # The same million values fill all matrices: as slow to multiply with as others, and quick to draw.
+    values = (0.02 * torch.randn(1 << 20, generator=draw)).to(device, dtype)  # (2^20,)
+    filled: dict[int, nn.Parameter] = {}  # by the parameter replaced: tied parameters stay tied
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(_filled(parameter, name, values), requires_grad=False)
-            setattr(module, name, made[id(parameter)])
-    opened: Any = model.to(device)  # type: ignore[arg-type]
-    model = opened.eval()
-    return model
+            if id(parameter) not in filled:
+                filled[id(parameter)] = nn.Parameter(_fill(parameter, name, values), requires_grad=False)
+            setattr(module, name, filled[id(parameter)])
+    opened: PreTrainedModel = model.to(device).eval()
+    return opened
 
 
-def _filled(parameter: Tensor, name: str, values: Tensor) -> Tensor:
-    """Matrices of ``values``, scales of norms of ones, biases of zeros; on the device and in the dtype of ``values``."""
+def _fill(parameter: Tensor, name: str, values: Tensor) -> Tensor:
+    """Return a tensor of ``parameter``'s shape: a matrix of ``values (V,)``, a scale of ones or a bias of zeros."""
     if parameter.ndim < 2:
         return torch.full_like(parameter, float("bias" not in name), device=values.device, dtype=values.dtype)
     filled = torch.empty(parameter.shape, device=values.device, dtype=values.dtype)
@@ -113,41 +115,28 @@ def _filled(parameter: Tensor, name: str, values: Tensor) -> Tensor:
     return filled
 
 
-def cut_in_memory(dense: Contestant, cuts: Cuts, config: RunConfig, plugins: Plugins) -> Iterator[Contestant]:
-    """The cuts of a model that is open: channels of least magnitude go, and the allocators choose the widths.
+def cut_in_memory(dense: Candidate, cuts: Cuts, config: RunConfig, plugins: Plugins) -> Iterator[Candidate]:
+    """Yield cuts of an open model: channels of least magnitude are removed, and the allocators choose the widths.
 
-    What an allocator wants measured is measured on random tokens, so the widths are of its kind, not those of a real
-    run. All weights that are not cut are shared with the dense model.
+    Allocators measure random tokens, so the widths are typical of the allocator, not those of a real run. Weights that
+    are not cut are shared with the dense model.
 
     Raises:
         ConfigError: an allocator is unknown, or needs the gradients of a loss.
     """
-    for allocator, step in cuts:
-        narrow = open_decoder(_sharing_copy(dense.model), plugins)
-        plan = _plan(narrow, config, plugins, cuts.ratio, allocator, step)
-        cut_model(narrow, plan)
-        yield Contestant(f"{allocator}/{step}", narrow.model, narrow.widths)
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*dense.model.parameters(), *dense.model.buffers())}
+    for allocator, step in itertools.product(cuts.allocators, cuts.roundings):
+        # A deep copy with shared tensors: the cut replaces parameters and changes none in place.
+        decoder = open_decoder(copy.deepcopy(dense.model, dict(shared)), plugins)
+        options = {"criterion": "magnitude", "allocator": allocator, "ratio": cuts.ratio, "round_to": step}
+        settings = RunConfig.build(model=config.model.source, seed=config.run.seed, **options)
+        cut_model(decoder, _plan(decoder, settings, plugins))
+        yield Candidate(f"{allocator}/{step}", decoder.model, decoder.widths)
 
 
-def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Modules of its own with the same parameters: a cut puts new ones in their place and changes none."""
-    kept: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, kept)
-
-
-def _plan(
-    decoder: Decoder, config: RunConfig, plugins: Plugins, ratio: float, allocator: str, step: int
-) -> PruningPlan:
-    settings = RunConfig.build(
-        model=config.model.source,
-        criterion="magnitude",
-        allocator=allocator,
-        ratio=ratio,
-        round_to=step,
-        seed=config.run.seed,
-    )
-    selection = select(settings, plugins)
-    draw = torch.Generator().manual_seed(config.run.seed)
+def _plan(decoder: Decoder, config: RunConfig, plugins: Plugins) -> PruningPlan:
+    selection, seed, budget = select(config, plugins), config.run.seed, config.budget
+    draw = torch.Generator().manual_seed(seed)
     windows = torch.randint(decoder.config.vocab_size, (_WINDOWS, _TOKENS), generator=draw)  # (N, T)
     curve = curve_of(selection.allocator)
     measured = collect(
@@ -156,29 +145,32 @@ def _plan(
         {"criterion": selection.criterion},
         selection.collectors,
         curves={"criterion": ("criterion", curve)} if curve else {},
-        seed=config.run.seed,
+        seed=seed,
         progress=Progress(),
     )
     summaries = summarise(decoder, measured, "criterion")
+    family = decoder.architecture.family
     return PruningPlan(
-        model=ModelIdentity(
-            source=config.model.source, family=decoder.architecture.family, fingerprint="", parameters=0
-        ),
+        model=ModelIdentity(source=config.model.source, family=family, fingerprint="", parameters=0),
         calibration=None,
-        ratio=ratio,
+        ratio=budget.ratio,
         budget="channels",
-        round_to=step,
-        seed=config.run.seed,
+        round_to=budget.round_to,
+        seed=seed,
         components=selection.describe(),
         versions={},
-        blocks=plan_blocks(summaries, selection.allocator, Budget(ratio, step)),
+        blocks=plan_blocks(summaries, selection.allocator, Budget(budget.ratio, budget.round_to)),
     )
 
 
-def device_of(name: str) -> torch.device:
-    """As for every command, and ``mps``, which no other command runs on."""
+def parse_device(name: str) -> torch.device:
+    """Parse --device as for every command; in addition ``mps``, which only benchmarks support.
+
+    Raises:
+        ConfigError: the device is unknown or absent.
+    """
     if name == "mps":
         if not torch.backends.mps.is_available():
-            raise ConfigError("--device mps: this PyTorch sees no Apple GPU here.")
+            raise ConfigError("--device mps: PyTorch finds no Apple GPU on this machine.")
         return torch.device("mps")
     return pick_device(name)

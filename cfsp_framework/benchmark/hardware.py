@@ -1,4 +1,4 @@
-"""How fast machines compute, read and write: this one as it measures itself, others as their makers say.
+"""Rates at which machines compute, read and write: measured for this machine, nominal for others.
 
 Rates are FLOP/s and bytes/s; a multiplication with an addition counts as two FLOPs.
 """
@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,24 +18,21 @@ if TYPE_CHECKING:
     import torch
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
-"""Tokens of one batch, as runs take them."""
+"""Tokens of one batch in a run."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One or more like machines ("nodes"), each with the same GPUs, or with none.
-
-    ``measured`` tells rates found by running from nominal ones times an assumed share.
-    """
+    """Rates and memory of one or more equal machines ("nodes"), each with the same GPUs, or without."""
 
     name: str
     flops: Mapping[str, float]
-    """FLOP/s that matrix products reach on one device, by dtype; one that is missing counts as float32."""
+    """FLOP/s of matrix products on one device, by dtype; an absent dtype counts as float32."""
     disk_read: float
-    """Bytes/s per node of files not read lately, weights as safetensors give them."""
+    """Bytes/s per node of safetensors that are not in the page cache."""
     disk_write: float
     cached_read: float
-    """Bytes/s of files that the system still holds in memory."""
+    """Bytes/s of files in the page cache."""
     hashing: float
     """Bytes/s of SHA-256 on one core."""
     cores: int
@@ -43,12 +40,13 @@ class Hardware:
     host_memory: int
     """Bytes per node."""
     measured: bool
+    """Whether rates were measured; else they are nominal rates times an assumed efficiency."""
     device_memory: int = 0
     """Bytes per GPU; 0: the CPU computes."""
     to_device: float = float("inf")
     """Bytes/s between the memories of host and GPU."""
     link: float = float("inf")
-    """Bytes/s of each process while sums are added over all of them."""
+    """Bytes/s of each process in an all-reduce."""
     devices: int = 1
     """GPUs per node, with one process each."""
     nodes: int = 1
@@ -63,78 +61,56 @@ class Hardware:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens per batch where nothing else is said."""
+        """Tokens per batch by default."""
         return BATCH_TOKENS["cuda" if self.has_gpu else "cpu"]
 
     def rate(self, dtype: str) -> float:
-        """FLOP/s of one device in ``dtype``."""
+        """Return the FLOP/s of one device in ``dtype``."""
         return self.flops.get(dtype, self.flops["float32"])
 
 
-_H100 = {"bfloat16": 0.4 * 989e12, "float16": 0.4 * 989e12, "float32": 0.7 * 67e12, "float64": 0.3 * 67e12}
-"""Data sheet of the H100 SXM, dense products on tensor cores where there are some, times an assumed share."""
-
-NOMINAL = (
-    Hardware(
-        name="1 GPU",
-        flops=_H100,
-        disk_read=0.7 * 7e9,  # one PCIe 4.0 solid-state drive
-        disk_write=0.5 * 5e9,
-        cached_read=8e9,
-        hashing=1.8e9,
-        cores=16,
-        host_memory=256 * 10**9,
-        measured=False,
-        device_memory=80 * 10**9,
-        to_device=0.4 * 64e9,  # PCIe 5.0 x16, from memory that is not pinned
-    ),
-    Hardware(
-        name="8 GPUs",
-        flops=_H100,
-        disk_read=0.4 * 50e9,  # eight drives striped
-        disk_write=0.4 * 25e9,
-        cached_read=40e9,  # by eight processes together
-        hashing=1.8e9,
-        cores=128,
-        host_memory=2 * 10**12,
-        measured=False,
-        device_memory=80 * 10**9,
-        to_device=0.4 * 64e9,
-        link=0.7 * 450e9,  # NVLink 4, one direction
-        devices=8,
-    ),
-    Hardware(
-        name="4x8 GPUs",
-        flops=_H100,
-        disk_read=0.4 * 50e9,
-        disk_write=0.4 * 25e9,
-        cached_read=40e9,
-        hashing=1.8e9,
-        cores=128,
-        host_memory=2 * 10**12,
-        measured=False,
-        device_memory=80 * 10**9,
-        to_device=0.4 * 64e9,
-        link=0.7 * 50e9,  # one 400 Gb/s adapter for each GPU
-        devices=8,
-        nodes=4,
-    ),
+_ONE_GPU = Hardware(
+    name="1 GPU",
+    # Data sheet of the H100 SXM, dense products, on tensor cores where the dtype has them.
+    flops={"bfloat16": 0.4 * 989e12, "float16": 0.4 * 989e12, "float32": 0.7 * 67e12, "float64": 0.3 * 67e12},
+    disk_read=0.7 * 7e9,  # one PCIe 4.0 solid-state drive
+    disk_write=0.5 * 5e9,
+    cached_read=8e9,
+    hashing=1.8e9,
+    cores=16,
+    host_memory=256 * 10**9,
+    measured=False,
+    device_memory=80 * 10**9,
+    to_device=0.4 * 64e9,  # PCIe 5.0 x16, from memory that is not pinned
 )
-"""Machines with GPUs as of an H100 with 80 GB. Nominal rates times assumed shares; nothing of it was measured."""
+_EIGHT_GPUS = replace(
+    _ONE_GPU,
+    name="8 GPUs",
+    disk_read=0.4 * 50e9,  # eight drives striped
+    disk_write=0.4 * 25e9,
+    cached_read=40e9,  # by eight processes together
+    cores=128,
+    host_memory=2 * 10**12,
+    link=0.7 * 450e9,  # NVLink 4, one direction
+    devices=8,
+)
+_FOUR_NODES = replace(_EIGHT_GPUS, name="4x8 GPUs", link=0.7 * 50e9, nodes=4)  # one 400 Gb/s adapter for each GPU
+NOMINAL = (_ONE_GPU, _EIGHT_GPUS, _FOUR_NODES)
+"""Machines with H100 GPUs of 80 GB: nominal rates times assumed efficiencies, not measured."""
 
 
 def this_machine(device: torch.device, dtypes: Collection[str], folder: Path | None = None) -> Hardware:
-    """This machine, as it is now: measured in about a second, so its rates scatter.
+    """Measure this machine for about a second; its rates scatter.
 
-    ``dtypes`` are those of the products; files are written to and read from ``folder``, else that of temporary files.
+    ``dtypes`` are those of the products; files are written to ``folder``, by default that of temporary files.
     """
     import torch
 
     gpu = device.type == "cuda"
     write, cold, cached = disk_rates(folder, megabytes=64)
-    name = "this GPU" if gpu else f"this CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
     return Hardware(
-        name=name.removesuffix("s") if name.endswith(" 1 threads") else name,
+        name="this GPU" if gpu else f"this CPU, {threads} thread{'s'[: threads > 1]}",
         flops={dtype: product_rate(dtype, device, seconds=0.15) for dtype in sorted({*dtypes, "float32"})},
         disk_read=cold,
         disk_write=write,
@@ -149,7 +125,7 @@ def this_machine(device: torch.device, dtypes: Collection[str], folder: Path | N
 
 
 def product_rate(dtype: str, device: torch.device, *, hidden: int = 1024, seconds: float = 1.0) -> float:
-    """FLOP/s of a gated feed-forward, ``D -> 3 D -> D``, on one batch; matrix products alone in float64."""
+    """Measure the FLOP/s of a gated feed-forward, ``D -> 3 D -> D``, on one batch; matrix products alone in float64."""
     import torch
     from torch.nn.functional import linear, silu
 
@@ -173,7 +149,7 @@ def product_rate(dtype: str, device: torch.device, *, hidden: int = 1024, second
 
 
 def read_rate(dtype: str, device: torch.device, *, hidden: int = 4096, seconds: float = 1.0) -> float:
-    """Bytes/s at which a matrix too large for the caches is multiplied with one vector, as decoding does."""
+    """Measure the bytes/s of multiplying a matrix larger than the caches with one vector, as in decoding."""
     import torch
     from torch.nn.functional import linear
 
@@ -184,7 +160,7 @@ def read_rate(dtype: str, device: torch.device, *, hidden: int = 4096, seconds: 
 
 
 def gram_rate(device: torch.device, *, width: int = 4096, tokens: int = 512, seconds: float = 1.0) -> float:
-    """FLOP/s of adding the products of ``tokens`` activations ``(T, F)`` to a Gram matrix ``(F, F)``, float32."""
+    """Measure the FLOP/s of adding the products of ``tokens`` activations ``(T, F)`` to a Gram matrix ``(F, F)``."""
     import torch
 
     inputs, gram = torch.randn(tokens, width, device=device), torch.zeros(width, width, device=device)
@@ -192,9 +168,9 @@ def gram_rate(device: torch.device, *, width: int = 4096, tokens: int = 512, sec
 
 
 def disk_rates(folder: Path | None = None, *, megabytes: int = 512) -> tuple[float, float, float]:
-    """Bytes/s of writing safetensors through to the disk, of reading them after they left memory, and of again.
+    """Measure the bytes/s of writing safetensors to the disk, of reading them uncached, and of reading them cached.
 
-    Nobody can be sure that a file left memory: the system is asked to forget it, and a virtual disk may know it still.
+    The page cache is asked to drop the file before the first read; a virtual disk may still cache it.
     """
     import torch
     from safetensors.torch import save_file
@@ -212,20 +188,20 @@ def disk_rates(folder: Path | None = None, *, megabytes: int = 512) -> tuple[flo
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes on the disk."""
+    """Flush a file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def forget(path: Path) -> None:
-    """Ask the system to keep nothing of a file in memory; where it cannot be asked, nothing happens."""
+    """Ask the system to drop a file from the page cache; a system without such a call is left alone."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read(path: Path) -> float:
-    """Seconds until every tensor of a file has been copied to memory."""
+    """Return the seconds of copying every tensor of a file to memory."""
     from safetensors import safe_open
 
     start = time.perf_counter()
@@ -236,7 +212,7 @@ def _read(path: Path) -> float:
 
 
 def hash_rate(megabytes: int = 32) -> float:
-    """Bytes/s of SHA-256, as a model's fingerprint is made with."""
+    """Measure the bytes/s of SHA-256, the hash of a model's fingerprint."""
     content = bytes(megabytes * 10**6)
     start = time.perf_counter()
     hashlib.sha256(content)
@@ -244,15 +220,15 @@ def hash_rate(megabytes: int = 32) -> float:
 
 
 def copy_rate(device: torch.device, megabytes: int = 256) -> float:
-    """Bytes/s from the host's memory, not pinned, to a GPU's."""
+    """Measure the bytes/s from host memory that is not pinned to a GPU."""
     import torch
 
     content = torch.ones(megabytes * 10**6, dtype=torch.uint8)
     return len(content) / _time(lambda: content.to(device), device, 0.2)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU always has."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its queued work."""
     import torch
 
     if device.type == "cuda":
@@ -262,18 +238,13 @@ def synchronise(device: torch.device) -> None:
 
 
 def _time(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds of one ``run``, the mean of all that fit into ``seconds`` after two that warm up."""
-
-    def finish() -> float:
-        synchronise(device)
-        return time.perf_counter()
-
+    """Return the mean seconds of ``run``, repeated for ``seconds`` after two calls that warm up."""
     for _ in range(2):
         run()
-    start, count = finish(), 0
-    while True:
+    synchronize(device)
+    start, count, passed = time.perf_counter(), 0, 0.0
+    while not count or passed < seconds:
         run()
-        count += 1
-        passed = finish() - start
-        if passed >= seconds:
-            return passed / count
+        synchronize(device)
+        count, passed = count + 1, time.perf_counter() - start
+    return passed / count

@@ -1,11 +1,10 @@
-"""What one call of a model has to compute and to read: FLOPs and bytes, from its modules and its configuration."""
+"""Count the FLOPs and bytes of one call of a model, and the least time a machine needs for them (the roofline)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,79 +13,78 @@ from cfsp_framework.modeling.config_facts import attention_heads, head_size, rea
 from cfsp_framework.modeling.size import count_products
 
 
-class Work(BaseModel):
-    """Of one call. A multiplication with an addition counts as two FLOPs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True)
+class CallCosts:
+    """FLOPs and bytes of one call; a multiplication with an addition counts as two FLOPs."""
 
     flops: float
     bytes: float
-    """Weights once, and the keys and values that are read and written; activations are left out."""
+    """Weights once, and the keys and values that are read and written; without activations."""
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a device reaches in one dtype: FLOP/s of large matrix products, bytes/s of matrices that are read once."""
+class MachineRates:
+    """Rates of a device in one dtype: FLOP/s of large matrix products, bytes/s of matrices that are read once."""
 
     flops: float
     bytes: float
 
     @classmethod
-    def measured(cls, dtype: str, device: Any, seconds: float = 0.3) -> Machine:
-        """Measure for ``seconds`` each."""
+    def measure(cls, dtype: str, device: Any, seconds: float = 0.3) -> MachineRates:
+        """Measure both rates, for ``seconds`` each."""
         return cls(flops=product_rate(dtype, device, seconds=seconds), bytes=read_rate(dtype, device, seconds=seconds))
 
-    def seconds(self, work: Work) -> float:
-        """The least a call can take: its computing or its reading, whichever is longer (the roofline)."""
-        return max(work.flops / self.flops, work.bytes / self.bytes)
+    def seconds(self, costs: CallCosts) -> float:
+        """Return the least time of a call: computing or reading, whichever takes longer."""
+        return max(costs.flops / self.flops, costs.bytes / self.bytes)
 
-    def bound(self, work: Work) -> str:
-        """What that is: ``FLOPs`` or ``bytes``."""
-        return "FLOPs" if work.flops / self.flops >= work.bytes / self.bytes else "bytes"
+    def bound(self, costs: CallCosts) -> Literal["FLOPs", "bytes"]:
+        """Return which of the two takes longer."""
+        return "FLOPs" if costs.flops / self.flops >= costs.bytes / self.bytes else "bytes"
 
 
 @dataclass(frozen=True)
-class Costs:
-    """The sizes that a model's work is made of."""
+class ModelCosts:
+    """Sizes that determine the costs of a model's calls."""
 
     products: int
-    """Weights a token is multiplied with, an expert's for its share of the tokens, the head aside."""
+    """Weights that one token is multiplied with, including those of its experts, without the head."""
     head: int
-    """The same of the head."""
+    """Weights of the head."""
     dense_bytes: int
-    """Of the weights every call reads, the head among them; a table of embeddings is not read as a whole."""
+    """Weights that every call reads, including the head, without tables of embeddings."""
     expert_bytes: int
-    """Of all experts together."""
+    """Weights of all experts."""
     expert_share: float
-    """Of the experts, those one token needs."""
+    """Share of the experts that one token is routed to."""
     attention: int
-    """Queries' values of all layers together, heads times their size."""
+    """Query values of one token in all layers: heads times head size."""
     keys: int
-    """Values that are kept for one token: keys and values of all layers."""
+    """Cached values of one token: keys and values of all layers."""
     itemsize: int
 
-    def prefill(self, batch: int, length: int) -> Work:
-        """A prompt of ``length`` tokens, causally, with logits for its last token alone."""
+    def prefill(self, batch: int, length: int) -> CallCosts:
+        """Return the costs of causal prompts of ``length`` tokens, with logits for the last token alone."""
         tokens = batch * length
         scores = 2 * self.attention * batch * length**2  # two products of length^2 / 2 pairs each
-        return Work(
+        return CallCosts(
             flops=2.0 * self.products * tokens + 2 * self.head * batch + scores,
-            bytes=self._weights(tokens) + self.keys * tokens * self.itemsize,
+            bytes=self._weight_bytes(tokens) + self.keys * tokens * self.itemsize,
         )
 
-    def decode(self, batch: int, length: int) -> Work:
-        """One more token for each of ``batch`` sequences that have ``length``."""
-        return Work(
+    def decode(self, batch: int, length: int) -> CallCosts:
+        """Return the costs of one more token for each of ``batch`` sequences of ``length`` tokens."""
+        return CallCosts(
             flops=2.0 * (self.products + self.head) * batch + 4 * self.attention * batch * length,
-            bytes=self._weights(batch) + self.keys * batch * length * self.itemsize,
+            bytes=self._weight_bytes(batch) + self.keys * batch * length * self.itemsize,
         )
 
-    def _weights(self, tokens: int) -> float:
-        """Bytes of the weights that are read for so many tokens: the more, the more experts some of them need."""
+    def _weight_bytes(self, tokens: int) -> float:
+        """Return the bytes of the weights read for ``tokens`` tokens, which are routed to experts independently."""
         return self.dense_bytes + self.expert_bytes * (1 - (1 - self.expert_share) ** tokens)
 
 
-def count_costs(model: PreTrainedModel) -> Costs:
+def count_costs(model: PreTrainedModel) -> ModelCosts:
     """Count the costs of ``model``, every block at the width it has."""
     config = model.config
     products, head = count_products(model), model.get_output_embeddings()
@@ -97,7 +95,7 @@ def count_costs(model: PreTrainedModel) -> Costs:
     looked_up = sum(weight.numel() * weight.element_size() for weight in tables.values())
     dropped = (read_fact(config, "dropped_attention") or {}).get("blocks", ())
     layers = int(read_fact(config, "num_hidden_layers") or 1) - len(dropped)
-    return Costs(
+    return ModelCosts(
         products=products.dense + products.experts,
         head=products.head,
         dense_bytes=stored - products.expert_bytes - looked_up,

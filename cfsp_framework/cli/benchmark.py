@@ -7,22 +7,31 @@ from typing import Any
 
 import click
 
-from cfsp_framework.cli.options import config_options, given, json_option, plugin_option, quiet_option, traceback_option
+from cfsp_framework.cli.options import Decorator, Output, config_options, given, output_options
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 
 
-def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """``1,8`` as numbers, each once; none where nothing was given."""
+def _parse_numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Parse ``1,8`` into distinct numbers; an option not given is an empty tuple."""
     if value is None:
         return ()
     try:
-        found = tuple(dict.fromkeys(int(part) for part in value.split(",")))
+        numbers = tuple(dict.fromkeys(int(part) for part in value.split(",")))
     except ValueError:
-        found = ()
-    if not found or min(found) < 1:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
         raise click.BadParameter(f"expected whole numbers of 1 or more, such as 1,8, not {value!r}.")
-    return found
+    return numbers
+
+
+def _numbers(flag: str, **settings: Any) -> Decorator:
+    return click.option(flag, callback=_parse_numbers, metavar="N,N", **settings)
+
+
+def _setting(flag: str, kind: click.ParamType[Any], default: object, text: str) -> Decorator:
+    metavar = "N" if isinstance(kind, click.IntRange) else None
+    return click.option(flag, type=kind, default=default, metavar=metavar, show_default=True, help=text)
 
 
 @click.command
@@ -36,115 +45,66 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     metavar="NAME[:k=v,...]",
     help="With --ratio: the widths of the cut. May be repeated. [default: uniform]",
 )
-@click.option(
-    "--round-to",
-    "roundings",
-    callback=_numbers,
-    metavar="N,N",
-    help="With --ratio: widths are multiples of this; a cut for each. [default: 128]",
-)
-@click.option(
-    "--random-weights", is_flag=True, help="Take the shapes from each config.json and draw the weights: no download."
-)
-@click.option(
-    "--batch-sizes", default="1", callback=_numbers, metavar="N,N", show_default=True, help="Sequences at once."
-)
-@click.option(
-    "--lengths", default="128,512", callback=_numbers, metavar="N,N", show_default=True, help="Tokens of a prompt."
-)
-@click.option(
-    "--decode-tokens",
-    type=click.IntRange(0),
-    default=32,
-    metavar="N",
-    show_default=True,
-    help="Tokens decoded after it; 0: prefill only.",
-)
-@click.option(
+@_numbers("--round-to", help="With --ratio: widths are multiples of this; a cut for each. [default: 128]")
+@click.option("--random-weights", is_flag=True, help="Read only each config.json and use random weights: no download.")
+@_numbers("--batch-sizes", default="1", show_default=True, help="Sequences at once.")
+@_numbers("--lengths", default="128,512", show_default=True, help="Tokens of a prompt.")
+@_setting("--decode-tokens", click.IntRange(0), 32, "Tokens decoded after the prompt; 0: prefill only.")
+@_setting(
     "--cache",
-    type=click.Choice(["dynamic", "static"]),
-    default="dynamic",
-    show_default=True,
-    help="Keys and values that grow with every token, or have their full length from the start.",
+    click.Choice(["dynamic", "static"]),
+    "dynamic",
+    "A key-value cache that grows with every token, or one allocated at full length.",
 )
-@click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=7,
-    metavar="N",
-    show_default=True,
-    help="Rounds: in each one every model runs in turn.",
-)
-@click.option(
+@_setting("--repeats", click.IntRange(1), 7, "Rounds; in each round every model runs in turn.")
+@_setting(
     "--clock",
-    type=click.Choice(["wall", "processor"]),
-    default="wall",
-    show_default=True,
-    help="Seconds that pass, or those a CPU works: on a machine with other work to do.",
+    click.Choice(["wall", "processor"]),
+    "wall",
+    "Measure wall-clock seconds, or processor seconds on a CPU that other programs use too.",
 )
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Of a CPU. [default: PyTorch's own choice]")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of a CPU. [default: PyTorch's choice]")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the speeds into this .svg, .png or .pdf file."
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Plot the speeds into this .svg, .png or .pdf file."
 )
 @config_options("seed", "trust_remote_code", "device", "dtype")
-@plugin_option
-@quiet_option
-@json_option
-@traceback_option
+@output_options()
 def benchmark(
     model: str,
     pruned: tuple[str, ...],
     ratio: float | None,
     allocators: tuple[str, ...],
-    roundings: tuple[int, ...],
+    round_to: tuple[int, ...],
     random_weights: bool,
-    batch_sizes: tuple[int, ...],
-    lengths: tuple[int, ...],
-    decode_tokens: int,
-    cache: Any,
-    repeats: int,
-    clock: Any,
     threads: int | None,
     plot: Path | None,
-    quiet: bool,
-    as_json: bool,
+    output: Output,
     **options: Any,
 ) -> None:
-    """Time MODEL and what was PRUNED from it, in turns: prefill, decode, memory, and how much of the ideal is reached.
+    """Time MODEL and its PRUNED checkpoints in turns: prefill, decode, memory, and the share of the ideal speed-up.
 
-    PRUNED are checkpoints. --ratio compares cuts of MODEL without any: of least magnitude, in memory.
+    --ratio needs no checkpoint: it cuts the channels of least magnitude from MODEL in memory.
     """
     from cfsp_framework.benchmark import plots
-    from cfsp_framework.benchmark.benchmark import race
+    from cfsp_framework.benchmark.benchmark import run_benchmark
     from cfsp_framework.benchmark.candidates import Cuts
-    from cfsp_framework.benchmark.timing import Workload
+    from cfsp_framework.benchmark.timing import BenchmarkSettings
     from cfsp_framework.cli.tables import show_benchmark
-    from cfsp_framework.runtime.progress import Progress
 
-    if ratio is None and (allocators or roundings):
-        raise ConfigError("--allocator and --round-to are about cuts in memory; give --ratio too.")
+    if ratio is None and (allocators or round_to):
+        raise ConfigError("--allocator and --round-to describe cuts in memory; give --ratio too.")
     if plot:
-        plots.check_file(plot)
-    found = race(
+        plots.check_plot_file(plot)
+    settings = {name: options.pop(name) for name in BenchmarkSettings.model_fields if name != "seed"}
+    report = run_benchmark(
         RunConfig.build(**given({**options, "model": model})),
         pruned,
-        Cuts(ratio, allocators or ("uniform",), roundings or (128,)) if ratio is not None else None,
-        Workload(
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            decode_tokens=decode_tokens,
-            repeats=repeats,
-            cache=cache,
-            clock=clock,
-            seed=options["seed"] or 0,
-        ),
+        Cuts(ratio, allocators or ("uniform",), round_to or (128,)) if ratio is not None else None,
+        BenchmarkSettings(**settings, seed=options["seed"] or 0),
         random_weights=random_weights,
         threads=threads,
-        progress=Progress(visible=not (quiet or as_json)),
+        progress=output.progress(),
     )
     if plot:
-        plots.plot_speeds(found, plot)
-    if as_json:
-        click.echo(found.to_json(), nl=False)
-    elif not quiet:
-        show_benchmark(found, plot)
+        plots.plot_speeds(report, plot)
+    output.show(report.to_json(), lambda: show_benchmark(report, plot))

@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cfsp_framework.cli.options import config_options, given, json_option, quiet_option, traceback_option
+from cfsp_framework.cli.options import OUT, Output, config_options, given, output_options, overwrite_option
 from cfsp_framework.config import RunConfig
 
 
 @click.command()
 @config_options("ratio")
-@click.option("--out", type=click.Path(path_type=Path), help="Keep the pruned checkpoint in this folder.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
-@quiet_option
-@json_option
-@traceback_option
-def demo(out: Path | None, overwrite: bool, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Prune the small model inside this package and compare both on text it never saw."""
-    import tempfile
-
+@click.option("--out", type=OUT, help="Keep the pruned checkpoint in this folder.")
+@overwrite_option
+@output_options(plugins=False)
+def demo(out: Path | None, overwrite: bool, output: Output, **options: Any) -> None:
+    """Prune the small model inside this package and compare both models on held-out text."""
     from cfsp_framework import pipeline
-    from cfsp_framework.cli import tables as console
-    from cfsp_framework.runtime.distributed import is_first
-    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.cli.tables import show_report
 
-    few = {"samples": 64, "seqlen": 256, "evaluate_windows": 100}
-    config = RunConfig.build(model="demo", evaluate=("demo",), **few, **given(options))
+    small = {"samples": 64, "seqlen": 256, "evaluate_windows": 100}
+    config = RunConfig.build(model="demo", evaluate=("demo",), **small, **given(options))
     with tempfile.TemporaryDirectory(prefix="cfsp-demo-") as scratch:
-        result = pipeline.prune(
-            config,
-            out or Path(scratch, "pruned"),
-            overwrite=overwrite,
-            progress=Progress(visible=is_first() and not (quiet or as_json)),
-        )
-        samples = console.continuations(result.folder) if is_first() and not (quiet or as_json) else []
-    if not is_first():
-        return
-    if as_json:
-        click.echo(result.report.to_json(), nl=False)
-    elif not quiet:
-        console.show_report(result.report, out)
-        console.show_continuations(samples)
+        folder = out or Path(scratch, "pruned")
+        result = pipeline.prune(config, folder, overwrite=overwrite, progress=output.progress())
+        texts = list(_generate(result.folder)) if output.visible else []
+
+    def show() -> None:
+        show_report(result.report, out)
+        for text in texts:
+            click.echo(f"The pruned model writes: {' '.join(text.split())!r}")
+
+    output.show(result.report.to_json(), show)
+
+
+def _generate(folder: Path, prompts: Sequence[str] = ("Return the ", "The class ")) -> Iterator[str]:
+    """Yield the text a checkpoint generates from each prompt."""
+    from transformers import AutoTokenizer
+
+    from cfsp_framework.modeling.loading import open_model
+
+    model: Any = open_model(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids  # (1, T)
+        generated = model.generate(ids, max_new_tokens=40, do_sample=False, repetition_penalty=1.3)
+        yield tokenizer.decode(generated[0], skip_special_tokens=True)

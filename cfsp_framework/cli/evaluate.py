@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cfsp_framework.cli.options import (
-    MODEL,
-    SPEC_HELP,
-    config_options,
-    given,
-    json_option,
-    plugin_option,
-    traceback_option,
-)
+from cfsp_framework.cli.options import MODEL, SPEC_HELP, Output, config_options, given, output_options, task_options
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import ConfigError
 
@@ -31,69 +23,50 @@ from cfsp_framework.errors import ConfigError
     metavar="SPEC",
     help="Data SPEC to report perplexity on. May be repeated. [default: demo, unless there are tasks]",
 )
-@click.option(
-    "--tasks",
-    multiple=True,
-    metavar="NAME,NAME",
-    help="Tasks of lm-evaluation-harness to score MODEL on: arc_easy,piqa ... Needs the extra `eval`.",
-)
-@click.option(
-    "--task-data",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Read the tasks' data from DIR/TASK/SPLIT.jsonl, not from the Hub.",
-)
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N documents of each task only.")
-@click.option("--fewshot", type=click.IntRange(0), metavar="N", help="Examples in a prompt. [default: the task's own]")
+@task_options("NAME,NAME")
 @click.option(
     "--batch-size", type=click.IntRange(1), metavar="N", help="Prompts per batch; default: what keeps a batch small."
 )
 @config_options("seqlen", "evaluate_windows", *MODEL)
-@plugin_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@json_option
-@traceback_option
+@output_options(quiet="No progress.")
 def evaluate(
     evaluate: tuple[str, ...],
     tasks: tuple[str, ...],
     task_data: Path | None,
     limit: int | None,
     fewshot: int | None,
-    quiet: bool,
-    as_json: bool,
+    output: Output,
     **options: Any,
 ) -> None:
     """Report the perplexity of MODEL, dense or pruned, on each data SPEC, and its scores on tasks."""
     from cfsp_framework import pipeline
-    from cfsp_framework.cli import tables as console
-    from cfsp_framework.runtime.distributed import is_first
-    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.cli.tables import show_perplexities, show_tasks
 
-    names = [name.strip() for given_names in tasks for name in given_names.split(",") if name.strip()]
+    names = [name.strip() for listed in tasks for name in listed.split(",") if name.strip()]
     if not names and (task_data or limit or fewshot is not None):
-        raise ConfigError("--task-data, --limit and --fewshot are about --tasks; name some.")
+        raise ConfigError("--task-data, --limit and --fewshot need --tasks.")
     config = RunConfig.build(evaluate=evaluate or (() if names else ("demo",)), **given(options))
-    progress = Progress(visible=is_first() and not (quiet or as_json))
-    loaded = found = None
+    progress = output.progress()
+    loaded = scores = None
     if names:
-        from cfsp_framework.evaluation import tasks as harness
+        from cfsp_framework.evaluation.tasks import score
 
-        loaded, found = harness.score(
-            config, names, task_data=task_data, limit=limit, fewshot=fewshot, progress=progress
-        )
+        loaded, scores = score(config, names, task_data=task_data, limit=limit, fewshot=fewshot, progress=progress)
     measured = pipeline.evaluate_only(config, progress, loaded) if config.evaluation.data else []
-    if not is_first():
-        return
-    if as_json:
-        rows = [
-            {"data": data.spec, "seqlen": data.windows.shape[1], "windows": len(data.windows), **told.model_dump()}
-            for data, told in measured
-        ]
-        scores = found.model_dump(mode="json") if found else None
-        click.echo(json.dumps({"model": config.model.source, "evaluations": rows, "tasks": scores}, indent=2))
-        return
-    if measured:
-        console.show_perplexities(config.model.source, measured)
-    if found:
-        from cfsp_framework.cli.tables import show_tasks
+    rows = [
+        {"data": data.spec, "seqlen": data.windows.shape[1], "windows": len(data.windows), **perplexity.model_dump()}
+        for data, perplexity in measured
+    ]
 
-        show_tasks(config.model.source, found)
+    def show() -> None:
+        if measured:
+            show_perplexities(config.model.source, measured)
+        if scores:
+            show_tasks(config.model.source, scores)
+
+    result = {
+        "model": config.model.source,
+        "evaluations": rows,
+        "tasks": scores.model_dump(mode="json") if scores else None,
+    }
+    replace(output, quiet=False).show(result, show)

@@ -1,4 +1,4 @@
-"""The command line's front door. It imports click alone, so that ``cfsp --help`` answers at once."""
+"""Run the ``cfsp`` command. It imports click alone, so that ``cfsp --help`` is instant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, cast
 
 import click
 
@@ -20,20 +20,20 @@ from cfsp_framework.errors import CfspError, PluginWarning, is_out_of_memory
 COMMANDS = {
     "prune": "Prune a model into a checkpoint folder.",
     "plan": "Decide what to prune and write the plan, without cutting.",
-    "recover": "Train a pruned model, and write the result.",
+    "recover": "Train a pruned model and write the result.",
     "ablate": "Compare criteria, allocators and presets in one table.",
-    "compare": "Tell where two plans differ.",
+    "compare": "Show where two plans differ.",
     "evaluate": "Report a model's perplexity and its scores on tasks.",
-    "benchmark": "Time models side by side, and say how much of the ideal is reached.",
+    "benchmark": "Time models side by side and compare them with the ideal speed-up.",
     "export": "Write a pruned model for other programs: padded, GGUF or ONNX.",
     "push": "Publish a pruned checkpoint on the Hugging Face Hub.",
-    "plugins": "List, explain and check what plugins offer; begin a plugin.",
-    "demo": "Prune the embedded model and show what happens.",
+    "plugins": "List, explain and check what plugins offer, and create a plugin.",
+    "demo": "Prune the embedded model and report the result.",
 }
 
 
 class Failure(click.ClickException):
-    """An error on its way to the user: one or two lines and an exit code."""
+    """Error shown to the user: one or two lines and an exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ class Failure(click.ClickException):
 
 
 class _Commands(click.Group):
-    """Loads a command's module, ``cli/NAME.py``, when it is run, or asked for its own help."""
+    """Import a command's module, ``cli/NAME.py``, only when the command or its help is run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -75,12 +75,12 @@ class _Commands(click.Group):
 def cli() -> None:
     """Prune the feed-forward width of decoder language models; every step is a plugin.
 
-    `cfsp demo` shows it in under a minute. `cfsp COMMAND --help` explains a command.
+    `cfsp demo` is an example that takes under a minute. `cfsp COMMAND --help` explains a command.
     """
 
 
 def _failure(error: BaseException) -> Failure | None:
-    """What the user is told, in one or two lines; None for a bug, which keeps its traceback."""
+    """Return the error to show in place of a traceback, or None for a bug, which keeps its traceback."""
     match error:
         case CfspError():
             return Failure(str(error), error.exit_code)
@@ -90,8 +90,8 @@ def _failure(error: BaseException) -> Failure | None:
             hint = f"\nTry '{error.ctx.command_path} --help' for help." if error.ctx else ""
             return Failure(error.format_message() + hint, error.exit_code)
         case KeyboardInterrupt():
-            where = "".join(f" {note}" for note in getattr(error, "__notes__", []))  # whose code was running
-            return Failure(f"interrupted{where}; nothing was written.", 2)
+            place = "".join(f" {note}" for note in getattr(error, "__notes__", []))  # the component that was running
+            return Failure(f"interrupted{place}; nothing was written.", 2)
         case OSError() if error.filename and error.errno != errno.EPIPE:
             return Failure(f"{error.filename}: {error.strerror}.", 2)
         case MemoryError() | RuntimeError() if is_out_of_memory(error):
@@ -102,37 +102,30 @@ def _failure(error: BaseException) -> Failure | None:
 
 @contextmanager
 def _terminable() -> Generator[None]:
-    """While open, SIGTERM is Ctrl-C: what was begun is cleaned up. Only a main thread can listen."""
+    """Handle SIGTERM like Ctrl-C inside the block, so that partial output is removed; main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
 def _plain_warnings() -> Generator[None]:
-    """While open, warnings about plugins are one line on stderr, without the place in our code that gave them."""
+    """Print warnings about plugins as one line on stderr inside the block, without file and line of the host."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def plainly(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
+        def show_plainly(message: Warning | str, category: type[Warning], *place: Any) -> None:
             if issubclass(category, PluginWarning):
                 click.echo(f"Warning: {message}", err=True)
             else:
-                show(message, category, filename, lineno, file, line)
+                show(message, category, *place)
 
-        warnings.showwarning = plainly
+        warnings.showwarning = cast("Any", show_plainly)
         yield
 
 
@@ -141,5 +134,5 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """The ``cfsp`` command."""
+    """Run the ``cfsp`` command."""
     cli(prog_name="cfsp")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from cfsp_framework.cli.options import json_option, plugin_option, quiet_option, traceback_option
+from cfsp_framework.cli.options import OUT, Output, output_options
 
 if TYPE_CHECKING:
     from cfsp_framework.host.scaffold import Kind
@@ -17,94 +16,73 @@ if TYPE_CHECKING:
 
 @click.group()
 def plugins() -> None:
-    """List, explain and check what plugins offer, and begin a plugin of your own."""
+    """List, explain and check what plugins offer, and create a plugin."""
 
 
-@plugins.command("list", short_help="Every component with its plugin and statistics.")
+@plugins.command("list", short_help="List every component with its plugin and statistics.")
 @click.option("--kind", metavar="KIND", help="Only this kind: criterion, allocator, compensator ...")
-@plugin_option
-@json_option
-@traceback_option
-def plugins_list(kind: str | None, plugins: tuple[str, ...], as_json: bool) -> None:
-    """Every component: name, kind, plugin, distribution and version, the statistics it reads, summary.
+@output_options(quiet=None)
+def plugins_list(kind: str | None, plugins: tuple[str, ...], output: Output) -> None:
+    """List every component: name, kind, plugin, distribution and version, the statistics it reads, summary.
 
-    Above each table stands what leaves its plugin out, in any command: `-p no:PLUGIN`.
+    Above each table stands the option that disables its plugin in any command: `-p no:PLUGIN`.
     """
-    from cfsp_framework.host import catalog as catalogue
+    from cfsp_framework.host import catalog
     from cfsp_framework.host.manager import load_plugins
 
     loaded = load_plugins(plugins)
-    rows = catalogue.component_rows(loaded, kind)
-    if as_json:
-        click.echo(json.dumps({"components": rows, "plugins": catalogue.plugin_rows(loaded)}, indent=2))
-    else:
-        catalogue.show_components(rows, catalogue.plugin_rows(loaded))
+    components, rows = catalog.component_rows(loaded, kind), catalog.plugin_rows(loaded)
+    output.show({"components": components, "plugins": rows}, lambda: catalog.show_components(components, rows))
 
 
-@plugins.command("show", short_help="What one component does, and its options.")
+@plugins.command("show", short_help="Explain one component and its options.")
 @click.argument("name")
-@plugin_option
-@json_option
-@traceback_option
-def plugins_show(name: str, plugins: tuple[str, ...], as_json: bool) -> None:
-    """The component called NAME: what it does, its options, its statistics and what they cost, where it is defined."""
-    from cfsp_framework.host import catalog as catalogue
+@output_options(quiet=None)
+def plugins_show(name: str, plugins: tuple[str, ...], output: Output) -> None:
+    """Explain the component NAME: summary, options, the statistics it reads and their cost, where it is defined."""
+    from cfsp_framework.host import catalog
     from cfsp_framework.host.manager import load_plugins
 
-    found = catalogue.component_details(load_plugins(plugins), name)
-    if as_json:
-        click.echo(json.dumps({"components": found}, indent=2))
-    else:
-        catalogue.show_details(found)
+    details = catalog.component_details(load_plugins(plugins), name)
+    output.show({"components": details}, lambda: catalog.show_details(details))
 
 
-@plugins.command("check", short_help="Whether a plugin does what its kinds promise.")
+@plugins.command("check", short_help="Check that a plugin keeps the contracts of its components.")
 @click.argument("target")
-@plugin_option
-@quiet_option
-@json_option
-@traceback_option
+@output_options()
 @click.pass_context
-def plugins_check(ctx: click.Context, target: str, plugins: tuple[str, ...], quiet: bool, as_json: bool) -> None:
-    """Run the contracts of every component TARGET names, with its default options and each value of its switches.
+def plugins_check(ctx: click.Context, target: str, plugins: tuple[str, ...], output: Output) -> None:
+    """Run the contracts of every component of TARGET, with its default options and each value of its switches.
 
-    TARGET is a plugin (what -p no: takes), a component (NAME or NAME:option=value,...), a distribution, a module, or a
-    file.py. The exit code is 1 if a check fails.
+    TARGET is a plugin (the name that -p no: takes), a component (NAME or NAME:option=value,...), a distribution, a
+    module, or a file.py. The exit code is 1 if a check fails.
     """
     from cfsp_framework.runtime.progress import Progress
-    from cfsp_framework.testing import check as checking
+    from cfsp_framework.testing import check
 
-    found = checking.find_target(target, plugins)
-    visible = not (quiet or as_json) and sys.stderr.isatty()
-    with Progress(visible=visible).bar("check", total=len(found.components)) as step:
-        results = list(checking.run_contracts(found, step))
-    if as_json:
-        told = {"target": target, "passed": not checking.failed(results), "results": [one.as_json() for one in results]}
-        click.echo(json.dumps(told, indent=2))
-    elif not quiet:
-        checking.show_results(found, results)
-    ctx.exit(int(checking.failed(results)))
+    checked = check.find_target(target, plugins)
+    with Progress(visible=output.visible and sys.stderr.isatty()).bar("check", total=len(checked.components)) as step:
+        results = list(check.run_contracts(checked, step))
+    failed = check.failed(results)
+    report = {"target": target, "passed": not failed, "results": [result.as_json() for result in results]}
+    output.show(report, lambda: check.show_results(checked, results))
+    ctx.exit(int(failed))
 
 
-@plugins.command("new", short_help="A package for a plugin of your own.")
+@plugins.command("new", short_help="Write a package for a new plugin.")
 @click.argument("name")
 @click.option(
     "--kind",
     type=click.Choice(("criterion", "allocator", "collector", "compensator", "recovery")),
     required=True,
-    help="What the plugin offers; a collector comes with a criterion that reads what it measures.",
+    help="What the plugin offers; a collector comes with a criterion that reads its statistic.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Write it into this folder. [default: ./NAME]"
-)
-@plugin_option
-@quiet_option
-@json_option
-@traceback_option
-def plugins_new(name: str, kind: Kind, out: Path | None, plugins: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+@click.option("--out", type=OUT, metavar="FOLDER", help="Write it into this folder. [default: ./NAME]")
+@output_options()
+def plugins_new(name: str, kind: Kind, out: Path | None, plugins: tuple[str, ...], output: Output) -> None:
     """Write a package called NAME, say cfsp-peak: ready to install, test, change and publish.
 
-    The component in it is called as the package without `cfsp-`.
+    Its component has the name of the package without `cfsp-`.
     """
     from cfsp_framework.host import scaffold
     from cfsp_framework.host.manager import load_plugins
@@ -113,9 +91,10 @@ def plugins_new(name: str, kind: Kind, out: Path | None, plugins: tuple[str, ...
     scaffold.check_free(names, load_plugins(plugins))
     folder = out or Path(names.distribution)
     files = scaffold.write_plugin(names, folder)
-    if as_json:
-        click.echo(json.dumps(scaffold.describe_package(names, folder, files), indent=2))
-    elif not quiet:
+
+    def show() -> None:
         click.echo(f"{folder}: {len(files)} files; the {names.what} is in {names.source}. Next:")
         for command in scaffold.next_commands(names, folder):
             click.echo(f"  {command}")
+
+    output.show(scaffold.describe_package(names, folder, files), show)

@@ -9,42 +9,31 @@ import click
 
 from cfsp_framework.cli.options import (
     EVALUATION,
+    FOLDER,
+    OUT,
     RECOVERY,
     RESUME,
     SPEC_HELP,
-    check_repository,
-    config_option,
+    Output,
     config_options,
     given,
-    json_option,
-    observer_option,
-    plugin_option,
+    output_options,
     publish,
     push_option,
-    quiet_option,
-    traceback_option,
+    run_options,
 )
 from cfsp_framework.config import layered
 
 
 @click.command(epilog=SPEC_HELP)
 @click.argument("pruned")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OUT)
 @click.option("--recovery", metavar="NAME[:k=v,...]", help="What is trained. [default: ig-lora]")
 @config_options(*RECOVERY, *RESUME, "seqlen", "batch_size", "seed", *EVALUATION, "trust_remote_code", "device")
-@config_option
-@click.option(
-    "--adapter",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Train nothing: merge this adapter, kept by --keep-adapter, into PRUNED.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@click.option("--adapter", type=FOLDER, help="Train nothing: merge this adapter, kept by --keep-adapter, into PRUNED.")
+@run_options
 @push_option
-@observer_option
-@plugin_option
-@quiet_option
-@json_option
-@traceback_option
+@output_options()
 def recover(
     pruned: str,
     out: Path,
@@ -52,27 +41,17 @@ def recover(
     adapter: Path | None,
     overwrite: bool,
     repository: str | None,
-    quiet: bool,
-    as_json: bool,
+    output: Output,
     **options: Any,
 ) -> None:
-    """Train PRUNED, a checkpoint `cfsp prune` wrote, and write the result to the folder OUT.
+    """Train PRUNED, a checkpoint written by `cfsp prune`, and write the result to the folder OUT.
 
-    What --recovery leaves open is ig-lora: low-rank adapters, of higher rank in blocks of more importance.
+    The default, ig-lora, trains low-rank adapters, of higher rank in blocks of more importance.
     """
     from cfsp_framework import pipeline
-    from cfsp_framework.cli import tables as console
-    from cfsp_framework.runtime.distributed import is_first
-    from cfsp_framework.runtime.progress import Progress
+    from cfsp_framework.cli.tables import show_report
 
-    check_repository(repository)
     config = layered(None, config_file, given({**options, "model": pruned}), {"recovery": "ig-lora"})
-    progress = Progress(visible=is_first() and not (quiet or as_json))
-    result = pipeline.recover(config, out, adapter=adapter, overwrite=overwrite, progress=progress)
-    if not is_first():
-        return
-    if as_json:
-        click.echo(result.report.to_json(), nl=False)
-    elif not quiet:
-        console.show_report(result.report, out)
-    publish(out, repository, visible=not (quiet or as_json))
+    result = pipeline.recover(config, out, adapter=adapter, overwrite=overwrite, progress=output.progress())
+    output.show(result.report.to_json(), lambda: show_report(result.report, out))
+    publish(out, repository, output)

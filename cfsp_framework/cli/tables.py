@@ -1,8 +1,8 @@
-"""Print results for people: tables on stdout."""
+"""Print results as tables on stdout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,104 +14,181 @@ from cfsp_framework.data.sources import shorten_spec
 from cfsp_framework.runtime.atomic_files import format_bytes
 
 if TYPE_CHECKING:
-    from cfsp_framework.api.records import BlockReport, Evaluation, Perplexity, PruningPlan, RecoveryReport, Report
-    from cfsp_framework.benchmark.timing import Benchmark, ModelSize, Speed
+    from cfsp_framework.api.records import BlockReport, Evaluation, Perplexity, PruningPlan, Report
+    from cfsp_framework.benchmark.timing import BenchmarkReport, Speed
     from cfsp_framework.estimate.estimate import Estimate
     from cfsp_framework.evaluation.perplexity import EvaluationSet
-    from cfsp_framework.evaluation.tasks import Metric, TaskResult, TaskResults
+    from cfsp_framework.evaluation.tasks import Metric, TaskResults
     from cfsp_framework.export.export import Exported
     from cfsp_framework.export.hub import Upload
-    from cfsp_framework.pruning.plan_diff import BlockComparison, Comparison, Difference, Overlap
+    from cfsp_framework.pruning.plan_diff import Comparison, Overlap
+
+_HASH_LETTERS = 16
+"""Letters of a hash that are shown; they distinguish two hashes."""
 
 
-def show_report(report: Report, out: Path | None) -> None:
-    """The final tables of a run."""
+def make_table(
+    title: str,
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    text: Collection[str] = (),
+    total: Sequence[str] | None = None,
+    compact: bool = False,
+) -> Table:
+    """Make a table of numbers, aligned to the right, in which the columns named in ``text`` may wrap.
+
+    ``total`` is a last row below a rule. ``compact`` draws no boxes, so that ten columns fit 80 characters.
+    """
+    style: dict[str, Any] = {"box": box.SIMPLE, "padding": (0, 1, 0, 0), "pad_edge": False} if compact else {}
+    table = Table(title=title, title_justify="left", **style)
+    for heading in headings:
+        if heading in text:
+            table.add_column(heading, overflow="fold", min_width=8)
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    if total:
+        table.add_section()
+        table.add_row(*total)
+    return table
+
+
+def _print(*parts: Table | str) -> None:
+    """Print tables, and sentences wrapped at the width of the terminal."""
     console = Console(highlight=False, markup=False)
-    console.print(_block_table(report.blocks, console))
-    console.print(_total_table(report))
-    if report.evaluations:
-        console.print(_perplexity_table(report.evaluations))
-    trained = [_trained(report.recovery)] if report.recovery else []
-    for line in (_calibrated(report), *trained, *(f"Note: {note}." for note in report.notes), _spent(report)):
-        console.print(line)
-    if out is not None:
-        console.print(f"Written to {out}; reopened, logits differ by {report.reload_difference:.2g}.", soft_wrap=True)
+    for part in parts:
+        console.print(part)
 
 
-def _calibrated(report: Report) -> str:
-    """What was used: components and data."""
-    used = ", ".join(f"{kind} {choice.partition(':')[0]}" for kind, choice in report.components.items())
-    if report.calibration is None:
-        return f"Used: {used}; no data."
-    return f"Used: {used}; {report.samples} windows of {report.seqlen} tokens of {shorten_spec(report.calibration)}."
+def _print_line(line: str) -> None:
+    """Print a line that holds a path or an address, uncut."""
+    Console(highlight=False, markup=False).print(line, soft_wrap=True)
 
 
-def _trained(found: RecoveryReport) -> str:
-    from cfsp_framework.reporting.metrics import describe_training
-
-    return f"{describe_training(found.model_copy(update={'data': shorten_spec(found.data)}))}."
-
-
-def _spent(report: Report) -> str:
-    seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())
-    return f"Seconds: {seconds}. Peak memory: {format_bytes(report.peak_memory_bytes)}."
+def _notes(notes: Iterable[str]) -> list[str]:
+    return [f"Note: {note}." for note in notes]
 
 
 def _name(model: str) -> str:
-    """A model's folder by its name alone; a Hub id as it is."""
+    """Return the last part of a model's folder; a Hub id unchanged."""
     return Path(model).name if Path(model).is_dir() else model
 
 
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def human_seconds(value: float) -> str:
+    """Format seconds with the unit that suits them."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if value >= 2 * size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.1f} s"
+
+
+def rough_bytes(value: int) -> str:
+    """Format bytes with three digits."""
+    unit, size = next(((unit, size) for unit, size in (("TB", 1e12), ("GB", 1e9)) if value >= size), ("MB", 1e6))
+    return f"{_three_digits(value / size)} {unit}"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}"
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+# --- prune, plan and recover ------------------------------------------------------------------------------------------
+
+
+def show_report(report: Report, out: Path | None) -> None:
+    """Print widths, sizes, perplexities and times of a run; ``out`` is the folder that was written, if it is kept."""
+    from cfsp_framework.reporting.metrics import describe_training
+
+    used = ", ".join(f"{kind} {choice.partition(':')[0]}" for kind, choice in report.components.items())
+    data = f"{report.samples} windows of {report.seqlen} tokens of {shorten_spec(report.calibration or '')}"
+    seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())
+    recovery = report.recovery
+    _print(
+        _block_table(report.blocks),
+        _total_table(report),
+        *([_evaluation_table(report.evaluations)] if report.evaluations else []),
+        f"Used: {used}; {'no data' if report.calibration is None else data}.",
+        *(
+            [f"{describe_training(recovery.model_copy(update={'data': shorten_spec(recovery.data)}))}."]
+            if recovery
+            else []
+        ),
+        *_notes(report.notes),
+        f"Seconds: {seconds}. Peak memory: {format_bytes(report.peak_memory_bytes)}.",
+    )
+    if out is not None:
+        _print_line(f"Written to {out}; reopened, logits differ by {report.reload_difference:.2g}.")
+
+
 def show_plan(plan: PruningPlan, path: Path) -> None:
-    """The widths of a plan."""
+    """Print the widths of a plan that was written to ``path``."""
     from cfsp_framework.reporting.metrics import block_reports
 
-    console = Console(highlight=False, markup=False)
-    console.print(_block_table(block_reports(plan), console))
-    console.print(f"{plan.achieved_ratio:.2%} of the feed-forward channels go. Written to {path}.", soft_wrap=True)
+    _print(_block_table(block_reports(plan)))
+    _print_line(f"{plan.achieved_ratio:.2%} of the feed-forward channels are removed. Written to {path}.")
 
 
-def show_perplexities(model: str, measured: Sequence[tuple[EvaluationSet, Perplexity]]) -> None:
-    """One row per data SPEC."""
-    table = Table(title=f"Perplexity of {_name(model)}", title_justify="left")
-    table.add_column("data", overflow="fold")
-    for heading in ("windows", "perplexity", "nats/token", "bits/byte"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for data, found in measured:
-        windows, seqlen = data.windows.shape
-        table.add_row(
-            shorten_spec(data.spec),
-            f"{windows} x {seqlen}",
-            f"{found.perplexity:.3f}",
-            f"{found.nll:.4f}",
-            f"{found.bits_per_byte:.4f}",
+def _block_table(blocks: Sequence[BlockReport]) -> Table:
+    """Make a table of the width of each feed-forward, with bars where there is room for them."""
+    from cfsp_framework.reporting.metrics import is_mixed, place
+
+    console, mixed = Console(), is_mixed(blocks)
+    length = min(24, console.width - 52 - (3 + max(len(place(block)) for block in blocks) if mixed else 0))
+    drawn = length >= 8 and console.encoding.startswith("utf")
+    headings = ["block", *(["feed-forward"] if mixed else []), "importance", "width", "kept", "share"]
+    rows = []
+    for block in blocks:
+        share = block.width_after / block.width_before
+        bar = "█" * round(share * length) + "░" * (length - round(share * length))
+        importance = "" if block.importance is None else f"{block.importance:#.4g}"
+        widths = str(block.width_before), str(block.width_after), f"{share:.1%}"
+        rows.append(
+            [str(block.block), *([place(block)] if mixed else []), importance, *widths, *([bar] if drawn else [])]
         )
-    Console().print(table)
+    return make_table("Blocks", [*headings, *([""] if drawn else [])], rows, text=("feed-forward",))
 
 
-def show_estimate(found: Estimate) -> None:
-    """What a run is made of, and a row for each way of running it."""
-    console = Console(highlight=False, markup=False)
-    console.print(_shape_table(found))
-    console.print(_way_table(found))
-    here = ", ".join(hardware.name for hardware in found.hardware if hardware.measured)
-    console.print(
-        f"{here}: rates measured just now, for a second. *: nominal rates of H100s with 80 GB times assumed shares, "
-        "not measured. host: memory of each node. blocks: measuring and cutting them, without loading and saving."
-    )
-    for note in found.workload.notes:
-        console.print(f"Note: {note}.")
+def _total_table(report: Report) -> Table:
+    dense, pruned = report.dense, report.pruned
+    sizes: list[tuple[str, int, int, Callable[[int], str]]] = [
+        ("feed-forward channels", report.channels_before, report.channels_after, _count),
+        ("parameters", dense.parameters, pruned.parameters, _count),
+        ("weights", dense.bytes, pruned.bytes, format_bytes),
+        ("FLOPs per token", dense.flops_per_token, pruned.flops_per_token, _count),
+    ]
+    rows = [(name, form(before), form(after), f"{after / before - 1:+.1%}") for name, before, after, form in sizes]
+    title = f"Totals of {_name(report.model)} ({report.family}, {report.dtype})"
+    return make_table(title, ("", "dense", "pruned", "change"), rows, text=("",))
 
 
-def _way_table(found: Estimate) -> Table:
-    table = Table(title=f"Pruning {_name(found.model)}, estimated", title_justify="left")
-    for heading in ("on", "weights"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("blocks", "total", "host", "each GPU"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("bound by", no_wrap=True)
-    for way in found.ways:
-        table.add_row(
+def _evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
+    models = [name for name in ("dense", "pruned", "recovered") if any(getattr(each, name) for each in evaluations)]
+    rows = []
+    for evaluation in evaluations:
+        perplexities: list[Perplexity | None] = [getattr(evaluation, name) for name in models]
+        values = [f"{value.perplexity:.3f}" if value else "" for value in perplexities]
+        windows = f"{evaluation.windows} x {evaluation.seqlen}"
+        rows.append([shorten_spec(evaluation.data), windows, *values, f"{evaluation.change:+.4f} nats/token"])
+    return make_table("Perplexity", ("data", "windows", *models, "change"), rows, text=("data",))
+
+
+# --- estimate ---------------------------------------------------------------------------------------------------------
+
+
+def show_estimate(estimate: Estimate) -> None:
+    """Print the size of a run, and time and memory for each way to run it."""
+    here = ", ".join(hardware.name for hardware in estimate.hardware if hardware.measured)
+    ways = [
+        (
             way.hardware.partition(",")[0] + ("" if way.measured else " *"),
             "stream" if way.streamed else "memory",
             human_seconds(way.collect),
@@ -120,368 +197,213 @@ def _way_table(found: Estimate) -> Table:
             rough_bytes(way.device_bytes) if way.device_bytes else "",
             way.bound if way.fits else "too large",
         )
-    return table
-
-
-def _shape_table(found: Estimate) -> Table:
-    shape, told = found.shape, found.describe()
-    table = Table(title=f"{_name(found.model)} ({shape.family}, {shape.dtype})", title_justify="left")
-    table.add_column("")
-    table.add_column("", justify="right", no_wrap=True)
-    for name, value in told.items():
-        if isinstance(value, int) and (value or name in ("hidden_state_bytes", "gram_bytes")):
-            label = (
-                name.replace("_bytes", "")
-                .replace("bytes", "weights")
-                .replace("feed_forward", "feed-forward")
-                .replace("_", " ")
-            )
-            table.add_row(label, format_bytes(value) if "bytes" in name else _count(value))
-    return table
-
-
-def human_seconds(value: float) -> str:
-    """Seconds as people read them."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if value >= 2 * size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.1f} s"
-
-
-def rough_bytes(value: int) -> str:
-    """Bytes in three digits."""
-    size, unit = next(
-        (size, unit) for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if value >= size or unit == "MB"
-    )
-    number = value / size
-    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f} {unit}"
-
-
-def continuations(folder: Path, prompts: Sequence[str] = ("Return the ", "The class ")) -> list[tuple[str, str]]:
-    """What a checkpoint writes after some prompts."""
-    from transformers import AutoTokenizer
-
-    from cfsp_framework.modeling.loading import open_model
-
-    model: Any = open_model(folder)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    written = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        output = model.generate(ids, max_new_tokens=40, do_sample=False, repetition_penalty=1.3)
-        written.append((prompt, tokenizer.decode(output[0], skip_special_tokens=True)))
-    return written
-
-
-def show_continuations(written: Sequence[tuple[str, str]]) -> None:
-    """What the pruned model writes."""
-    console = Console()
-    for _, text in written:
-        console.print(f"The pruned model writes: {' '.join(text.split())!r}", soft_wrap=True, markup=False)
-
-
-def _block_table(blocks: Sequence[BlockReport], console: Console) -> Table:
-    table = Table(title="Blocks", title_justify="left")
-    from cfsp_framework.reporting.metrics import is_mixed, place
-
-    mixed = is_mixed(blocks)
-    for heading in ("block", *(("feed-forward",) if mixed else ()), "importance", "width", "kept", "share"):
-        table.add_column(heading, justify="left" if heading == "feed-forward" else "right", no_wrap=True)
-    length = min(24, console.width - 52 - (3 + max(len(place(block)) for block in blocks) if mixed else 0))
-    drawn = length >= 8 and console.encoding.startswith("utf")
-    if drawn:
-        table.add_column("", no_wrap=True)
-    for block in blocks:
-        share = block.width_after / block.width_before
-        importance = "" if block.importance is None else f"{block.importance:#.4g}"
-        bar = "█" * round(share * length) + "░" * (length - round(share * length))
-        row = [
-            str(block.block),
-            *([place(block)] if mixed else []),
-            importance,
-            str(block.width_before),
-            str(block.width_after),
-            f"{share:.1%}",
-        ]
-        table.add_row(*row, *([bar] if drawn else []))
-    return table
-
-
-def _total_table(report: Report) -> Table:
-    table = Table(title=f"Totals of {_name(report.model)} ({report.family}, {report.dtype})", title_justify="left")
-    table.add_column("")
-    for heading in ("dense", "pruned", "change"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    rows: list[tuple[str, int, int, Any]] = [
-        ("feed-forward channels", report.channels_before, report.channels_after, _count),
-        ("parameters", report.dense.parameters, report.pruned.parameters, _count),
-        ("weights", report.dense.bytes, report.pruned.bytes, format_bytes),
-        ("FLOPs per token", report.dense.flops_per_token, report.pruned.flops_per_token, _count),
+        for way in estimate.ways
     ]
-    for name, before, after, form in rows:
-        table.add_row(name, form(before), form(after), f"{after / before - 1:+.1%}")
-    return table
-
-
-def _perplexity_table(evaluations: Sequence[Evaluation]) -> Table:
-    table = Table(title="Perplexity", title_justify="left")
-    table.add_column("data", overflow="fold")
-    dense = any(found.dense for found in evaluations)
-    recovered = any(found.recovered for found in evaluations)
-    known = (*(("dense",) if dense else ()), "pruned", *(("recovered",) if recovered else ()))
-    for heading in ("windows", *known, "change"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for found in evaluations:
-        perplexities = [getattr(found, name) for name in known]
-        table.add_row(
-            shorten_spec(found.data),
-            f"{found.windows} x {found.seqlen}",
-            *(f"{one.perplexity:.3f}" if one else "" for one in perplexities),
-            f"{found.change:+.4f} nats/token",
-        )
-    return table
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-_LONG = 16
-"""Letters from which on a hash is cut; what is left tells two apart."""
-_COLUMNS: tuple[tuple[str, Callable[[Overlap], str]], ...] = (
-    ("width", lambda one: str(one.width)),
-    ("A", lambda one: str(one.first)),
-    ("B", lambda one: str(one.second)),
-    ("both", lambda one: str(one.both)),
-    ("only A", lambda one: str(one.only_first)),
-    ("only B", lambda one: str(one.only_second)),
-    ("overlap", lambda one: f"{one.jaccard:.3f}"),
-)
-
-
-def show_comparison(found: Comparison) -> None:
-    """The blocks with a total, what else differs, and what it means. Without boxes, so that ten columns fit."""
-    console = Console(highlight=False, markup=False)
-    console.print(f"A: {found.first}\nB: {found.second}", soft_wrap=True)
-    console.print(_comparison_table(found))
-    if found.differences:
-        console.print(_difference_table(found.differences))
-    for note in found.notes:
-        console.print(f"Note: {note}.")
-    console.print(_verdict(found))
-
-
-def _comparison_table(found: Comparison) -> Table:
-    mixed = len({one.block for one in found.blocks}) < len(found.blocks) or any(b.experts > 1 for b in found.blocks)
-    ranked = any(one.importance_first is not None or one.importance_second is not None for one in found.blocks)
-    table = Table(title="Channels kept", title_justify="left", show_footer=True, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("block", "all", justify="right", no_wrap=True)
-    if mixed:
-        table.add_column("feed-forward", overflow="fold")
-    for heading, render in _COLUMNS:
-        table.add_column(heading, render(found.total), justify="right", no_wrap=True)
-    if ranked:
-        for heading in ("imp. A", "imp. B"):
-            table.add_column(heading, justify="right", no_wrap=True)
-    for one in found.blocks:
-        place = [f"{one.path} x {one.experts}" if one.experts > 1 else one.path] if mixed else []
-        table.add_row(
-            str(one.block), *place, *(render(one) for _, render in _COLUMNS), *(_importance(one) if ranked else [])
-        )
-    return table
-
-
-def _importance(one: BlockComparison) -> list[str]:
-    return ["" if value is None else f"{value:.3g}" for value in (one.importance_first, one.importance_second)]
-
-
-def _difference_table(differences: tuple[Difference, ...]) -> Table:
-    table = Table(title="What else differs", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("", overflow="fold")
-    for heading in ("A", "B"):
-        table.add_column(heading, overflow="fold")
-    for one in differences:
-        cut = one.name.endswith("fingerprint")
-        table.add_row(one.name, *((value or "")[: _LONG if cut else None] for value in (one.first, one.second)))
-    return table
-
-
-def _verdict(found: Comparison) -> str:
-    if found.same_cut:
-        return "Both plans make the same cut."
-    changed = sum(one.only_first + one.only_second > 0 for one in found.blocks)
-    total = found.total
-    return (
-        f"The plans differ in {changed} of {len(found.blocks)} feed-forwards; of the channels either keeps, both keep "
-        f"{total.jaccard:.1%}, where chance would give {total.chance:.1%}."
+    shape, name = estimate.shape, _name(estimate.model)
+    sizes = [
+        (_label(key), format_bytes(value) if "bytes" in key else _count(value))
+        for key, value in estimate.describe().items()
+        if isinstance(value, int) and (value or key in ("hidden_state_bytes", "gram_bytes"))
+    ]
+    headings = ("on", "weights", "blocks", "total", "host", "each GPU", "bound by")
+    _print(
+        make_table(f"{name} ({shape.family}, {shape.dtype})", ("size", "value"), sizes, text=("size",)),
+        make_table(f"Pruning {name}, estimated", headings, ways, text=("on", "weights", "bound by")),
+        f"{here}: rates measured for about a second. *: nominal rates of H100 GPUs with 80 GB times assumed "
+        "efficiencies, not measured. host: memory of each node. blocks: measuring and cutting them, without loading "
+        "and saving.",
+        *_notes(estimate.workload.notes),
     )
 
 
-def show_tasks(model: str, found: TaskResults) -> None:
-    """A row for each task, their mean, and what else somebody needs to get the same numbers."""
-    console = Console(highlight=False, markup=False)
-    table = Table(title=f"Tasks of {_name(model)}", title_justify="left")
-    table.add_column("task", overflow="fold", min_width=12)
-    for heading in ("version", "shots", "docs", "acc", "acc_norm"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for one in found.tasks:
-        table.add_row(
-            one.task, one.version, str(one.fewshot), f"{one.samples:,}", _scored(one.acc), _scored(one.acc_norm)
-        )
-    if len(found.tasks) > 1 and found.mean_acc is not None and found.mean_acc_norm is not None:
-        table.add_section()
-        table.add_row("mean", "", "", "", f"{found.mean_acc:.4f}", f"{found.mean_acc_norm:.4f} *")
-    console.print(table)
-    for one in found.tasks:
-        if others := _others(one):
-            console.print(f"{one.task}: {others}.")
-    starred = " *: acc where a task has no acc_norm." if len(found.tasks) > 1 else ""
-    console.print(f"In brackets: standard errors. shots: examples in a prompt.{starred}")
-    for one in found.tasks:
-        if one.note:
-            console.print(f"Note: {one.task}: {one.note}, not as the Hub's data give them.")
-    bos = "with" if found.bos else "without"
-    limit = "" if found.limit is None else f", the first {found.limit} documents of each task"
-    console.print(f"lm-eval {found.harness}{limit}; prompts {bos} a beginning-of-sequence token, no chat template.")
+def _label(key: str) -> str:
+    for part, word in (("_bytes", ""), ("bytes", "weights"), ("feed_forward", "feed-forward"), ("_", " ")):
+        key = key.replace(part, word)
+    return key
 
 
-def _scored(metric: Metric | None) -> str:
-    if metric is None:
-        return ""
-    return f"{metric.value:.4f}" if metric.stderr is None else f"{metric.value:.4f} ({metric.stderr:.3f})"
+# --- compare ----------------------------------------------------------------------------------------------------------
 
 
-def _others(one: TaskResult) -> str:
-    """The metrics that have no column of their own."""
-    rest = {name: metric for name, metric in one.metrics.items() if name not in ("acc", "acc_norm")}
-    return ", ".join(f"{name} {metric.value:.4g}" for name, metric in rest.items())
-
-
-def show_benchmark(found: Benchmark, plot: Path | None = None) -> None:
-    """What the models are, and a row for each phase, setting and model."""
-    console = Console(highlight=False, markup=False)
-    console.print(_model_table(found))
-    for name in dict.fromkeys(one.phase for one in found.speeds):
-        console.print(_speed_table(name, [one for one in found.speeds if one.phase == name], len(found.models) > 1))
-    console.print(
-        f"{found.device}, {found.threads} thread{'s'[: found.threads > 1]}, {found.dtype}: {found.flops_per_second / 1e9:,.0f} GFLOP/s and "
-        f"{found.bytes_per_second / 1e9:,.1f} GB/s in products just now."
+def show_comparison(comparison: Comparison) -> None:
+    """Print the overlap of two plans by block and in total, and the settings that differ."""
+    blocks, total = comparison.blocks, comparison.total
+    mixed = len({block.block for block in blocks}) < len(blocks) or any(block.experts > 1 for block in blocks)
+    ranked = any(block.importance_first is not None or block.importance_second is not None for block in blocks)
+    rows = []
+    for block in blocks:
+        place = f"{block.path} x {block.experts}" if block.experts > 1 else block.path
+        importance = ("" if v is None else f"{v:.3g}" for v in (block.importance_first, block.importance_second))
+        rows.append([str(block.block), *([place] if mixed else []), *_overlap(block), *(importance if ranked else ())])
+    headings = ["block", *(["feed-forward"] if mixed else []), "width", "A", "B", "both", "only A", "only B", "overlap"]
+    headings += ["imp. A", "imp. B"] if ranked else []
+    last = ["all", *([""] if mixed else []), *_overlap(total)]
+    differences = []
+    for difference in comparison.differences:
+        letters = _HASH_LETTERS if difference.name.endswith("fingerprint") else None
+        values = [(value or "")[:letters] for value in (difference.first, difference.second)]
+        differences.append([difference.name, *values])
+    names = ("setting", "A", "B")
+    _print_line(f"A: {comparison.first}\nB: {comparison.second}")
+    _print(
+        make_table("Channels kept", headings, rows, text=("feed-forward",), total=last, compact=True),
+        *([make_table("Settings that differ", names, differences, text=names, compact=True)] if differences else []),
+        *_notes(comparison.notes),
     )
-    clock = "" if found.workload.clock == "wall" else " Processor seconds, not those on the wall."
-    console.print(f"±: half of what lies between the quartiles of the rounds.{clock}")
-    if len(found.models) > 1:
-        console.print(
-            "speed-up: median over rounds in which the models run in turn. ideal: if only products (FLOPs) or reading "
-            "the weights (bytes) took time; the bound one is named. reached: the share of it that was measured."
+    changed = sum(block.only_first + block.only_second > 0 for block in blocks)
+    _print(
+        "Both plans make the same cut."
+        if comparison.same_cut
+        else f"The plans differ in {changed} of {len(blocks)} feed-forwards; of the channels that either plan keeps, "
+        f"both keep {total.jaccard:.1%}; random plans would share {total.chance:.1%}."
+    )
+
+
+def _overlap(overlap: Overlap) -> list[str]:
+    counts = overlap.width, overlap.first, overlap.second, overlap.both, overlap.only_first, overlap.only_second
+    return [*map(str, counts), f"{overlap.jaccard:.3f}"]
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def show_perplexities(model: str, measured: Sequence[tuple[EvaluationSet, Perplexity]]) -> None:
+    """Print the perplexity on each data SPEC."""
+    rows = []
+    for data, result in measured:
+        windows, seqlen = data.windows.shape
+        values = f"{result.perplexity:.3f}", f"{result.nll:.4f}", f"{result.bits_per_byte:.4f}"
+        rows.append((shorten_spec(data.spec), f"{windows} x {seqlen}", *values))
+    headings = ("data", "windows", "perplexity", "nats/token", "bits/byte")
+    _print(make_table(f"Perplexity of {_name(model)}", headings, rows, text=("data",)))
+
+
+def show_tasks(model: str, results: TaskResults) -> None:
+    """Print the scores of each task, their means, and the settings needed to reproduce them."""
+    rows = [
+        (task.task, task.version, str(task.fewshot), _count(task.samples), _format(task.acc), _format(task.acc_norm))
+        for task in results.tasks
+    ]
+    acc, acc_norm, several = results.mean_acc, results.mean_acc_norm, len(results.tasks) > 1
+    mean = None if acc is None or acc_norm is None else ("mean", "", "", "", f"{acc:.4f}", f"{acc_norm:.4f} *")
+    others = []
+    for task in results.tasks:
+        rest = [(name, metric) for name, metric in task.metrics.items() if name not in ("acc", "acc_norm")]
+        if rest:
+            others.append(f"{task.task}: {', '.join(f'{name} {metric.value:.4g}' for name, metric in rest)}.")
+    headings = ("task", "version", "shots", "docs", "acc", "acc_norm")
+    title = f"Tasks of {_name(model)}"
+    limit = "" if results.limit is None else f", the first {results.limit} documents of each task"
+    _print(
+        make_table(title, headings, rows, text=("task",), total=mean if several else None),
+        *others,
+        "In brackets: standard errors. shots: examples in a prompt."
+        + (" *: acc for a task without acc_norm." if several else ""),
+        *_notes(f"{task.task}: {task.note}, not as in the Hub's data" for task in results.tasks if task.note),
+        f"lm-eval {results.harness}{limit}; prompts {'with' if results.bos else 'without'} a beginning-of-sequence "
+        "token, no chat template.",
+    )
+
+
+def _format(metric: Metric | None) -> str:
+    error = "" if metric is None or metric.stderr is None else f" ({metric.stderr:.3f})"
+    return "" if metric is None else f"{metric.value:.4f}{error}"
+
+
+# --- benchmark --------------------------------------------------------------------------------------------------------
+
+
+def show_benchmark(report: BenchmarkReport, plot: Path | None = None) -> None:
+    """Print the sizes of the models, and their speed in each phase and setting."""
+    compared, settings = len(report.models) > 1, report.workload
+    explanation = (
+        "speed-up: median over rounds in which the models run in turn. ideal: if only products (FLOPs) or reading the "
+        "weights (bytes) took time, with the one that bounds. reached: measured share of the ideal."
+    )
+    models = [
+        (
+            model.name,
+            _count(model.parameters),
+            format_bytes(model.bytes),
+            f"{model.flops_per_token / 1e6:,.1f}",
+            f"{model.least_width} to {model.most_width}" if model.widths > 1 else str(model.least_width),
+            "" if model.peak_bytes is None else format_bytes(model.peak_bytes),
         )
-    weights = ", random weights" if found.random_weights else ""
-    memory = "" if found.memory == "not measured" else f" peak: weights and what a run adds, {found.memory}."
-    console.print(f"{found.workload.repeats} rounds, {found.workload.cache} cache{weights}.{memory}")
+        for model in report.models
+    ]
+    headings = ("model", "parameters", "weights", "MFLOPs/token", "widths", "peak")
+    weights = ", random weights" if report.random_weights else ""
+    memory = "" if report.memory == "not measured" else f" peak: weights and what a run adds, {report.memory}."
+    _print(
+        make_table("Models", headings, models, text=("model",), compact=True),
+        *(
+            _speed_table(phase, [speed for speed in report.speeds if speed.phase == phase], compared)
+            for phase in dict.fromkeys(speed.phase for speed in report.speeds)
+        ),
+        f"{report.device}, {report.threads} thread{'s'[: report.threads > 1]}, {report.dtype}: "
+        f"{report.flops_per_second / 1e9:,.0f} GFLOP/s and {report.bytes_per_second / 1e9:,.1f} GB/s, measured in "
+        "matrix products.",
+        "±: half of the interquartile range of the rounds."
+        + ("" if settings.clock == "wall" else " Seconds are processor seconds."),
+        *([explanation] if compared else []),
+        f"{settings.repeats} rounds, {settings.cache} cache{weights}.{memory}",
+    )
     if plot:
-        console.print(f"Drawn into {plot}.", soft_wrap=True)
-
-
-def _model_table(found: Benchmark) -> Table:
-    table = Table(title="Models", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("model", overflow="fold", min_width=8)
-    for heading in ("parameters", "weights", "MFLOPs/token", "widths", "peak"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for one in found.models:
-        table.add_row(
-            one.name,
-            f"{one.parameters:,}",
-            format_bytes(one.bytes),
-            f"{one.flops_per_token / 1e6:,.1f}",
-            _widths(one),
-            "" if one.peak_bytes is None else format_bytes(one.peak_bytes),
-        )
-    return table
-
-
-def _widths(one: ModelSize) -> str:
-    if one.widths == 1:
-        return str(one.least_width)
-    return f"{one.least_width} to {one.most_width}"
+        _print_line(f"Plotted into {plot}.")
 
 
 def _speed_table(phase: str, speeds: Sequence[Speed], compared: bool) -> Table:
-    unit = "a prompt" if phase == "prefill" else "a token of each sequence"
-    table = Table(
-        title=f"{phase.capitalize()}, milliseconds for {unit}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("batch", no_wrap=True)
-    table.add_column("model", overflow="fold", min_width=8)
-    for heading in ("ms", "±", "tokens/s", *(("speed-up", "ideal", "reached") if compared else ())):
-        table.add_column(heading, justify="right", no_wrap=True)
-    before = None
-    for one in speeds:
-        setting = f"{one.batch_size} x {one.length}"
-        seconds = one.seconds
+    rows, last_setting = [], None
+    for speed in speeds:
+        setting, seconds = f"{speed.batch_size} x {speed.length}", speed.seconds
+        rate = speed.tokens_per_second
         row = [
-            setting if setting != before else "",
-            one.model,
-            _milliseconds(seconds.median),
+            setting if setting != last_setting else "",
+            speed.model,
+            _three_digits(1000 * seconds.median),
             f"{(seconds.high - seconds.low) / 2 / seconds.median:.0%}",
-            f"{one.tokens_per_second:,.0f}" if one.tokens_per_second >= 100 else f"{one.tokens_per_second:.1f}",
+            f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}",
         ]
-        if one.speed_up and one.ideal and one.reached is not None:
-            row += [f"{one.speed_up.median:.2f}", f"{one.ideal.expected:.2f} {one.ideal.bound}", f"{one.reached:.0%}"]
-        table.add_row(*row)
-        before = setting
-    return table
+        if speed.speed_up and speed.ideal and speed.reached is not None:
+            ideal = f"{speed.ideal.expected:.2f} {speed.ideal.bound}"
+            row += [f"{speed.speed_up.median:.2f}", ideal, f"{speed.reached:.0%}"]
+        rows.append(row)
+        last_setting = setting
+    headings = ("batch", "model", "ms", "±", "tokens/s", *(("speed-up", "ideal", "reached") if compared else ()))
+    unit = "a prompt" if phase == "prefill" else "a token of each sequence"
+    return make_table(f"{phase.capitalize()}, milliseconds for {unit}", headings, rows, text=("model",), compact=True)
 
 
-def _milliseconds(seconds: float) -> str:
-    value = 1000 * seconds
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+# --- export and push --------------------------------------------------------------------------------------------------
+
+
+def show_export(exported: Exported) -> None:
+    """Print what an export wrote and how near it is to the pruned model."""
+    from cfsp_framework.export.export import format_range
+
+    before, after = format_range(exported.widths), format_range(exported.written_widths)
+    widths = f"widths {before}" if before == after else f"widths {before} became {after}"
+    architecture = f" (architecture {exported.architecture})" if exported.architecture else ""
+    size = format_bytes(exported.bytes)
+    _print_line(f"Written to {exported.path}: {exported.format}{architecture}, {widths}, {size}.")
+    if exported.difference is not None:
+        equal = "bit-equal to the pruned model's"
+        _print(f"Reopened: logits {f'differ by {exported.difference:.2g} at most' if exported.difference else equal}.")
+    for note in _notes(exported.notes):
+        _print_line(note)
 
 
 def show_upload(upload: Upload) -> None:
-    """The files, what was checked, and what the card tells the Hub."""
-    console = Console(highlight=False, markup=False)
-    table = Table(title=f"To {upload.repository}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("file", overflow="fold")
-    table.add_column("bytes", justify="right", no_wrap=True)
-    for file in upload.files:
-        table.add_row(file.name, f"{file.bytes:,}")
-    table.add_section()
-    table.add_row(f"{len(upload.files)} files", f"{upload.bytes:,}")
-    console.print(table)
+    """Print the files of an upload, the checks, and the metadata of the model card."""
+    rows = [(file.name, _count(file.bytes)) for file in upload.files]
+    total = f"{len(rows)} files", _count(upload.bytes)
+    _print(make_table(f"To {upload.repository}", ("file", "bytes"), rows, text=("file",), total=total, compact=True))
     if upload.left_out:
-        console.print(f"Left out: {', '.join(upload.left_out)}.", soft_wrap=True)
+        _print_line(f"Not uploaded: {', '.join(upload.left_out)}.")
     for check in upload.checks:
-        console.print(f"{check.outcome:6}  {check.what}: {check.detail}", soft_wrap=True)
-    told = [f"{key} {_value(upload.card[key])}" for key in _CARD_KEYS if upload.card.get(key)]
-    console.print(f"card: {'; '.join(told)}", soft_wrap=True)
-    if upload.url:
-        console.print(f"Uploaded: {upload.url}", soft_wrap=True)
-    else:
-        console.print(f"Nothing was uploaded. Commit message: {upload.message}", soft_wrap=True)
-
-
-_CARD_KEYS = ("base_model", "base_model_relation", "license", "license_name", "language", "datasets", "tags")
-
-
-def _value(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def show_export(made: Exported) -> None:
-    """A few lines on what was written."""
-    from cfsp_framework.export.export import spread
-
-    console = Console(highlight=False, markup=False)
-    before, after = spread(made.widths), spread(made.written_widths)
-    widths = f"widths {before}" if before == after else f"widths {before} became {after}"
-    named = f" (architecture {made.architecture})" if made.architecture else ""
-    console.print(
-        f"Written to {made.path}: {made.format}{named}, {widths}, {format_bytes(made.bytes)}.", soft_wrap=True
-    )
-    if made.difference is not None:
-        found = "bit-equal to the pruned model's" if made.difference == 0 else f"off by {made.difference:.2g} at most"
-        console.print(f"Opened again: logits are {found}.")
-    for note in made.notes:
-        console.print(f"Note: {note}.", soft_wrap=True)
+        _print_line(f"{check.outcome:6}  {check.what}: {check.detail}")
+    keys = ("base_model", "base_model_relation", "license", "license_name", "language", "datasets", "tags")
+    card = [(key, value if isinstance(value, list) else [value]) for key in keys if (value := upload.card.get(key))]
+    _print_line(f"card: {'; '.join(f'{key} ' + ', '.join(map(str, values)) for key, values in card)}")
+    status = f"Uploaded: {upload.url}" if upload.url else f"Nothing was uploaded. Commit message: {upload.message}"
+    _print_line(status)

@@ -1,4 +1,4 @@
-"""Perplexity by the field's protocol: the whole text tokenised once, non-overlapping windows, the tail dropped."""
+"""Measure perplexity: the whole text is tokenised once and cut into windows without overlap; the tail is dropped."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cfsp_framework.errors import DataError, ModelError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.progress import Progress
 
-_LOGITS_PER_BATCH = 1 << 23
-"""Bounds the float32 logits of a batch to 32 MiB."""
+LOGITS_PER_BATCH = 1 << 23
+"""Limit of a batch, 32 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EvaluationSet:
 
 
 def evaluation_set(spec: str, tokenizer: Any, seqlen: int, limit: int | None = None) -> EvaluationSet:
-    """The first ``limit`` windows of a data SPEC's evaluation text, or all of them.
+    """Return the first ``limit`` windows of a data SPEC's evaluation text, or all of them.
 
     Raises:
         DataError: the text cannot be read or is shorter than one window.
@@ -59,23 +59,22 @@ def perplexity(
     progress: Progress,
     forward_options: ForwardOptions | None = None,
 ) -> Perplexity:
-    """``exp`` of the mean over windows of the mean cross-entropy of their T - 1 predictions, logits in float32.
+    """Return ``exp`` of the mean over windows of the mean cross-entropy of their T - 1 predictions, logits in float32.
 
-    A ``Decoder`` is run with one block resident at a time. Several processes share the windows.
+    A ``Decoder`` runs with one block in memory at a time. Several processes share the windows.
+
+    Raises:
+        ModelError: the loss is not finite.
     """
     forward_options = forward_options or ForwardOptions()
-    mine = data.windows[forward_options.ranks.rank :: forward_options.ranks.world]  # (n, T)
-    losses = torch.empty(len(data.windows), dtype=torch.float64)  # (N,)
+    ranks = forward_options.ranks
+    windows = data.windows[ranks.rank :: ranks.world]  # (n, T), those of this process
     if isinstance(model, Decoder):
-        own = _losses_by_blocks(model, mine, progress, forward_options, data.spec)
+        losses = _losses_by_blocks(model, windows, progress, forward_options, data.spec)  # (n,)
     else:
-        own = _losses(model, mine, progress, data.spec)
-    gathered = forward_options.ranks.gather(own)
-    start = 0
-    for rank in range(forward_options.ranks.world):
-        places = range(rank, len(losses), forward_options.ranks.world)
-        losses[rank :: forward_options.ranks.world] = gathered[start : start + len(places)]
-        start += len(places)
+        losses = _losses(model, windows, progress, data.spec)  # (n,)
+    order = torch.cat([torch.arange(rank, len(data.windows), ranks.world) for rank in range(ranks.world)])  # (N,)
+    losses = ranks.gather(losses)[order.argsort()]  # (N,), in the order of the windows
     nll = losses.mean().item()
     if not math.isfinite(nll):
         raise ModelError(f"the model's loss on {data.spec!r} is {nll}: its weights or its dtype overflow.")
@@ -85,20 +84,20 @@ def perplexity(
 
 
 def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress, name: str) -> Tensor:
-    """Mean cross-entropy of every window ``(N, T)``: ``(N,)`` float64, CPU."""
+    """Return the mean cross-entropy of every window ``(N, T)``: ``(N,)`` float64, CPU."""
     losses: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
     batches = windows.split(_windows_per_batch(model, windows.shape[1])) if len(windows) else ()
     with progress.bar(f"perplexity on {name}", total=len(batches)) as step:
         for ids in batches:
             losses.append(_cross_entropy(model(ids.to(model.device), use_cache=False).logits, ids))
             step()
-    return torch.cat(losses)
+    return torch.cat(losses)  # (N,)
 
 
 def _losses_by_blocks(
     decoder: Decoder, windows: Tensor, progress: Progress, forward_options: ForwardOptions, name: str
 ) -> Tensor:
-    """The same with all windows passing one block after another, ``(N,)``."""
+    """Return the losses of ``_losses``, computed for all windows block by block."""
     if not len(windows):
         return torch.empty(0, dtype=torch.float64)
     size = _windows_per_batch(decoder.model, windows.shape[1])
@@ -113,11 +112,11 @@ def _losses_by_blocks(
 
 def _windows_per_batch(model: PreTrainedModel, seqlen: int) -> int:
     vocabulary: int = model.config.get_text_config().vocab_size
-    return max(1, _LOGITS_PER_BATCH // (seqlen * vocabulary))
+    return max(1, LOGITS_PER_BATCH // (seqlen * vocabulary))
 
 
 def _cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
-    """Of ``logits (B, T, V)`` against the next of ``ids (B, T)``, the mean of each window: ``(B,)`` float64, CPU."""
+    """Return the mean loss of each window, logits ``(B, T, V)`` against the next of ``ids (B, T)``: ``(B,)`` float64, CPU."""
     predicted, ids = logits[:, :-1].float(), ids.to(logits.device)  # (B, T - 1, V)
-    loss = functional.cross_entropy(predicted.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    loss = functional.cross_entropy(predicted.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")  # (B * (T - 1),)
     return loss.view(len(ids), -1).mean(1).double().cpu()

@@ -1,6 +1,6 @@
-"""Downstream tasks through lm-evaluation-harness: a model in memory, the harness's own prompts and metrics.
+"""Score a model in memory on tasks of lm-evaluation-harness, with its prompts and metrics.
 
-The data come from the Hub, or from local files: one folder a task, one file a split (``local_tasks``).
+Data come from the Hub, or from local files: one folder per task, one file per split (``local_tasks``).
 """
 
 from __future__ import annotations
@@ -24,77 +24,82 @@ import yaml
 from transformers import PreTrainedModel
 
 from cfsp_framework.config import FrozenRecord, RunConfig
-from cfsp_framework.errors import CfspError, ConfigError, DataError
+from cfsp_framework.errors import CfspError, ConfigError, DataError, one_line
 from cfsp_framework.modeling.loading import LoadedModel, load_model
 from cfsp_framework.runtime.distributed import join_ranks
 from cfsp_framework.runtime.progress import Progress
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-"""What papers on pruning report zero-shot, CFSP's among them."""
+"""Zero-shot tasks that papers on pruning report, CFSP's included."""
 
 _LOGITS_PER_BATCH = 1 << 26
-"""Bounds the float32 logits of a batch of 512 tokens to 256 MiB."""
+"""Limit of a batch of 512 tokens, 256 MiB in float32."""
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-_ALSO_CALLED = {"validation": ("dev", "valid"), "train": ("training",)}
+_OTHER_NAMES = {"validation": ("dev", "valid"), "train": ("training",)}
 
 
 class Metric(FrozenRecord):
-    """One number of a task and its standard error, where the harness knows one."""
+    """Value of a metric and its standard error, if the harness computes one."""
 
     value: float
     stderr: float | None = None
 
 
 class TaskResult(FrozenRecord):
-    """What a model scores on one task."""
+    """Scores of a model on one task."""
 
     task: str
     version: str
-    """Of the harness's definition of the task."""
+    """Version of the harness's definition of the task."""
     fewshot: int
     samples: int
-    """Documents the numbers are means of."""
+    """Documents that were scored."""
     metrics: dict[str, Metric]
-    """By the harness's names; of a filter other than its default as ``metric,filter``."""
+    """By the harness's names; with a filter other than the default as ``metric,filter``."""
     note: str = ""
-    """In what the prompt is not the harness's, which only ready-made local columns cause."""
+    """Difference of the prompt from the harness's, which only prepared local columns cause."""
 
     @property
     def acc(self) -> Metric | None:
-        """Accuracy: the answer of highest log-likelihood is right."""
+        """Accuracy: share of documents whose right answer has the highest log-likelihood."""
         return self.metrics.get("acc")
 
     @property
     def acc_norm(self) -> Metric | None:
-        """Accuracy with log-likelihoods divided by the answers' lengths in characters, where the task has it."""
+        """Accuracy with log-likelihoods divided by the answers' lengths in characters, if the task has it."""
         return self.metrics.get("acc_norm")
 
 
 class TaskResults(FrozenRecord):
-    """Scores, and what else has to be said for somebody to get the same ones."""
+    """Scores on all tasks, and the settings needed to reproduce them."""
 
     harness: str
     """Version of lm-evaluation-harness."""
     tasks: tuple[TaskResult, ...]
     limit: int | None
-    """Only the first so many documents of each task; None: all."""
+    """Number of documents of each task; None: all."""
     seed: int
     batch_size: int
     bos: bool
-    """Whether prompts begin with the beginning-of-sequence token, which the tokenizer decides."""
+    """Whether the tokenizer begins prompts with the beginning-of-sequence token."""
     chat_template: bool = False
-    """Whether prompts are wrapped into the tokenizer's chat template: they are not."""
+    """Whether prompts use the tokenizer's chat template: always false."""
 
     @property
     def mean_acc(self) -> float | None:
-        """Mean of the accuracies of all tasks that have one, each task counted once."""
-        return _mean([one.acc for one in self.tasks])
+        """Mean accuracy of the tasks that have one, each task counted once."""
+        return _mean([task.acc for task in self.tasks])
 
     @property
     def mean_acc_norm(self) -> float | None:
-        """The same with ``acc_norm`` where a task has it and ``acc`` where not."""
-        return _mean([one.acc_norm or one.acc for one in self.tasks])
+        """Mean of ``acc_norm``, or of ``acc`` for a task without it."""
+        return _mean([task.acc_norm or task.acc for task in self.tasks])
+
+
+def _mean(metrics: Sequence[Metric | None]) -> float | None:
+    values = [metric.value for metric in metrics if metric is not None]
+    return sum(values) / len(values) if values else None
 
 
 def run_tasks(
@@ -111,8 +116,8 @@ def run_tasks(
 ) -> TaskResults:
     """Score ``model`` on ``tasks``, by the harness's names, on the Hub's data or on the files in ``task_data``.
 
-    ``fewshot`` None leaves it to the tasks, which mostly say 0. With ``seed`` 0 all draws are those of the harness's own
-    command line. ``bars`` shows the harness's progress on stderr. Neither model nor tokenizer is changed.
+    ``fewshot`` None is the tasks' own number, mostly 0. With ``seed`` 0 all draws are those of the harness's own command
+    line. ``bars`` shows the harness's progress on stderr. Neither model nor tokenizer is changed.
 
     Raises:
         ConfigError: the harness is not installed, or does not know a task.
@@ -121,67 +126,57 @@ def run_tasks(
     names = list(dict.fromkeys(tasks))
     if not names:
         raise ConfigError("--tasks: name at least one task, such as arc_easy.")
-    size = batch_size or _batch_size(model)
-    with ExitStack() as stack:
-        stack.enter_context(_harness_kept_quiet(bars))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cfsp-tasks-")))
+    vocabulary: int = model.config.get_text_config().vocab_size
+    size = batch_size or max(1, min(16, _LOGITS_PER_BATCH // (512 * vocabulary)))
+    with _silenced_harness(bars), tempfile.TemporaryDirectory(prefix="cfsp-tasks-") as scratch:
         check_names(names, local=task_data is not None)
-        if task_data is None:
-            specs, notes = names, dict[str, str]()
-        else:
-            written = local_tasks(names, task_data, folder, fewshot=fewshot)
-            specs, notes = [str(one.path) for one in written], {one.name: one.note for one in written}
-        return _run(model, copy.deepcopy(tokenizer), _load(specs, task_data), notes, limit, fewshot, size, seed)
+        local = local_tasks(names, task_data, Path(scratch), fewshot=fewshot) if task_data else ()
+        loaded = _load([str(task.path) for task in local] or names, task_data)
+        notes = {task.name: task.note for task in local}
+        return _run(model, copy.deepcopy(tokenizer), loaded, notes, limit, fewshot, size, seed)
 
 
 def score(
     config: RunConfig,
     tasks: Sequence[str],
     *,
-    task_data: Path | None = None,
-    limit: int | None = None,
-    fewshot: int | None = None,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> tuple[LoadedModel, TaskResults]:
-    """Open ``config.model.source`` and score it; what is wrong with the tasks shows before the model is read.
+    """Open ``config.model.source`` and score it; the names of tasks are checked before the model is read.
+
+    ``settings`` are ``task_data``, ``limit`` and ``fewshot`` of ``run_tasks``.
 
     Raises:
-        ConfigError: as of ``run_tasks``, or the model is to be streamed or shared out.
-        DataError: as of ``run_tasks``.
+        ConfigError: as in ``run_tasks``, or the model is streamed or distributed.
+        DataError: as in ``run_tasks``.
         ModelError: the model cannot be opened.
     """
     progress = progress or Progress()
     if config.model.stream:
-        raise ConfigError("--stream: the tasks run the whole model; leave one of both out.")
+        raise ConfigError("--stream and --tasks cannot be combined: tasks run the whole model.")
     ranks = join_ranks(config.model.device)
     if ranks.world > 1:
-        raise ConfigError("--tasks: the harness's requests are not shared out; run one process.")
-    with _harness_kept_quiet(bars=False):
-        check_names(tasks, local=task_data is not None)
+        raise ConfigError("--tasks runs in one process; start cfsp without torchrun.")
+    with _silenced_harness(bars=False):
+        check_names(tasks, local=settings.get("task_data") is not None)
     with progress.phase("load"):
         loaded = load_model(config, ranks)
     with progress.phase("tasks"):
-        found = run_tasks(
-            loaded.model,
-            loaded.tokenizer,
-            tasks,
-            task_data=task_data,
-            limit=limit,
-            fewshot=fewshot,
-            batch_size=config.calibration.batch_size,
-            seed=config.run.seed,
-            bars=progress.visible,
+        size, seed = config.calibration.batch_size, config.run.seed
+        results = run_tasks(
+            loaded.model, loaded.tokenizer, tasks, batch_size=size, seed=seed, bars=progress.visible, **settings
         )
-    return loaded, found
+    return loaded, results
 
 
 def check_names(names: Sequence[str], *, local: bool = False) -> None:
-    """Refuse what the harness has no task, group or tag of that name for; on local data only tasks will do.
+    """Refuse unknown tasks, groups and tags; with ``local`` data, groups and tags too.
 
     Raises:
-        ConfigError: one is unknown, or the harness is not installed.
+        ConfigError: a name is unknown, or the harness is not installed.
     """
-    manager = _manager()
+    manager = task_manager()
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -191,9 +186,26 @@ def check_names(names: Sequence[str], *, local: bool = False) -> None:
             raise ConfigError(f"--tasks: {name!r} is a group; with --task-data name its tasks one by one.")
 
 
+@cache
+def task_manager() -> Any:
+    """Return the harness's index of its tasks, which takes seconds to read.
+
+    Raises:
+        ConfigError: the harness is not installed.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError("--tasks needs lm-evaluation-harness: pip install 'cfsp-framework[eval]'.") from error
+    return TaskManager()
+
+
+# --- local files ------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LocalTask:
-    """A task of the harness that reads local files: its YAML, and in what it is not the harness's own."""
+    """A task of the harness that reads local files: its YAML, and a note if its prompts differ from the harness's."""
 
     name: str
     path: Path
@@ -205,125 +217,123 @@ def local_tasks(
 ) -> tuple[LocalTask, ...]:
     """Write a YAML for each task into ``folder``: the harness's own, with its data read from ``task_data``.
 
-    ``task_data/TASK/SPLIT.jsonl`` (or ``.json``, ``.parquet``, ``.csv``) holds the split the task calls so, with the
-    columns of the task's data set on the Hub. ``dev`` and ``valid`` will do for ``validation``. The split the task is
-    evaluated on has to be there, and for few-shot prompts the one it takes its examples from. The YAMLs also serve
+    ``task_data/TASK/SPLIT.jsonl`` (or ``.json``, ``.parquet``, ``.csv``) holds a split by the task's name for it, with
+    the columns of the task's data set on the Hub; ``dev`` and ``valid`` are accepted for ``validation``. Required are
+    the split the task is evaluated on and, for few-shot prompts, the split of the examples. The YAMLs also serve
     ``lm_eval --include_path``.
 
     Raises:
-        DataError: a split is not there or cannot be read.
+        DataError: a split is missing or cannot be read.
     """
     if not task_data.is_dir():
-        raise DataError(f"--task-data {task_data}: there is no such folder.")
+        raise DataError(f"--task-data {task_data} is not a folder.")
     return tuple(_local_task(name, task_data / name, folder, fewshot) for name in names)
 
 
 def _local_task(name: str, data: Path, folder: Path, fewshot: int | None) -> LocalTask:
-    entry = _manager().task_index[name]
-    config: Mapping[str, Any] = entry.cfg or {}
+    task = task_manager().task_index[name]
+    config: Mapping[str, Any] = task.cfg or {}
     files = {path.stem: path.absolute() for path in sorted(data.glob("*")) if path.suffix in _LOADERS}
-    found = {key: _file_of(config[key], files) for key in _SPLITS if config.get(key)}
+    splits = {key: _find_split(config[key], files) for key in _SPLITS if config.get(key)}
     evaluated = "test_split" if config.get("test_split") else "validation_split"
-    wanted = [evaluated]
+    required = [evaluated]
     if config.get("num_fewshot") != 0 and (fewshot or config.get("num_fewshot")):
-        wanted.append(next(key for key in ("fewshot_split", *_SPLITS) if config.get(key)))
-    for key in wanted:
-        if found.get(key) is None:
+        required.append(next(key for key in ("fewshot_split", *_SPLITS) if config.get(key)))
+    for key in required:
+        if splits.get(key) is None:
             raise DataError(f"task {name!r} needs {data / str(config.get(key))}.jsonl, or .json, .parquet, .csv.")
-    used = {config[key]: path for key, path in found.items() if path is not None}
-    loader, columns = _columns(name, used, used[config[evaluated]], folder)
-    settings, note = _ready_made(name, columns)
+    paths = {config[key]: path for key, path in splits.items() if path is not None}
+    loader, columns = _read_columns(name, paths, paths[config[evaluated]], folder)
+    settings, note = _prepared_settings(name, columns)
     text = yaml.safe_dump(
         {
-            "include": str(entry.yaml_path),
+            "include": str(task.yaml_path),
             "task": name,
             "dataset_path": loader,
             "dataset_name": None,
             "dataset_kwargs": {
-                "data_files": {split: str(path) for split, path in used.items()},
+                "data_files": {split: str(path) for split, path in paths.items()},
                 "cache_dir": str(folder / "cache"),
             },
-            **{key: None for key, path in found.items() if path is None},
+            **{key: None for key, path in splits.items() if path is None},
             **settings,
         },
         sort_keys=False,
     )
-    path = folder / f"{name}.yaml"
-    path.write_text(text, encoding="utf-8")
-    return LocalTask(name, path, note)
+    (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return LocalTask(name, folder / f"{name}.yaml", note)
 
 
-def _file_of(split: str, files: Mapping[str, Path]) -> Path | None:
-    return next((files[name] for name in (split, *_ALSO_CALLED.get(split, ())) if name in files), None)
+def _find_split(split: str, files: Mapping[str, Path]) -> Path | None:
+    return next((files[name] for name in (split, *_OTHER_NAMES.get(split, ())) if name in files), None)
 
 
-def _columns(name: str, used: Mapping[str, Path], evaluated: Path, folder: Path) -> tuple[str, frozenset[str]]:
-    """The loader of a task's files and the columns of the split it is evaluated on."""
-    loaders = {_LOADERS[path.suffix] for path in used.values()}
+def _read_columns(name: str, paths: Mapping[str, Path], evaluated: Path, folder: Path) -> tuple[str, frozenset[str]]:
+    """Return the loader of a task's files, and the columns of the file it is evaluated on."""
+    loaders = {_LOADERS[path.suffix] for path in paths.values()}
     if len(loaders) > 1:
         raise DataError(f"task {name!r}: the splits in {evaluated.parent} are of different formats; use one.")
     [loader] = loaders
+    files, scratch = {"rows": str(evaluated)}, str(folder / "cache")
     try:
-        rows = datasets.load_dataset(
-            loader, data_files={"rows": str(evaluated)}, split="rows", cache_dir=str(folder / "cache")
-        )
-    except Exception as error:  # whatever pyarrow and datasets raise
-        raise DataError(f"{evaluated} cannot be read: {_one_line(error)}") from error
+        rows = datasets.load_dataset(loader, data_files=files, split="rows", cache_dir=scratch)
+    except Exception as error:  # any error of pyarrow and datasets
+        raise DataError(f"{evaluated} cannot be read: {_shorten(error)}.") from error
     return loader, frozenset(rows.column_names)
 
 
-@dataclass(frozen=True)
-class _ReadyMade:
-    """Columns some copies of a data set have in place of the Hub's, and how the task reads them."""
-
-    columns: frozenset[str]
-    missing: str
-    settings: Mapping[str, Any]
-
-
-_READY_MADE = {
-    "hellaswag": _ReadyMade(
-        columns=frozenset({"query", "endings", "label"}),
-        missing="ctx_a",
-        settings={
+_PREPARED: Mapping[str, tuple[str, frozenset[str], str, Mapping[str, Any]]] = {
+    "hellaswag": (
+        "ctx_a",
+        frozenset({"query", "endings", "label"}),
+        "query",
+        {
             "process_docs": None,
             "doc_to_text": "{{query}}",
             "doc_to_choice": "{{endings}}",
             "doc_to_target": "{{label|int}}",
         },
     ),
-    "social_iqa": _ReadyMade(
-        columns=frozenset({"question", "choices", "answerKey"}),
-        missing="context",
-        settings={
+    "social_iqa": (
+        "context",
+        frozenset({"question", "choices", "answerKey"}),
+        "question",
+        {
             "doc_to_text": "Q: {{question}}\nA:",
             "doc_to_choice": "{{choices.text}}",
             "doc_to_target": "{{choices.label.index(answerKey)}}",
         },
     ),
 }
+"""Data sets with copies whose context is prepared in one column: the column they lack, those they have, the column of the
+context, and the task's settings to read them."""
 
 
-def _ready_made(name: str, columns: frozenset[str]) -> tuple[Mapping[str, Any], str]:
-    """What to change where the context of every question is there already put together."""
-    known = _READY_MADE.get(name)
-    if known is None or known.missing in columns or not known.columns <= columns:
-        return {}, ""
-    return known.settings, f"contexts as the column {'query' if 'query' in columns else 'question'} has them"
+def _prepared_settings(name: str, columns: frozenset[str]) -> tuple[Mapping[str, Any], str]:
+    """Return the settings, and a note, for data whose contexts are prepared; empty for the Hub's columns."""
+    if name in _PREPARED:
+        lacking, required, context, settings = _PREPARED[name]
+        if lacking not in columns and required <= columns:
+            return settings, f"contexts as the column {context} has them"
+    return {}, ""
+
+
+# --- the harness ------------------------------------------------------------------------------------------------------
 
 
 def _load(specs: Sequence[str], task_data: Path | None) -> Any:
-    """The harness's tasks with their data; ``specs`` are names or paths of YAMLs."""
+    """Load tasks and their data; ``specs`` are names or paths of YAMLs."""
     try:
-        return _manager().load(list(specs))
+        return task_manager().load(list(specs))
     except CfspError:
         raise
-    except Exception as error:  # whatever datasets, the Hub and a task's own code raise
-        if task_data is None:
-            raise DataError(
-                f"the data of the tasks cannot be fetched: {_one_line(error)}. --task-data reads local files instead."
-            ) from error
-        raise DataError(f"--task-data {task_data} does not fit the tasks: {_one_line(error)}.") from error
+    except Exception as error:  # any error of datasets, the Hub and a task's own code
+        reason = _shorten(error)
+        raise DataError(
+            f"--task-data {task_data} does not fit the tasks: {reason}."
+            if task_data
+            else f"the data of the tasks cannot be fetched: {reason}. --task-data reads local files instead."
+        ) from error
 
 
 def _run(
@@ -343,25 +353,26 @@ def _run(
     from lm_eval.models.huggingface import HFLM
 
     for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own != 0:  # a task that says 0 means it
-            task.set_config(key="num_fewshot", value=fewshot if fewshot is not None else own or 0)
+        default = task.get_config("num_fewshot")
+        if default != 0:  # 0 is a task's own choice, not a default
+            task.set_config(key="num_fewshot", value=fewshot if fewshot is not None else default or 0)
         task.set_fewshot_seed(seed=seed + 1234)
     random.seed(seed)
     numpy.random.seed(seed + 1234)
     torch.manual_seed(seed + 1234)
     harness_model: Any = HFLM  # whose decorators hide its signature
     language_model = harness_model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found: Any = lm_eval.evaluate(language_model, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+    results: Any = lm_eval.evaluate(language_model, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+    first: list[int] = tokenizer("a").input_ids[:1]
     return TaskResults(
         harness=version("lm-eval"),
         tasks=tuple(
             TaskResult(
                 task=name,
-                version=str(found["versions"][name]),
-                fewshot=found["n-shot"][name],
-                samples=found["n-samples"][name]["effective"],
-                metrics=_metrics(found["results"][name]),
+                version=str(results["versions"][name]),
+                fewshot=results["n-shot"][name],
+                samples=results["n-samples"][name]["effective"],
+                metrics=_metrics(results["results"][name]),
                 note=notes.get(name, ""),
             )
             for name in loaded["tasks"]
@@ -369,70 +380,43 @@ def _run(
         limit=limit,
         seed=seed,
         batch_size=batch_size,
-        bos=_adds_bos(tokenizer),
+        bos=tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id],
     )
 
 
-def _metrics(told: Mapping[str, Any]) -> dict[str, Metric]:
-    """The numbers among what the harness tells of a task, which are called ``metric,filter``."""
+def _metrics(results: Mapping[str, Any]) -> dict[str, Metric]:
+    """Return the numbers among the harness's results for a task, whose keys are ``metric,filter``."""
     metrics: dict[str, Metric] = {}
-    for key, value in told.items():
+    for key, value in results.items():
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        stderr = told.get(f"{metric}_stderr,{kind}")
-        metrics[metric if kind == "none" else key] = Metric(
-            value=float(value), stderr=float(stderr) if isinstance(stderr, int | float) else None
-        )
+        stderr = results.get(f"{metric}_stderr,{kind}")
+        error = float(stderr) if isinstance(stderr, int | float) else None
+        metrics[metric if kind == "none" else key] = Metric(value=float(value), stderr=error)
     return metrics
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    first: list[int] = tokenizer("a").input_ids[:1]
-    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-
-
-def _batch_size(model: PreTrainedModel) -> int:
-    vocabulary: int = model.config.get_text_config().vocab_size
-    return max(1, min(16, _LOGITS_PER_BATCH // (512 * vocabulary)))
-
-
-@cache
-def _manager() -> Any:
-    """The harness's index of its tasks, which takes seconds to read."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError("--tasks needs lm-evaluation-harness: pip install 'cfsp-framework[eval]'.") from error
-    return TaskManager()
-
-
 @contextmanager
-def _harness_kept_quiet(bars: bool) -> Generator[None]:
-    """While open only the harness's bars, where wanted, reach the terminal; what goes wrong comes as an exception."""
+def _silenced_harness(bars: bool) -> Generator[None]:
+    """Hide the harness's output and logs inside the block, except its bars on stderr if ``bars``."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
     levels, shown = [logger.level for logger in loggers], not datasets.are_progress_bars_disabled()
-    with ExitStack() as stack:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        datasets.disable_progress_bars()
-        stack.enter_context(redirect_stdout(io.StringIO()))
-        if not bars:
-            stack.enter_context(redirect_stderr(io.StringIO()))
-        try:
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            if not bars:
+                stack.enter_context(redirect_stderr(io.StringIO()))
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-            if shown:
-                datasets.enable_progress_bars()
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            datasets.enable_progress_bars()
 
 
-def _mean(found: Sequence[Metric | None]) -> float | None:
-    values = [one.value for one in found if one is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _one_line(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}"[:200].rstrip(".: ")
+def _shorten(error: Exception) -> str:
+    return one_line(error)[:200].rstrip(".: ")

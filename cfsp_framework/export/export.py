@@ -1,4 +1,4 @@
-"""Writes a pruned model in a form that programs without this package open."""
+"""Write a pruned model in formats that other programs open."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from cfsp_framework.checkpoint.save import CARD_FILE, PLAN_FILE, check_output, save_model, verify
 from cfsp_framework.config import RunConfig
 from cfsp_framework.engine.replay import logits
-from cfsp_framework.errors import ModelError, OutputError
+from cfsp_framework.errors import ModelError
 from cfsp_framework.export.padded import choose_widths, pad_model
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.config_facts import context_length
@@ -28,14 +28,14 @@ from cfsp_framework.modeling.loading import (
     resolve,
     silence_transformers,
 )
-from cfsp_framework.runtime.atomic_files import check_parent, staged_file, staged_folder
+from cfsp_framework.runtime.atomic_files import check_file, staged_file, staged_folder
 
 NOTE_FILE = "export.json"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how near it is to the pruned model."""
+    """Result of an export, compared with the pruned model."""
 
     format: str
     source: str
@@ -46,24 +46,24 @@ class Exported:
     bytes: int
     """Of the weights: the file, or all safetensors."""
     difference: float | None = None
-    """The largest difference of a logit, where the result could be run here; 0 is bit-equal."""
+    """Largest difference of a logit, if the result was run; 0 is bit-equal."""
     architecture: str | None = None
-    """As llama.cpp calls it."""
+    """Name in llama.cpp."""
     notes: tuple[str, ...] = ()
-    """What whoever uses the result should know, each a sentence without its full stop."""
+    """Limitations for users of the result, each a sentence without its full stop."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def export_padded(config: RunConfig, out: Path, *, width: int | None = None, overwrite: bool = False) -> Exported:
-    """Write ``config.model.source`` as a plain checkpoint of one width, which Transformers opens without any code.
+    """Write ``config.model.source`` as a checkpoint of one width, which Transformers opens without remote code.
 
     Raises:
         ConfigError: ``width`` is too small, or the model has several.
         ModelError: the family's own configuration cannot describe the model.
-        OutputError: the folder cannot be made.
+        OutputError: the folder cannot be written.
     """
     check_output(out, overwrite=overwrite)
     loaded = load_model(config)
@@ -74,32 +74,38 @@ def export_padded(config: RunConfig, out: Path, *, width: int | None = None, ove
     with staged_folder(out) as folder:
         save_model(decoder, loaded, folder)
         written = replace(decoder, model=open_model(folder, device=decoder.device))
-        difference = verify(written, expected, ids, loaded.model.dtype)
-        made = Exported(
+        exported = Exported(
             format="padded",
             source=config.model.source,
             path=str(out),
             widths=widths,
             written_widths=written.widths,
             bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-            difference=difference,
+            difference=verify(written, expected, ids, loaded.model.dtype),
         )
-        carry_over(loaded.folder, folder, made)
-    return made
+        before, after = format_range(widths), format_range(written.widths)
+        note = (
+            "## Padded export\n\n"
+            f"These weights are the pruned model's with channels of zeros: feed-forwards of {before} channels became "
+            f"{after} in every block. They compute the same and open in Transformers without code. Speed and sizes "
+            "above are those of the pruned checkpoint, not of this one."
+        )
+        write_notes(loaded.folder, folder, exported, note)
+    return exported
 
 
 def export_gguf(
     config: RunConfig, out: Path, *, kind: str = "auto", pre_tokenizer: str | None = None, overwrite: bool = False
 ) -> Exported:
-    """Write ``config.model.source`` as a GGUF file for llama.cpp; one tensor is in memory at a time.
+    """Write ``config.model.source`` as a GGUF file for llama.cpp, with one tensor in memory at a time.
 
-    ``kind`` is the type of the matrices: ``auto`` is what the checkpoint has. ``pre_tokenizer`` is llama.cpp's name for
-    how the tokenizer splits text, where it cannot be told.
+    ``kind`` is the type of the matrices; ``auto`` is that of the checkpoint. ``pre_tokenizer`` is llama.cpp's name for
+    how the tokenizer splits text, if it cannot be detected.
 
     Raises:
         ConfigError: the package gguf is not installed, or ``kind`` is unknown.
-        ModelError: llama.cpp has no architecture for this model, or no tokenizer for its own.
-        OutputError: the file cannot be made.
+        ModelError: llama.cpp has no architecture or no tokenizer for this model.
+        OutputError: the file cannot be written.
     """
     from transformers import AutoTokenizer
 
@@ -114,10 +120,10 @@ def export_gguf(
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model {config.model.source!r} has no tokenizer that opens, and llama.cpp needs one."
+            f"the tokenizer of model {config.model.source!r} cannot be opened; llama.cpp needs it."
         ) from error
     with staged_file(out) as path:
-        written = write_gguf(decoder, folder, tokenizer, path, kind=kind, pre_tokenizer=pre_tokenizer)
+        architecture, notes = write_gguf(decoder, folder, tokenizer, path, kind=kind, pre_tokenizer=pre_tokenizer)
         return Exported(
             format="gguf",
             source=config.model.source,
@@ -125,8 +131,8 @@ def export_gguf(
             widths=decoder.widths,
             written_widths=decoder.widths,
             bytes=path.stat().st_size,
-            architecture=written.architecture,
-            notes=written.notes,
+            architecture=architecture,
+            notes=notes,
         )
 
 
@@ -135,81 +141,59 @@ def export_onnx(config: RunConfig, out: Path, *, overwrite: bool = False) -> Exp
 
     Raises:
         ConfigError: a package is not installed.
-        ModelError: PyTorch cannot turn the model into a graph.
-        OutputError: the folder cannot be made.
+        ModelError: PyTorch cannot export the model as a graph.
+        OutputError: the folder cannot be written.
     """
     from cfsp_framework.export.onnx import check_packages, compare_onnx, write_onnx
 
     check_output(out, overwrite=overwrite)
     check_packages()
     loaded = load_model(config.replace(dtype="float32"))
-    decoder = open_decoder(loaded.model, load_plugins(config.run.plugins))
+    widths = open_decoder(loaded.model, load_plugins(config.run.plugins)).widths
     with staged_folder(out) as folder:
         write_onnx(loaded.model, context_length(loaded.model.config), folder)
         difference = compare_onnx(loaded.model, folder)
         loaded.model.config.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        made = Exported(
+        exported = Exported(
             format="onnx",
             source=config.model.source,
             path=str(out),
-            widths=decoder.widths,
-            written_widths=decoder.widths,
+            widths=widths,
+            written_widths=widths,
             bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")),
             difference=difference,
-            notes=("there is no key-value cache in the graph: it scores texts at once, and writes slowly",),
+            notes=("the graph has no key-value cache: it scores texts at once, and generates slowly",),
         )
-        carry_over(loaded.folder, folder, made)
-    return made
-
-
-def check_file(out: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work is done, a file that exists or cannot be made."""
-    check_parent(out)
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder; give the name of a file.")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists; give another file or --overwrite.")
-
-
-def sample_ids(decoder: Decoder, count: int = 64) -> Tensor:
-    """Any valid tokens to compare logits on, ``(1, T)``."""
-    length = min(count, context_length(decoder.model.config) or count)
-    return torch.randint(decoder.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-
-
-def carry_over(source: Path, folder: Path, made: Exported) -> None:
-    """Put the plan and the model card of the pruned checkpoint beside the weights, with a note on what they became.
-
-    The report stays behind: it is about the pruned checkpoint, whose sizes these are not.
-    """
-    (folder / NOTE_FILE).write_text(json.dumps(made.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if (source / PLAN_FILE).is_file():
-        shutil.copyfile(source / PLAN_FILE, folder / PLAN_FILE)
-    card = source / CARD_FILE
-    if card.is_file():
-        text = card.read_text(encoding="utf-8").rstrip()
-        (folder / CARD_FILE).write_text(f"{text}\n\n{_card_note(made)}\n", encoding="utf-8")
-
-
-def _card_note(made: Exported) -> str:
-    """What follows the pruned checkpoint's card."""
-    if made.format == "onnx":
-        return (
+        note = (
             "## ONNX export\n\n"
             "The pruned model as one graph in float32, from `input_ids` and `attention_mask` to `logits`. What is said "
             "above on loading is about the checkpoint it was made from."
         )
-    was, now = spread(made.widths), spread(made.written_widths)
-    return (
-        "## Padded export\n\n"
-        f"These weights are the pruned model's with channels of zeros: feed-forwards of {was} channels became {now} in "
-        "every block. They compute the same and open in Transformers without code. Speed and sizes above are those of "
-        "the pruned checkpoint, not of this one."
-    )
+        write_notes(loaded.folder, folder, exported, note)
+    return exported
 
 
-def spread(widths: Sequence[int]) -> str:
-    """The narrowest and the widest, or the one there is."""
+def sample_ids(decoder: Decoder, count: int = 64) -> Tensor:
+    """Draw tokens to compare logits on, ``(1, T)``."""
+    length = min(count, context_length(decoder.model.config) or count)
+    return torch.randint(decoder.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))  # (1, T)
+
+
+def write_notes(source: Path, folder: Path, exported: Exported, note: str) -> None:
+    """Write the export's record, copy the plan, and append ``note`` to the model card of the pruned checkpoint.
+
+    The report is not copied: its sizes are those of the pruned checkpoint.
+    """
+    (folder / NOTE_FILE).write_text(json.dumps(exported.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if (source / PLAN_FILE).is_file():
+        shutil.copyfile(source / PLAN_FILE, folder / PLAN_FILE)
+    if (source / CARD_FILE).is_file():
+        card = (source / CARD_FILE).read_text(encoding="utf-8").rstrip()
+        (folder / CARD_FILE).write_text(f"{card}\n\n{note}\n", encoding="utf-8")
+
+
+def format_range(widths: Sequence[int]) -> str:
+    """Format the least and the largest width, or the only one."""
     low, high = min(widths), max(widths)
     return f"{low}" if low == high else f"{low} to {high}"

@@ -1,7 +1,7 @@
-"""A Hugging Face tokenizer as llama.cpp wants it inside a GGUF file.
+"""Convert a Hugging Face tokenizer to the vocabulary of a GGUF file.
 
-llama.cpp has its own code for splitting text and knows the ways to do so by name. The name is found here by the pattern
-the tokenizer splits with; where no pattern fits the tokenizer is refused, because a wrong one goes unnoticed.
+llama.cpp implements several ways to split text and selects one by name. The name is detected from the tokenizer's
+pattern; an unknown pattern is refused, because a wrong name would go unnoticed.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ _PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((_TEKKEN,), True): "tekken",
     ((_GPT4O,), False): "gpt-4o",
 }
-"""llama.cpp's names by the patterns text is split with, in order, and whether whole words are looked up before merging."""
+"""llama.cpp's names, by the patterns that split text and whether whole words are looked up before merging."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is written of a tokenizer."""
+    """Vocabulary of a tokenizer, as it is written to a GGUF file."""
 
     model: str
-    """``gpt2`` is byte-level BPE, ``llama`` is what SentencePiece does."""
+    """``gpt2`` for byte-level BPE, ``llama`` for SentencePiece."""
     pre: str
     tokens: tuple[str, ...]
     kinds: tuple[int, ...]
     scores: tuple[float, ...] = ()
-    """Of ``llama`` only: of two neighbours that can be joined, those with the highest are."""
+    """Of ``llama`` only: the pair with the highest score is merged first."""
     merges: tuple[str, ...] = ()
     """Of ``gpt2`` only."""
     space_prefix: bool = False
@@ -69,36 +69,36 @@ class Vocabulary:
 def read_vocabulary(
     tokenizer: Any, size: int, *, pre_tokenizer: str | None = None, ends: Sequence[int] = ()
 ) -> Vocabulary:
-    """What llama.cpp needs to know of ``tokenizer``, for a model of ``size`` rows of embeddings.
+    """Convert ``tokenizer`` for a model with ``size`` rows of embeddings.
 
     ``ends`` are further ids that end a text, from the generation configuration.
 
     Raises:
-        ModelError: llama.cpp has no tokenizer of this kind, or splits text in no way that is known to be the same.
+        ModelError: llama.cpp has no tokenizer of this kind, or no known way to split text like it.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ModelError("the tokenizer is not one of the tokenizers library, so what it does cannot be written down.")
-    told: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = told["model"]
+        raise ModelError("the tokenizer is not one of the tokenizers library, so it cannot be converted.")
+    settings: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = settings["model"]
     if model["type"] != "BPE":
         raise ModelError(f"the tokenizer is a {model['type']} model; BPE and SentencePiece's BPE can be written.")
-    tokens, kinds = _tokens(told, size)
+    tokens, kinds = _tokens(settings, size)
     common = {**_specials(tokenizer, ends), "chat_template": _template(tokenizer)}
     if model.get("byte_fallback"):
-        return _sentencepiece(told, tokens, kinds, common)
-    return _byte_level(told, tokens, kinds, common, pre_tokenizer)
+        return _sentencepiece(settings, tokens, kinds, common)
+    return _byte_level(settings, tokens, kinds, common, pre_tokenizer)
 
 
-def _tokens(told: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Text and kind of every id; ids without a token are there and unused."""
-    model = told["model"]
+def _tokens(settings: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Return the text and kind of every id; an id without a token is unused."""
+    model = settings["model"]
     tokens, kinds = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
     for text, index in model["vocab"].items():
         if index < size:
             tokens[index], kinds[index] = text, NORMAL
             if model.get("byte_fallback") and _BYTE.fullmatch(text):
                 kinds[index] = BYTE
-    for added in told["added_tokens"]:
+    for added in settings["added_tokens"]:
         if added["id"] < size:
             tokens[added["id"]] = added["content"]
             kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
@@ -109,12 +109,12 @@ def _tokens(told: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
 
 
 def _specials(tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
-    """The special ids by role, and which of them the tokenizer puts around a text."""
+    """Return the special ids by role, and which of them the tokenizer adds around a text."""
     ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk", "pad")}
     special = {role: int(index) for role, index in ids.items() if index is not None}
-    more = [index for index in ends if index != special.get("eos")]
-    if more:
-        special["eot"] = more[0]
+    other_ends = [index for index in ends if index != special.get("eos")]
+    if other_ends:
+        special["eot"] = other_ends[0]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
@@ -135,16 +135,16 @@ def _template(tokenizer: Any) -> str | None:
 
 
 def _byte_level(
-    told: Mapping[str, Any], tokens: list[str], kinds: list[int], common: dict[str, Any], pre_tokenizer: str | None
+    settings: Mapping[str, Any], tokens: list[str], kinds: list[int], common: dict[str, Any], pre_tokenizer: str | None
 ) -> Vocabulary:
-    model = told["model"]
+    model = settings["model"]
     notes = list(common.pop("notes"))
-    if told.get("normalizer"):
-        kind = told["normalizer"]["type"]
+    if settings.get("normalizer"):
+        kind = settings["normalizer"]["type"]
         if kind not in ("NFC", "NFKC", "NFD", "NFKD"):
             raise ModelError(f"the tokenizer changes text first ({kind}), which llama.cpp does not do for its kind.")
         notes.append(f"the tokenizer normalises text ({kind}) and llama.cpp does not; most text is normalised already")
-    pre = pre_tokenizer or _name_splitting(told, ignore_merges=bool(model.get("ignore_merges")))
+    pre = pre_tokenizer or _name_splitting(settings, ignore_merges=bool(model.get("ignore_merges")))
     return Vocabulary(
         model="gpt2",
         pre=pre,
@@ -156,9 +156,9 @@ def _byte_level(
     )
 
 
-def _name_splitting(told: Mapping[str, Any], *, ignore_merges: bool) -> str:
-    """llama.cpp's name for the way a byte-level tokenizer splits text."""
-    first = told.get("pre_tokenizer") or {}
+def _name_splitting(settings: Mapping[str, Any], *, ignore_merges: bool) -> str:
+    """Return llama.cpp's name for how a byte-level tokenizer splits text."""
+    first = settings.get("pre_tokenizer") or {}
     parts = first.get("pretokenizers", [first])
     patterns = list[str]()
     for part in parts:
@@ -170,81 +170,77 @@ def _name_splitting(told: Mapping[str, Any], *, ignore_merges: bool) -> str:
             case "ByteLevel" if not part["add_prefix_space"]:
                 patterns += [_GPT2] if part["use_regex"] else []
             case other:
-                raise ModelError(f"the tokenizer splits text by {other or 'nothing'}; {_SAY_IT}")
+                raise ModelError(f"the tokenizer splits text by {other or 'nothing'}; {_REMEDY}")
     name = _PRE_TOKENIZERS.get((tuple(patterns), ignore_merges))
     if name is None:
-        raise ModelError(f"llama.cpp's name for how the tokenizer splits text is not known ({patterns}); {_SAY_IT}")
+        raise ModelError(f"llama.cpp's name for how the tokenizer splits text is not known ({patterns}); {_REMEDY}")
     return name
 
 
-_SAY_IT = "give it with --pre-tokenizer: llama.cpp's convert_hf_to_gguf_update.py lists the names by model."
+_REMEDY = "give it with --pre-tokenizer: llama.cpp's convert_hf_to_gguf_update.py lists the names by model."
 
 
-def _sentencepiece(told: Mapping[str, Any], tokens: list[str], kinds: list[int], common: dict[str, Any]) -> Vocabulary:
-    merges = _merges(told["model"])
-    ranks = dict[str, int]()
-    for left, right in merges:
-        ranks.setdefault(left + right, len(ranks))
-    kinds = list(kinds)
-    texts = [
+def _sentencepiece(
+    settings: Mapping[str, Any], tokens: list[str], kinds: list[int], common: dict[str, Any]
+) -> Vocabulary:
+    merges, notes = _merges(settings["model"]), list(common.pop("notes"))
+    ranks = {text: rank for rank, text in enumerate(dict.fromkeys(left + right for left, right in merges))}
+    texts = (
         token.replace(_SPACE, " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, kinds, strict=True)
-    ]
-    least = -float(len(ranks) + 1)
+    )
+    least, space_prefix = -float(len(ranks) + 1), _prepends_space(settings)
+    if settings.get("pre_tokenizer") is not None and space_prefix:  # Metaspace adds a space only if there is none
+        notes.append("a text that begins with a space begins with two of them in llama.cpp")
+    if not _are_scores_enough(settings["model"], merges):
+        notes.append(
+            "the tokenizer's merges are not those of SentencePiece: llama.cpp may split some words differently"
+        )
     return Vocabulary(
         model="llama",
         pre="default",
         tokens=tuple(texts),
         kinds=tuple(kinds),
         scores=tuple(-float(ranks[token]) if token in ranks else least for token in tokens),
-        space_prefix=_prepends_space(told),
-        notes=(*common.pop("notes"), *_odd_spaces(told), *_odd_merges(told["model"], merges)),
+        space_prefix=space_prefix,
+        notes=tuple(notes),
         **common,
     )
 
 
-def _prepends_space(told: Mapping[str, Any]) -> bool:
-    """Whether text gets a space before its first word.
+def _prepends_space(settings: Mapping[str, Any]) -> bool:
+    """Return whether a space is added before the first word.
 
     Raises:
-        ModelError: spaces are treated in a way of their own.
+        ModelError: spaces are not treated as in SentencePiece.
     """
-    normalizer, splitter = told.get("normalizer"), told.get("pre_tokenizer")
+    normalizer, splitter = settings.get("normalizer"), settings.get("pre_tokenizer")
     if splitter is not None:
         if splitter["type"] != "Metaspace" or normalizer is not None or splitter["replacement"] != _SPACE:
             raise ModelError(f"the tokenizer splits text by {splitter['type']}, which SentencePiece does not.")
         return bool(splitter["prepend_scheme"] != "never")
     steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
-    found = [(step["type"], step.get("prepend") or step.get("content")) for step in steps]
-    if found not in ([("Replace", _SPACE)], [("Prepend", _SPACE), ("Replace", _SPACE)]):
-        raise ModelError(f"the tokenizer changes text first ({[kind for kind, _ in found]}), unlike SentencePiece.")
-    return len(found) == 2
+    contents = [(step["type"], step.get("prepend") or step.get("content")) for step in steps]
+    if contents not in ([("Replace", _SPACE)], [("Prepend", _SPACE), ("Replace", _SPACE)]):
+        raise ModelError(f"the tokenizer changes text first ({[kind for kind, _ in contents]}), unlike SentencePiece.")
+    return len(contents) == 2
 
 
-def _odd_spaces(told: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is said where a space is put before a text only if there is none; llama.cpp puts one always."""
-    if told.get("pre_tokenizer") is None or not _prepends_space(told):
-        return ()
-    return ("a text that begins with a space begins with two of them in llama.cpp",)
+def _are_scores_enough(model: Mapping[str, Any], merges: Sequence[tuple[str, str]]) -> bool:
+    """Return whether merging by scores gives the same tokens as ``merges``.
 
-
-def _odd_merges(model: Mapping[str, Any], merges: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """What is said where joining by scores is not the same as these merges.
-
-    That is where a token's merges do not follow each other, or where two tokens that make a third may not be joined.
+    It does not if the merges into a token are not consecutive, or if two tokens that form a third may not be merged.
     """
     vocabulary, known = model["vocab"], set(merges)
-    made = [left + right for left, right in merges]
-    scattered = len(set(made)) < sum(a != b for a, b in pairwise(["", *made]))
-    reachable = ({character for token in vocabulary for character in token} | {*made}) & vocabulary.keys()
+    merged = [left + right for left, right in merges]
+    scattered = len(set(merged)) < sum(a != b for a, b in pairwise(["", *merged]))
+    reachable = ({character for token in vocabulary for character in token} | {*merged}) & vocabulary.keys()
     special = {model.get("unk_token"), *(token for token in vocabulary if _BYTE.fullmatch(token))}
     missing = any(
         token[:cut] in reachable and token[cut:] in reachable and (token[:cut], token[cut:]) not in known
         for token in vocabulary.keys() - special
         for cut in range(1, len(token))
     )
-    if scattered or missing:
-        return ("the tokenizer's merges are not those of SentencePiece: llama.cpp may split some words differently",)
-    return ()
+    return not (scattered or missing)
 
 
 def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""``cfsp push``: what is checked before a checkpoint is published, and the upload.
+"""Check a pruned checkpoint and publish it on the Hugging Face Hub.
 
-What is uploaded is a copy of links in a temporary folder, so that the checkpoint stays as it is: the card's examples name
-the repository, and absolute paths of this machine are cut to their last parts.
+A temporary folder of links is uploaded, so that the checkpoint stays unchanged: the card's examples name the repository,
+and absolute paths of this machine are reduced to their last parts.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from cfsp_framework.checkpoint.save import (
     read_pruned,
 )
 from cfsp_framework.config import FrozenRecord
-from cfsp_framework.errors import CfspError, ConfigError, ModelError
+from cfsp_framework.errors import CfspError, ConfigError, ModelError, one_line
 from cfsp_framework.reporting.html import PLACE
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_LEFT_OUT = (STATISTICS_FILE,)  # engines read every *.safetensors of a repository as weights
-_OWN_TEXTS = (CARD_FILE, REPORT_FILE, PAGE_FILE, PLAN_FILE, "recovery_plan.json", "adapter/adapter_config.json")
+_NOT_UPLOADED = (STATISTICS_FILE,)  # engines read every *.safetensors of a repository as weights
+_EDITED = (CARD_FILE, REPORT_FILE, PAGE_FILE, PLAN_FILE, "recovery_plan.json", "adapter/adapter_config.json")
 _PATH = re.compile(r"(?<![\w.:/<~-])(?:[A-Za-z]:\\|/)(?:[\w.+@ -]+[/\\])+[\w.+@-]+")
 
 
 class UploadedFile(FrozenRecord):
-    """A file as it is uploaded."""
+    """Name and size of an uploaded file."""
 
     name: str
     bytes: int
 
 
 class Check(FrozenRecord):
-    """Something that was looked at; what ``failed`` forbids the upload, a ``remark`` does not."""
+    """Result of a check; ``failed`` prevents the upload, ``remark`` does not."""
 
     what: str
     outcome: Literal["passed", "remark", "failed"]
@@ -53,7 +53,7 @@ class Check(FrozenRecord):
 
 
 class Upload(FrozenRecord):
-    """What is, or would be, published."""
+    """Files and metadata that are published, or would be."""
 
     repository: str
     revision: str | None
@@ -64,24 +64,25 @@ class Upload(FrozenRecord):
     """Files of the folder that are not uploaded."""
     checks: tuple[Check, ...]
     card: dict[str, Any]
-    """The metadata at the top of the model card."""
+    """Metadata at the top of the model card."""
     url: str | None = None
-    """Where it lies now; None where nothing was uploaded."""
+    """Address of the upload; None if nothing was uploaded."""
 
     @property
     def bytes(self) -> int:
-        """Of all files together."""
+        """Size of all files together."""
         return sum(file.bytes for file in self.files)
 
 
 def check_repository(name: str) -> None:
-    """Refuse, before any work is done, what is no name of a repository of the Hub."""
+    """Refuse, before any work is done, a name that the Hub does not accept for a repository."""
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
-        raise ConfigError(f"{name!r} is no repository of the Hub; it is called USER/NAME.") from error
-    if name.count("/") != 1:
-        raise ConfigError(f"{name!r} is no repository of the Hub; it is called USER/NAME.")
+        valid = name.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"{name!r} is not a repository of the Hub; give USER/NAME.")
 
 
 def push(
@@ -93,12 +94,12 @@ def push(
     message: str | None = None,
     dry_run: bool = False,
 ) -> Upload:
-    """Publish the checkpoint in ``folder``; with ``dry_run`` only say what would be, without the network.
+    """Publish the checkpoint in ``folder``; ``dry_run`` only checks and lists the files, without the network.
 
     Raises:
-        ConfigError: ``repository`` is no name of one.
-        ModelError: the folder is no checkpoint of this package, or a check failed.
-        CfspError: the Hub could not be reached or refused.
+        ConfigError: ``repository`` is not the name of a repository.
+        ModelError: the folder is not a checkpoint of this package, or a check failed.
+        CfspError: the Hub could not be reached or refused the upload.
     """
     check_repository(repository)
     _, report = read_pruned(folder)
@@ -111,10 +112,10 @@ def push(
             revision=revision,
             private=private,
             message=message,
-            files=tuple(UploadedFile(name=name, bytes=(staged / name).stat().st_size) for name in _names(staged)),
-            left_out=tuple(sorted({*_names(folder)} - {*_names(staged)})),
+            files=tuple(UploadedFile(name=name, bytes=(staged / name).stat().st_size) for name in _list_files(staged)),
+            left_out=tuple(sorted({*_list_files(folder)} - {*_list_files(staged)})),
             checks=tuple(run_checks(staged, replaced)),
-            card=_card(staged / CARD_FILE),
+            card=_read_card(staged / CARD_FILE),
         )
         failed = [check for check in upload.checks if check.outcome == "failed"]
         if failed and not dry_run:
@@ -123,112 +124,100 @@ def push(
 
 
 def run_checks(folder: Path, replaced: Mapping[str, str]) -> Iterator[Check]:
-    """Look at a folder that is to be published; ``replaced`` are the private paths that were in it."""
-    yield _safetensors_only(folder)
-    yield _shards_there(folder)
-    yield _card_readable(folder)
-    yield _code_there(folder)
-    if replaced:
-        shown = ", ".join(f"{path} as {name}" for path, name in sorted(replaced.items()))
-        yield Check(what="private paths", outcome="remark", detail=f"of this machine, uploaded without: {shown}.")
-    else:
-        yield Check(what="private paths", outcome="passed", detail="no path of this machine in card, report or plan.")
-    licence = _card(folder / CARD_FILE).get("license")
-    yield Check(
-        what="licence",
-        outcome="passed" if licence else "remark",
-        detail=f"{licence}." if licence else f"the base model's card named none; add one to {CARD_FILE}.",
-    )
-
-
-def _safetensors_only(folder: Path) -> Check:
-    pickled = [name for name in _names(folder) if name.endswith(_PICKLED)]
-    weights = [name for name in _names(folder) if name.endswith(".safetensors")]
-    if pickled:
-        detail = f"{pickled[0]} is pickled, which can run code when it is opened; remove it."
-        return Check(what="weights", outcome="failed", detail=detail)
-    if not weights:
-        return Check(what="weights", outcome="failed", detail="there are no safetensors.")
-    return Check(what="weights", outcome="passed", detail=f"safetensors only, {len(weights)} files.")
-
-
-def _shards_there(folder: Path) -> Check:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        there = (folder / "model.safetensors").exists()
-        detail = "model.safetensors is there." if there else "model.safetensors is missing."
-        return Check(what="shards", outcome="passed" if there else "failed", detail=detail)
-    shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    missing = sorted(shard for shard in shards if not (folder / shard).exists())
-    if missing:
-        return Check(what="shards", outcome="failed", detail=f"{missing[0]} is missing.")
-    return Check(what="shards", outcome="passed", detail=f"all {len(shards)} are there.")
-
-
-def _card_readable(folder: Path) -> Check:
-    path = folder / CARD_FILE
-    if not path.exists():
-        return Check(what="model card", outcome="failed", detail=f"there is no {CARD_FILE}.")
-    if not _card(path).get("library_name"):
-        return Check(what="model card", outcome="failed", detail=f"{CARD_FILE} has no metadata the Hub can read.")
-    return Check(what="model card", outcome="passed", detail="its metadata can be read.")
-
-
-def _code_there(folder: Path) -> Check:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    named = {
-        str(path).rpartition("--")[2].partition(".")[0] + ".py" for path in (config.get("auto_map") or {}).values()
+    """Check a folder to publish; ``replaced`` are the private paths that were removed from its texts."""
+    problems = {
+        "weights": (_weight_problem, "safetensors only."),
+        "shards": (_shard_problem, "all are present."),
+        "model card": (_card_problem, "its metadata can be read."),
+        "code": (_code_problem, "the files that config.json names are present."),
     }
-    missing = sorted(name for name in named if not (folder / name).exists())
-    widths = config.get("per_layer_config") or (config.get("text_config") or {}).get("per_layer_config")
-    if missing:
-        return Check(what="code", outcome="failed", detail=f"config.json names {missing[0]}, which is missing.")
-    if widths and not named:
-        return Check(
-            what="code", outcome="failed", detail=f"blocks differ in width and config.json names no {CODE_FILE}."
-        )
-    return Check(
-        what="code", outcome="passed", detail=f"{', '.join(sorted(named))} is there." if named else "none needed."
+    for name, (find_problem, passed) in problems.items():
+        problem = find_problem(folder)
+        yield Check(what=name, outcome="failed" if problem else "passed", detail=problem or passed)
+    paths = ", ".join(f"{path} as {name}" for path, name in sorted(replaced.items()))
+    detail = (
+        f"of this machine, uploaded without: {paths}." if paths else "no path of this machine in card, report or plan."
     )
+    yield Check(what="private paths", outcome="remark" if paths else "passed", detail=detail)
+    licence = _read_card(folder / CARD_FILE).get("license")
+    detail = f"{licence}." if licence else f"the base model's card named none; add one to {CARD_FILE}."
+    yield Check(what="licence", outcome="passed" if licence else "remark", detail=detail)
 
 
-def _card(path: Path) -> dict[str, Any]:
-    """The metadata of a card, or nothing where it cannot be read."""
+def _weight_problem(folder: Path) -> str | None:
+    names = _list_files(folder)
+    pickled = [name for name in names if name.endswith(_PICKLED)]
+    if pickled:
+        return f"{pickled[0]} is pickled, which can run code when it is opened; remove it."
+    return None if any(name.endswith(".safetensors") for name in names) else "the folder has no safetensors."
+
+
+def _shard_problem(folder: Path) -> str | None:
+    index, shards = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.exists():
+        shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    return _missing(folder, shards)
+
+
+def _card_problem(folder: Path) -> str | None:
+    if not (folder / CARD_FILE).exists():
+        return f"{CARD_FILE} is missing."
+    has_metadata = _read_card(folder / CARD_FILE).get("library_name")
+    return None if has_metadata else f"{CARD_FILE} has no metadata that the Hub can read."
+
+
+def _code_problem(folder: Path) -> str | None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classes = map(str, (config.get("auto_map") or {}).values())
+    named = {name.rpartition("--")[2].partition(".")[0] + ".py" for name in classes}
+    if (config.get("per_layer_config") or (config.get("text_config") or {}).get("per_layer_config")) and not named:
+        return f"blocks differ in width and config.json names no {CODE_FILE}."
+    problem = _missing(folder, named)
+    return problem and f"config.json names {problem}"
+
+
+def _missing(folder: Path, names: set[str]) -> str | None:
+    missing = sorted(name for name in names if not (folder / name).exists())
+    return f"{missing[0]}, which is missing." if missing else None
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    """Return the metadata of a card, empty if it cannot be read."""
     try:
         return metadata_load(path) or {}
-    except Exception:  # noqa: BLE001  (whatever yaml and huggingface_hub raise; a check tells)
+    except Exception:  # noqa: BLE001  (any error of yaml and huggingface_hub; a check reports it)
         return {}
 
 
 def _stage(folder: Path, staged: Path, repository: str) -> dict[str, str]:
-    """Links to all files to upload in ``staged``, and copies of those that change: the paths replaced in them."""
+    """Link the files to upload into ``staged``, edit the texts, and return the paths replaced in them."""
     replaced: dict[str, str] = {}
-    for name in _names(folder):
-        if name in _LEFT_OUT:
+    for name in _list_files(folder):
+        if name in _NOT_UPLOADED:
             continue
         target = staged / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name not in _OWN_TEXTS:
+        if name not in _EDITED:
             os.symlink((folder / name).absolute(), target)
             continue
         text = (folder / name).read_text(encoding="utf-8")
-        found = private_paths(text)
-        for path in sorted(found, key=len, reverse=True):
-            text = text.replace(path, found[path])
-        replaced |= found
+        paths = private_paths(text)
+        for path in sorted(paths, key=len, reverse=True):
+            text = text.replace(path, paths[path])
+        replaced |= paths
         target.write_text(text.replace(PLACE, repository), encoding="utf-8")
     return replaced
 
 
 def private_paths(text: str) -> dict[str, str]:
-    """The absolute paths in a text, each with its last part."""
+    """Return the absolute paths in a text, each with its last part."""
     return {path: PurePath(path.replace("\\", "/")).name for path in _PATH.findall(text)}
 
 
-def _names(folder: Path) -> list[str]:
-    """The files of a folder, hidden ones aside."""
-    found = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
+def _list_files(folder: Path) -> list[str]:
+    """Return the relative paths of all files of a folder that are not hidden."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
 
 
 def _upload(staged: Path, upload: Upload, folder: Path) -> str:
@@ -237,30 +226,26 @@ def _upload(staged: Path, upload: Upload, folder: Path) -> str:
         api.create_repo(upload.repository, private=upload.private, exist_ok=True)
         if upload.revision:
             api.create_branch(upload.repository, branch=upload.revision, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=upload.repository,
-            folder_path=staged,
-            revision=upload.revision,
-            commit_message=upload.message,
+        commit = api.upload_folder(
+            repo_id=upload.repository, folder_path=staged, revision=upload.revision, commit_message=upload.message
         )
-    except Exception as error:  # whatever the network and the Hub raise
+    except Exception as error:  # any error of the network and the Hub
         raise CfspError(
-            f"the upload to {upload.repository} failed: {_reason(error)}\n"
+            f"the upload to {upload.repository} failed: {_explain(error)}\n"
             f"The checkpoint is in {folder}; `cfsp push {folder} {upload.repository}` tries again."
         ) from error
-    return str(getattr(done, "commit_url", done))
+    return str(getattr(commit, "commit_url", commit))
 
 
-def _reason(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     match error:
         case LocalTokenNotFoundError():
-            return "nobody is logged in; `hf auth login` does."
+            return "you are not logged in; run `hf auth login`."
         case OfflineModeIsEnabled():
             return "HF_HUB_OFFLINE is set."
         case HfHubHTTPError() if error.response is not None and error.response.status_code in (401, 403):
-            return "the Hub does not let you write there; `hf auth login` with a token that may."
+            return "the Hub refuses the write; run `hf auth login` with a token that has write access."
         case _:
-            words = " ".join(str(error).split())
-            return f"{type(error).__name__}: {words}"[:200].rstrip(".: ") + "."
+            return one_line(error)[:200].rstrip(".: ") + "."

@@ -1,7 +1,7 @@
-"""Makes a pruned model ordinary again: one width for all blocks, what is missing filled with channels that do nothing.
+"""Pad all blocks of a pruned model to one width with channels of zeros.
 
-A channel whose weights and biases are all zero adds ``activation(0) * 0`` times a column of zeros: exactly nothing. So
-the result computes what the pruned model computes, and any program that knows the family can open it.
+A channel with zero weights and biases adds ``activation(0) * 0`` times a column of zeros, which is exactly zero. So the
+result computes what the pruned model computes, and any program that supports the family can open it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from cfsp_framework.pruning.surgery import (
 )
 
 _BIAS_SETTING = "mlp_bias"
-"""What the configurations that have a setting for biases of the feed-forward call it."""
+"""Key of configurations with a setting for biases of the feed-forward."""
 
 
 def choose_widths(decoder: Decoder, width: int | None = None) -> dict[str, int]:
-    """The width that every block is to have, by the configuration's key: the widest block's, or ``width``.
+    """Return the width of all blocks for each key of the configuration: that of the widest block, or ``width``.
 
-    One that experts share is rounded up to what their products need.
+    The width of experts is rounded up to the step their products need.
 
     Raises:
-        ConfigError: ``width`` is too small, or there are several keys it could be meant for.
+        ConfigError: ``width`` is too small, or the configuration has several widths.
     """
     experts_need = expert_step(decoder)
     widest, steps = dict[str, int](), dict[str, int]()
@@ -50,21 +50,21 @@ def choose_widths(decoder: Decoder, width: int | None = None) -> dict[str, int]:
     if width is None:
         return widest
     if len(widest) > 1:
-        raise ConfigError(f"--width {width}: this model has several widths, {', '.join(sorted(widest))}; leave it out.")
+        raise ConfigError(f"--width {width}: this model has several widths, {', '.join(sorted(widest))}; omit --width.")
     ((key, least),) = widest.items()
     if width < least:
-        raise ConfigError(f"--width {width}: the widest block has {least} channels, and none of them may go.")
+        raise ConfigError(f"--width {width}: the widest block has {least} channels; give at least as many.")
     return {key: width}
 
 
 @torch.no_grad()
 def pad_model(decoder: Decoder, widths: Mapping[str, int]) -> None:
-    """Give all blocks the ``widths`` and the configuration nothing out of the ordinary; the model computes the same.
+    """Pad all blocks to ``widths`` and describe them in the family's own configuration; the model computes the same.
 
     Raises:
-        ModelError: the family's own configuration cannot describe the model, whatever its widths.
+        ModelError: the family's own configuration cannot describe the model.
     """
-    _settle_biases(decoder)
+    _convert_biases(decoder)
     for index in range(len(decoder.blocks)):
         for group in decoder.groups(index):
             for module in group.modules:
@@ -77,8 +77,12 @@ def pad_model(decoder: Decoder, widths: Mapping[str, int]) -> None:
     _check_ordinary(decoder)
 
 
-def _settle_biases(decoder: Decoder) -> None:
-    """Biases the family lacks become an ordinary setting, with zeros where there are none; or are refused."""
+def _convert_biases(decoder: Decoder) -> None:
+    """Turn added biases into a setting of the family, with zeros in other blocks.
+
+    Raises:
+        ModelError: the family has no such setting.
+    """
     added = added_biases(decoder.config)
     if not added:
         return
@@ -97,9 +101,9 @@ def _settle_biases(decoder: Decoder) -> None:
 
 
 def _restore_attention(decoder: Decoder, index: int) -> None:
-    """Put an attention of zeros where there is none: its output is exactly zero, as that of none."""
+    """Insert an attention of zeros in place of a dropped one; its output is exactly zero."""
     path, block = decoder.architecture.attention, decoder.blocks[index]
-    assert path is not None, "an attention was dropped, so the architecture knows where it is"
+    assert path is not None, "an attention was dropped, so the architecture has its path"
     build: Any = type(block)
     with without_weights():
         attention = build(decoder.config, index).get_submodule(path)
@@ -112,22 +116,22 @@ def _restore_attention(decoder: Decoder, index: int) -> None:
 
 def _pad_module(module: FeedForwardModule, width: int) -> None:
     """Append channels of zeros to every feed-forward of a module until it is ``width`` wide."""
-    before = module.width
-    missing = width - before
+    pruned_width = module.width
+    missing = width - pruned_width
     if missing and isinstance(module, DenseFeedForward):
-        _pad_single(module, missing)
+        _pad_dense(module, missing)
     elif missing and isinstance(module, ExpertFeedForwards):
         _pad_experts(module, missing)
-    set_width_attributes(module.module, before, width)
+    set_width_attributes(module.module, pruned_width, width)
 
 
-def _pad_single(module: DenseFeedForward, missing: int) -> None:
+def _pad_dense(module: DenseFeedForward, missing: int) -> None:
     layout = module.layout
     for name, projection in module.projections.items():
-        parts = 2 if layout.fused and name != layout.down else 1  # [gate; up], each of which grows at its end
-        wide = _longer(matrix(projection), missing, axis=1 if name == layout.down else 0, parts=parts)
+        parts = 2 if layout.fused and name != layout.down else 1  # [gate; up], each padded at its end
+        wide = append_zeros(matrix(projection), missing, axis=1 if name == layout.down else 0, parts=parts)
         if projection.bias is not None and name != layout.down:
-            projection.bias = _parameter(_longer(projection.bias, missing, axis=0, parts=parts), projection.bias)
+            projection.bias = _parameter(append_zeros(projection.bias, missing, axis=0, parts=parts), projection.bias)
         projection.weight = _parameter(wide.mT if isinstance(projection, Conv1D) else wide, projection.weight)
         if isinstance(projection, Conv1D):
             projection.nx, projection.nf = projection.weight.shape
@@ -138,7 +142,7 @@ def _pad_single(module: DenseFeedForward, missing: int) -> None:
 def _pad_experts(experts: ExpertFeedForwards, missing: int) -> None:
     layout, module = experts.layout, experts.module
     both = 2 if layout.fused else 1
-    parts = both if experts.concatenated else 1  # alternating gates and ups grow together
+    parts = both if experts.concatenated else 1  # alternating gates and ups are padded together
     more = missing * both // parts
     up_axis, down_axis = (2, 1) if experts.transposed else (1, 2)  # (E, ...)
     for name, axis, count, cut in (
@@ -147,30 +151,32 @@ def _pad_experts(experts: ExpertFeedForwards, missing: int) -> None:
         (layout.down, down_axis, missing, 1),
     ):
         parameter = module.get_parameter(name)
-        setattr(module, name, _parameter(_longer(parameter, count, axis=axis, parts=cut), parameter))
+        setattr(module, name, _parameter(append_zeros(parameter, count, axis=axis, parts=cut), parameter))
 
 
-def _longer(tensor: Tensor, count: int, *, axis: int, parts: int) -> Tensor:
-    """``count`` zeros more along ``axis`` at the end of each of its equal ``parts``."""
+def append_zeros(tensor: Tensor, count: int, *, axis: int, parts: int) -> Tensor:
+    """Append ``count`` zeros along ``axis`` to each of the equal ``parts`` of a tensor."""
     shape = list(tensor.shape)
     shape[axis] = count
     zeros = tensor.new_zeros(shape)
-    return torch.cat([piece for part in tensor.chunk(parts, axis) for piece in (part, zeros)], axis)
+    return torch.cat(
+        [piece for part in tensor.chunk(parts, axis) for piece in (part, zeros)], axis
+    )  # axis + parts * count
 
 
 def _check_ordinary(decoder: Decoder) -> None:
-    """Refuse what the family's own classes do not build from the configuration."""
+    """Refuse a model that the family's own classes do not build from the configuration."""
     build: Any = type(decoder.model)
     with without_weights():
         stock = build(copy.deepcopy(decoder.model.config))
     stock.tie_weights()
-    found, expected = _shapes(decoder.model), _shapes(stock)
-    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    shapes, expected = _shapes(decoder.model), _shapes(stock)
+    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
     if wrong:
         name = wrong[0]
         raise ModelError(
-            f"a plain {decoder.architecture.family} checkpoint cannot hold this model: {name} is "
-            f"{found.get(name, 'not there')} where the family has {expected.get(name, 'nothing')}."
+            f"a plain {decoder.architecture.family} checkpoint cannot hold this model: {name} has the shape "
+            f"{shapes.get(name)}, in the family {expected.get(name)}."
         )
 
 

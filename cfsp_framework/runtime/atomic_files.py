@@ -98,6 +98,19 @@ def check_parent(path: Path) -> None:
         raise OutputError(f"{path} cannot be written: {parent} is not a writable directory.")
 
 
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work is done, a file that exists or cannot be made.
+
+    Raises:
+        OutputError: the file exists and ``overwrite`` is false, or its folder is not writable.
+    """
+    check_parent(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file.")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; give another file or --overwrite.")
+
+
 @contextmanager
 def _translate_errors(path: Path, inside: Path | None = None) -> Generator[None]:
     """Raise an OutputError for what the file system refuses; safetensors hides it in an exception of its own.

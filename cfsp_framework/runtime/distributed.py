@@ -90,11 +90,6 @@ class Ranks:
 SOLO = Ranks()
 
 
-def is_first() -> bool:
-    """Return whether this process writes and prints; torchrun numbers processes in the environment."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def join_ranks(device: str) -> Ranks:
     """Join the other processes that torchrun started, if any: over nccl for a GPU, else gloo."""
     world = int(os.environ.get("WORLD_SIZE", "1"))

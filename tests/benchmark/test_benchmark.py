@@ -1,9 +1,8 @@
-"""Benchmarks: what a call costs, who runs when, what is made of the seconds. No test looks at how long anything takes."""
+"""Benchmarks: costs of a call, the order of runs, and what is computed from seconds. No test depends on wall time."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,33 +16,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp_framework import RunConfig
 from cfsp_framework.benchmark import timing
-from cfsp_framework.benchmark.benchmark import race, short_names
-from cfsp_framework.benchmark.candidates import Contestant, Cuts, cut_in_memory, open_contestant, random_model
-from cfsp_framework.benchmark.roofline import Costs, Machine, Work, count_costs
-from cfsp_framework.benchmark.timing import Benchmark, Spread, Workload, ideal
-from cfsp_framework.checkpoint.save import save_model
+from cfsp_framework.benchmark.benchmark import run_benchmark, short_names
+from cfsp_framework.benchmark.candidates import Candidate, Cuts, cut_in_memory, open_candidate, random_model
+from cfsp_framework.benchmark.roofline import CallCosts, MachineRates, ModelCosts, count_costs
+from cfsp_framework.benchmark.timing import BenchmarkReport, BenchmarkSettings, Spread, compute_ideal
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.pruning.cut import cut_model
+from helpers.pruned_checkpoints import write_pruned
 
 MakeModel = Callable[..., Path]
 PLUGINS = load_plugins()
 CPU = torch.device("cpu")
-QUICK = Workload(batch_sizes=(1,), lengths=(8,), decode_tokens=2, repeats=2)
+QUICK = BenchmarkSettings(batch_sizes=(1,), lengths=(8,), decode_tokens=2, repeats=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_rates() -> Iterator[None]:
     """A machine of known rates, so that nothing is measured for seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Machine, "measured", staticmethod(lambda dtype, device: Machine(flops=1e11, bytes=1e10)))
-        patch.setattr(timing, "_LEAST_SECONDS", 0.0)
+        patch.setattr(MachineRates, "measure", staticmethod(lambda dtype, device: MachineRates(flops=1e11, bytes=1e10)))
+        patch.setattr(timing, "LEAST_SECONDS", 0.0)
         yield
 
 
-def opened(folder: Path, **options: Any) -> Contestant:
-    return open_contestant(str(folder), RunConfig.build(model=str(folder), device="cpu", **options), PLUGINS)
+def opened(folder: Path, **options: Any) -> Candidate:
+    return open_candidate(str(folder), RunConfig.build(model=str(folder), device="cpu", **options), PLUGINS)
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
@@ -87,31 +85,31 @@ def test_more_tokens_need_more_experts_but_never_more_than_there_are(make_model:
 
 positive = st.integers(1, 10**6)
 sizes = st.builds(
-    Costs, products=positive, head=positive, dense_bytes=positive, expert_bytes=st.just(0), expert_share=st.just(1.0),
+    ModelCosts, products=positive, head=positive, dense_bytes=positive, expert_bytes=st.just(0), expert_share=st.just(1.0),
     attention=st.integers(1, 1000), keys=st.integers(1, 1000), itemsize=st.just(2),
 )  # fmt: skip
-machines = st.builds(Machine, flops=st.floats(1, 1e6), bytes=st.floats(1, 1e6))
+machines = st.builds(MachineRates, flops=st.floats(1, 1e6), bytes=st.floats(1, 1e6))
 
 
 @given(sizes, sizes, machines, st.sampled_from(["prefill", "decode"]), st.integers(1, 8), st.integers(1, 100))
 def test_the_ideal_lies_between_what_flops_and_bytes_allow(
-    dense: Costs, pruned: Costs, machine: Machine, phase: str, batch: int, length: int
+    dense: ModelCosts, pruned: ModelCosts, machine: MachineRates, phase: str, batch: int, length: int
 ) -> None:
-    found = ideal(dense, pruned, machine, phase, batch, length)
+    found = compute_ideal(dense, pruned, machine, phase, batch, length)
     least, most = sorted((found.flops, found.bytes))
     assert least * (1 - 1e-9) <= found.expected <= most * (1 + 1e-9)
-    assert ideal(dense, dense, machine, phase, batch, length).expected == 1
+    assert compute_ideal(dense, dense, machine, phase, batch, length).expected == 1
 
 
 def test_a_machine_is_bound_by_what_takes_it_longer() -> None:
-    machine = Machine(flops=100, bytes=10)
-    assert machine.bound(Work(flops=1000, bytes=1)) == "FLOPs"
-    assert machine.bound(Work(flops=1, bytes=1000)) == "bytes"
-    assert machine.seconds(Work(flops=1000, bytes=1)) == 10
-    assert machine.seconds(Work(flops=1, bytes=1000)) == 100
+    machine = MachineRates(flops=100, bytes=10)
+    assert machine.bound(CallCosts(flops=1000, bytes=1)) == "FLOPs"
+    assert machine.bound(CallCosts(flops=1, bytes=1000)) == "bytes"
+    assert machine.seconds(CallCosts(flops=1000, bytes=1)) == 10
+    assert machine.seconds(CallCosts(flops=1, bytes=1000)) == 100
 
 
-# --- contestants ------------------------------------------------------------------------------------------------------
+# --- candidates -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "phi3", "mixtral"])
@@ -153,21 +151,14 @@ def test_random_weights_need_the_configuration_alone(name: str, make_model: Make
 
 
 @pytest.fixture(scope="module")
-def narrow(
-    make_model: MakeModel, open_tiny: Callable[..., Any], make_plan: Callable[..., Any],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:  # fmt: skip
+def narrow(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose blocks differ in width."""
-    loaded, decoder = open_tiny(make_model("llama"))
-    cut_model(decoder, make_plan(decoder, [24, 40, 64]))
-    folder = tmp_path_factory.mktemp("narrow") / "narrow"
-    save_model(decoder, loaded, folder)
-    return folder
+    return write_pruned(make_model("llama"), tmp_path_factory.mktemp("narrow") / "narrow", (24, 40, 64))
 
 
 def test_checkpoints_keep_the_widths_of_their_blocks(narrow: Path) -> None:
     assert opened(narrow).widths == (24, 40, 64)
-    drawn = open_contestant(str(narrow), RunConfig.build(model=str(narrow), device="cpu"), PLUGINS, random_weights=True)
+    drawn = open_candidate(str(narrow), RunConfig.build(model=str(narrow), device="cpu"), PLUGINS, random_weights=True)
     assert drawn.widths == (24, 40, 64)
 
 
@@ -197,7 +188,9 @@ def test_an_episode_is_one_prompt_and_then_tokens_one_by_one(cache: Any, make_mo
         assert output.logits.shape[1] == 1
 
     model.register_forward_hook(note, with_kwargs=True)
-    prefill, decode = timing._episode(model, torch.randint(3, 320, (2, 8)), Workload(decode_tokens=3, cache=cache))
+    prefill, decode = timing.run_episode(
+        model, torch.randint(3, 320, (2, 8)), BenchmarkSettings(decode_tokens=3, cache=cache)
+    )
     assert [shape for shape, _ in seen] == [(2, 8), (2, 1), (2, 1), (2, 1)]
     assert [length for _, length in seen] == [8, 9, 10, 11]
     assert prefill > 0 < decode
@@ -206,18 +199,20 @@ def test_an_episode_is_one_prompt_and_then_tokens_one_by_one(cache: Any, make_mo
 def test_models_run_in_turns_and_a_drift_cancels(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that becomes slower with every episode, a model of half the time is found twice as fast."""
     dense = opened(make_model("llama"))
-    fast = Contestant("fast", opened(make_model("llama-bias")).model, (32,))
+    fast = Candidate("fast", opened(make_model("llama-bias")).model, (32,))
     order, slowness = list[str](), 1.0
 
-    def episode(model: Any, ids: Any, workload: Workload) -> tuple[float, float]:
+    def episode(model: Any, ids: Any, workload: BenchmarkSettings) -> tuple[float, float]:
         nonlocal slowness
         slowness *= 1.05
         name = "fast" if model is fast.model else "dense"
         order.append(name)
         return (slowness * (0.5 if name == "fast" else 1.0), slowness * (0.25 if name == "fast" else 1.0))
 
-    monkeypatch.setattr(timing, "_episode", episode)
-    found = timing.benchmark([dense, fast], Workload(batch_sizes=(1,), lengths=(8,), decode_tokens=4, repeats=8))
+    monkeypatch.setattr(timing, "run_episode", episode)
+    found = timing.time_models(
+        [dense, fast], BenchmarkSettings(batch_sizes=(1,), lengths=(8,), decode_tokens=4, repeats=8)
+    )
     assert order[-8:] == ["dense", "fast", "fast", "dense"] * 2
     speed_ups = {one.phase: one.speed_up for one in found.speeds if one.model == "fast"}
     assert speed_ups["prefill"] is not None
@@ -230,8 +225,8 @@ def test_models_run_in_turns_and_a_drift_cancels(make_model: MakeModel, monkeypa
 def test_a_benchmark_says_what_it_measured(make_model: MakeModel, narrow: Path) -> None:
     folder = make_model("llama")
     config = RunConfig.build(model=str(folder), device="cpu")
-    workload = Workload(batch_sizes=(1, 2), lengths=(4, 8), decode_tokens=2, repeats=2)
-    found = race(config, [str(narrow)], Cuts(0.5, roundings=(8,)), workload, threads=1)
+    workload = BenchmarkSettings(batch_sizes=(1, 2), lengths=(4, 8), decode_tokens=2, repeats=2)
+    found = run_benchmark(config, [str(narrow)], Cuts(0.5, roundings=(8,)), workload, threads=1)
     assert [one.name for one in found.models] == ["llama", "narrow", "uniform/8"]
     dense, pruned, cut = found.models
     assert (dense.least_width, dense.most_width, dense.widths) == (64, 64, 1)
@@ -246,23 +241,25 @@ def test_a_benchmark_says_what_it_measured(make_model: MakeModel, narrow: Path) 
         if one.ideal and one.speed_up:
             assert 1 < one.ideal.expected < 2
             assert one.reached == one.speed_up.median / one.ideal.expected
-    assert Benchmark.model_validate_json(found.to_json()) == found
+    assert BenchmarkReport.model_validate_json(found.to_json()) == found
 
 
 def test_threads_are_given_back(make_model: MakeModel) -> None:
     before = torch.get_num_threads()
-    found = race(RunConfig.build(model=str(make_model("llama")), device="cpu"), workload=QUICK, threads=before + 1)
+    found = run_benchmark(
+        RunConfig.build(model=str(make_model("llama")), device="cpu"), settings=QUICK, threads=before + 1
+    )
     assert found.threads == before + 1
     assert torch.get_num_threads() == before
 
 
-def test_what_does_not_fit_is_refused(make_model: MakeModel) -> None:
+def test_models_that_cannot_be_compared_are_refused(make_model: MakeModel) -> None:
     one, other = opened(make_model("llama")), opened(make_model("llama"), dtype="bfloat16")
     with pytest.raises(ConfigError, match="more than the context"):
-        timing.check_workload([one], Workload(lengths=(120,), decode_tokens=9))
-    timing.check_workload([one], Workload(lengths=(120,), decode_tokens=8))
+        timing.check_settings([one], BenchmarkSettings(lengths=(120,), decode_tokens=9))
+    timing.check_settings([one], BenchmarkSettings(lengths=(120,), decode_tokens=8))
     with pytest.raises(ConfigError, match="give --dtype"):
-        timing.check_workload([one, other], QUICK)
+        timing.check_settings([one, other], QUICK)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -275,19 +272,19 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     return lambda *words: CliRunner().invoke(cli, ["benchmark", *map(str, words), *fast])
 
 
-def test_the_command_prints_draws_and_tells(
+def test_the_command_prints_plots_and_writes_json(
     run: Callable[..., Result], make_model: MakeModel, narrow: Path, tmp_path: Path
 ) -> None:
-    words = make_model("llama"), narrow, "--ratio", 0.5, "--round-to", "8,16", "--allocator", "uniform"
+    arguments = make_model("llama"), narrow, "--ratio", 0.5, "--round-to", "8,16", "--allocator", "uniform"
     for name in ("speed.svg", "speed.png"):
-        result = run(*words, "--allocator", "log-increase", "--plot", tmp_path / name)
+        result = run(*arguments, "--allocator", "log-increase", "--plot", tmp_path / name)
         assert result.exit_code == 0, result.output
         assert (tmp_path / name).stat().st_size > 1000
-    assert max(map(len, (line for line in result.stdout.splitlines() if "Drawn" not in line))) <= 80
-    for told in ("Prefill", "Decode", "narrow", "uniform/16", "log-increase/8", "24 to 64", "reached", "bytes"):
-        assert told in result.stdout.replace("\n", ""), told
-    told = json.loads(run(*words, "--json").stdout)
-    assert [one["name"] for one in told["models"]] == ["llama", "narrow", "uniform/8", "uniform/16"]
+    assert max(map(len, (line for line in result.stdout.splitlines() if "Plotted" not in line))) <= 80
+    for words in ("Prefill", "Decode", "narrow", "uniform/16", "log-increase/8", "24 to 64", "reached", "bytes"):
+        assert words in result.stdout.replace("\n", ""), words
+    report = json.loads(run(*arguments, "--json").stdout)
+    assert [model["name"] for model in report["models"]] == ["llama", "narrow", "uniform/8", "uniform/16"]
 
 
 def test_one_model_alone_is_timed_too(run: Callable[..., Result], make_model: MakeModel, tmp_path: Path) -> None:
@@ -303,7 +300,7 @@ def test_one_model_alone_is_timed_too(run: Callable[..., Result], make_model: Ma
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["demo", "--allocator", "uniform"], "give --ratio too"),
         (["demo", "--round-to", "64"], "give --ratio too"),
@@ -314,12 +311,7 @@ def test_one_model_alone_is_timed_too(run: Callable[..., Result], make_model: Ma
         (["demo", "--ratio", "1"], "range"),
     ],
 )
-def test_the_command_refuses(words: list[str], told: str, run: Callable[..., Result]) -> None:
+def test_the_command_refuses(words: list[str], message: str, run: Callable[..., Result]) -> None:
     result = run(*words)
     assert (result.exit_code, result.stdout) == (2, ""), result.output
-    assert told in result.stderr
-
-
-def test_the_largest_setting_is_the_one_whose_memory_is_told() -> None:
-    workload = Workload(batch_sizes=(1, 8), lengths=(128, 512))
-    assert max(workload.points, key=math.prod) == (8, 512)
+    assert message in result.stderr

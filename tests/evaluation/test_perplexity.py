@@ -86,7 +86,7 @@ def test_batches_do_not_change_the_result(opened: tuple[Any, Any], text: Path, m
     model, tokenizer = opened
     data = evaluation_set(str(text), tokenizer, 64)
     together = perplexity(model, data, Progress())
-    monkeypatch.setattr(evaluation, "_LOGITS_PER_BATCH", 1)
+    monkeypatch.setattr(evaluation, "LOGITS_PER_BATCH", 1)
     assert perplexity(model, data, Progress()).nll == pytest.approx(together.nll, rel=1e-6)
 
 

@@ -17,11 +17,10 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, DataError
 from cfsp_framework.modeling.loading import LoadedModel
-from cfsp_framework.pruning.cut import cut_model
+from helpers.pruned_checkpoints import write_pruned
 
 pytest.importorskip("lm_eval")
 from cfsp_framework.evaluation import tasks
@@ -30,7 +29,7 @@ from cfsp_framework.evaluation.tasks import Metric, TaskResult, TaskResults, loc
 MakeModel = Callable[..., Path]
 OpenTiny = Callable[..., Any]
 
-# The files of the harness that emit warnings of their own are none of this package's.
+# Warnings from the harness's own files.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")
 
 
@@ -73,14 +72,12 @@ def loaded(make_model: MakeModel, open_tiny: OpenTiny) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def narrow(
-    make_model: MakeModel, open_tiny: OpenTiny, make_plan: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    make_model: MakeModel, open_tiny: OpenTiny, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[LoadedModel, Path]:
     """A model whose blocks differ in width, and the checkpoint of it."""
-    loaded, decoder = open_tiny(make_model("llama", max_position_embeddings=256))
-    cut_model(decoder, make_plan(decoder, [24, 40, 64]))
-    folder = tmp_path_factory.mktemp("narrow") / "checkpoint"
-    save_model(decoder, loaded, folder)
-    return loaded, folder
+    dense = make_model("llama", max_position_embeddings=256)
+    folder = write_pruned(dense, tmp_path_factory.mktemp("narrow") / "checkpoint", (24, 40, 64))
+    return open_tiny(folder)[0], folder
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +110,7 @@ def test_accuracies_are_what_likelihoods_make_them(loaded: LoadedModel, scored: 
     assert (arc.acc.value, arc.acc_norm.value) == pytest.approx((plain / 7, normed / 7))
 
 
-def test_what_is_needed_to_get_the_same_numbers_is_told(scored: TaskResults) -> None:
+def test_results_record_the_settings_that_reproduce_them(scored: TaskResults) -> None:
     arc, winogrande = scored.tasks
     assert (arc.task, arc.fewshot, arc.samples, arc.version, arc.note) == ("arc_easy", 0, 7, "1.0", "")
     assert (winogrande.task, winogrande.samples, winogrande.acc_norm) == ("winogrande", 4, None)
@@ -147,7 +144,7 @@ def test_the_harness_itself_says_the_same_of_the_checkpoint(
 ) -> None:
     loaded, checkpoint = narrow
     names = ["arc_easy", "winogrande"]
-    mine = run_tasks(loaded.model, loaded.tokenizer, names, task_data=data, batch_size=4)
+    results = run_tasks(loaded.model, loaded.tokenizer, names, task_data=data, batch_size=4)
     (tmp_path / "yaml").mkdir()
     local_tasks(names, data, tmp_path / "yaml")
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
@@ -166,10 +163,10 @@ def test_the_harness_itself_says_the_same_of_the_checkpoint(
     assert done.returncode == 0, done.stderr[-2000:]
     [written] = (tmp_path / "out").rglob("results*.json")
     theirs = json.loads(written.read_text())["results"]
-    for one in mine.tasks:
-        for name, metric in one.metrics.items():
-            assert theirs[one.task][f"{name},none"] == pytest.approx(metric.value, abs=1e-9), (one.task, name)
-            assert theirs[one.task][f"{name}_stderr,none"] == pytest.approx(metric.stderr, abs=1e-9)
+    for task in results.tasks:
+        for name, metric in task.metrics.items():
+            assert theirs[task.task][f"{name},none"] == pytest.approx(metric.value, abs=1e-9), (task.task, name)
+            assert theirs[task.task][f"{name}_stderr,none"] == pytest.approx(metric.stderr, abs=1e-9)
 
 
 def test_ready_made_columns_give_the_harness_its_prompts(tmp_path: Path) -> None:
@@ -186,14 +183,14 @@ def test_ready_made_columns_give_the_harness_its_prompts(tmp_path: Path) -> None
         write_rows(data / "hellaswag" / "validation.jsonl", [row])
         [written] = local_tasks(["hellaswag"], data, folder)
         assert bool(written.note) == (number == 1)
-        [task] = tasks._manager().load([str(written.path)])["tasks"].values()
+        [task] = tasks.task_manager().load([str(written.path)])["tasks"].values()
         [doc] = task.eval_docs
         prompts.append((task.doc_to_text(doc), task.doc_to_choice(doc), int(task.doc_to_target(doc))))
     assert prompts[0] == prompts[1]
 
 
 @pytest.mark.parametrize(
-    ("names", "fewshot", "told"),
+    ("names", "fewshot", "message"),
     [
         (["arc_easi"], None, "lm-eval has no 'arc_easi'. Did you mean 'arc_easy'?"),
         (["ai2_arc"], None, "'ai2_arc' is a group"),
@@ -202,12 +199,12 @@ def test_ready_made_columns_give_the_harness_its_prompts(tmp_path: Path) -> None
         ([], None, "at least one task"),
     ],
 )
-def test_what_cannot_be_run_is_refused(
-    names: list[str], fewshot: int | None, told: str, loaded: LoadedModel, data: Path
+def test_impossible_tasks_are_refused(
+    names: list[str], fewshot: int | None, message: str, loaded: LoadedModel, data: Path
 ) -> None:
     with pytest.raises((ConfigError, DataError)) as caught:
         run_tasks(loaded.model, loaded.tokenizer, names, task_data=data, fewshot=fewshot)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 300
 
 
@@ -227,12 +224,12 @@ def test_without_a_network_the_hub_is_named(loaded: LoadedModel) -> None:
 
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    tasks._manager.cache_clear()
+    tasks.task_manager.cache_clear()
     try:
         with pytest.raises(ConfigError, match=r"pip install 'cfsp-framework\[eval\]'"):
             tasks.check_names(["arc_easy"])
     finally:
-        tasks._manager.cache_clear()
+        tasks.task_manager.cache_clear()
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1) | st.none()), min_size=1, max_size=5))
@@ -265,25 +262,25 @@ def test_evaluate_prints_scores_versions_and_perplexity(
     result = evaluate(monkeypatch, *words, "--data", "demo", "--seqlen", 64, "--evaluate-windows", 1)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
-    for told in ("arc_easy", "winogrande", "acc_norm", "mean", "lm-eval 0.", "first 2 documents", "bits/byte"):
-        assert told in result.stdout, told
-    told = json.loads(evaluate(monkeypatch, *words, "--json").stdout)
-    assert told["evaluations"] == []
-    found = TaskResults.model_validate(told["tasks"])
-    assert [one.task for one in found.tasks] == ["arc_easy", "winogrande"]
+    for words in ("arc_easy", "winogrande", "acc_norm", "mean", "lm-eval 0.", "first 2 documents", "bits/byte"):
+        assert words in result.stdout, words
+    report = json.loads(evaluate(monkeypatch, *words, "--json").stdout)
+    assert report["evaluations"] == []
+    found = TaskResults.model_validate(report["tasks"])
+    assert [task.task for task in found.tasks] == ["arc_easy", "winogrande"]
     assert found.tasks[0].acc is not None
     assert f"{found.tasks[0].acc.value:.4f}" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        (["--limit", "2"], "are about --tasks"),
-        (["--tasks", "arc_easy", "--stream"], "the tasks run the whole model"),
+        (["--limit", "2"], "need --tasks"),
+        (["--tasks", "arc_easy", "--stream"], "--stream and --tasks cannot be combined"),
         (["--tasks", "arc_easi"], "Did you mean 'arc_easy'?"),
     ],
 )
-def test_evaluate_refuses(words: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_refuses(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = evaluate(monkeypatch, "demo", *words)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert told in result.stderr
+    assert message in result.stderr

@@ -1,4 +1,4 @@
-"""What stands in a GGUF file: the model's tensors, reordered where llama.cpp wants it, its keys, its tokenizer.
+"""A GGUF file holds the model's tensors, reordered for llama.cpp, its keys and its tokenizer.
 
 ``tests/benchmarks/gguf_llama_cpp.py`` runs such files in llama.cpp; here they are read back.
 """
@@ -23,7 +23,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 gguf = pytest.importorskip("gguf")
 
 from cfsp_framework import RunConfig
-from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.export.export import Exported, export_gguf
@@ -37,16 +36,9 @@ from cfsp_framework.export.gguf_tokenizer import (
     USER_DEFINED,
     read_vocabulary,
 )
-from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.modeling.decoder import open_decoder
-from cfsp_framework.modeling.loading import load_model
-from cfsp_framework.pruning.cut import cut_model
-from cfsp_framework.pruning.surgery import drop_attention
-from cfsp_framework.runtime.atomic_files import staged_folder
 from helpers import families
-from helpers.compensation import GivenUpdates
+from helpers.pruned_checkpoints import write_pruned
 
-PLUGINS = load_plugins()
 WIDTHS = (48, 40, 56)
 LLAMA3 = {
     "rope_type": "llama3",
@@ -63,32 +55,19 @@ Write = Callable[..., Path]
 def write(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> Write:
     """``write(name, widths, **settings)``: the folder of a pruned model whose tokenizer is a byte-level BPE."""
 
-    def make(
-        name: str,
-        widths: Sequence[int] = WIDTHS,
-        *,
-        dropped: Sequence[int] = (),
-        biases: Sequence[str] = (),
-        **settings: Any,
-    ) -> Path:
-        loaded = load_model(RunConfig.build(model=str(make_model(name, **settings)), device="cpu"))
-        decoder = open_decoder(loaded.model, PLUGINS)
-        plan = families.plan_of(decoder, widths)
-        drop_attention(decoder, dropped)
-        cut_model(decoder, plan, GivenUpdates(families.add_biases(decoder, biases)))
-        pruned = tmp_path_factory.mktemp("gguf") / "pruned"
-        with staged_folder(pruned) as folder:
-            save_model(decoder, loaded, folder, max_shard_size="40KB")
-        return pruned
+    def make(name: str, widths: Sequence[int] = WIDTHS, *, dropped: Any = (), biases: Any = (), **changes: Any) -> Path:
+        out = tmp_path_factory.mktemp("gguf") / "pruned"
+        dense = make_model(name, **changes)
+        return write_pruned(dense, out, widths, dropped=dropped, biases=biases, max_shard_size="40KB")
 
     return make
 
 
 def export(pruned: Path, **options: Any) -> tuple[Exported, Any]:
-    """What is told, and the file."""
+    """The export's record, and the file."""
     path = pruned.parent / "model.gguf"
-    made = export_gguf(RunConfig.build(model=str(pruned), device="cpu"), path, overwrite=True, **options)
-    return made, gguf.GGUFReader(path)
+    exported = export_gguf(RunConfig.build(model=str(pruned), device="cpu"), path, overwrite=True, **options)
+    return exported, gguf.GGUFReader(path)
 
 
 def value(reader: Any, key: str) -> Any:
@@ -98,10 +77,10 @@ def value(reader: Any, key: str) -> Any:
 def tensors(reader: Any) -> dict[str, torch.Tensor]:
     """Every tensor in float32, shaped as in PyTorch."""
     return {
-        one.name: torch.from_numpy(gguf.quants.dequantize(one.data, one.tensor_type).copy()).view(
-            *reversed([int(size) for size in one.shape])
+        entry.name: torch.from_numpy(gguf.quants.dequantize(entry.data, entry.tensor_type).copy()).view(
+            *reversed([int(size) for size in entry.shape])
         )
-        for one in reader.tensors
+        for entry in reader.tensors
     }
 
 
@@ -131,8 +110,8 @@ def test_every_tensor_is_there(
     name: str, widths: Sequence[int], settings: dict[str, Any], architecture: str, write: Write
 ) -> None:
     pruned = write(name, widths, **settings)
-    made, reader = export(pruned)
-    assert made.architecture == value(reader, "general.architecture") == architecture
+    exported, reader = export(pruned)
+    assert exported.architecture == value(reader, "general.architecture") == architecture
     found, expected = tensors(reader), families.tensors_of(pruned)
     found.pop("rope_freqs.weight", None)
     assert len(found) == len(expected)
@@ -157,9 +136,9 @@ def test_every_tensor_is_there(
         if module.startswith("model.layers."):
             index, module = module.removeprefix("model.layers.").split(".", 1)
             prefix = f"blk.{index}."
-        there = found[f"{prefix}{names[module]}.{kind}"]
+        written = found[f"{prefix}{names[module]}.{kind}"]
         count = heads.get(module.rpartition(".")[2], 0)
-        assert (halves(there, count) if count and architecture != "qwen2" else there).equal(tensor), key
+        assert (halves(written, count) if count and architecture != "qwen2" else written).equal(tensor), key
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.booleans())
@@ -199,8 +178,8 @@ def test_a_block_without_attention_has_no_heads_and_no_norm_before_them(write: W
     assert value(reader, "general.architecture") == "deci"
     assert value(reader, "deci.attention.head_count") == [4, 0, 4]
     assert value(reader, "deci.attention.head_count_kv") == [2, 0, 2]
-    there = {one.name for one in reader.tensors if one.name.startswith("blk.1.")}
-    assert there == {f"blk.1.{part}.weight" for part in ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")}
+    names = {entry.name for entry in reader.tensors if entry.name.startswith("blk.1.")}
+    assert names == {f"blk.1.{part}.weight" for part in ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")}
 
 
 def test_biases_of_a_compensator_are_there(write: Write) -> None:
@@ -227,7 +206,7 @@ def test_llama_3_positions_are_factors_of_each_frequency(write: Write) -> None:
 
     found = tensors(reader)["rope_freqs.weight"]
     assert found.tolist() == pytest.approx([factor(length) for length in lengths], rel=1e-5)
-    assert len({round(one, 3) for one in found.tolist()}) >= 3
+    assert len({round(value, 3) for value in found.tolist()}) >= 3
     assert "deci.rope.scaling.type" not in reader.fields
 
 
@@ -252,19 +231,19 @@ def test_positions_that_change_with_the_length_are_refused(write: Write) -> None
 
 
 def test_the_context_ends_where_a_window_would_slide(write: Write) -> None:
-    made, reader = export(write("mistral"))
+    exported, reader = export(write("mistral"))
     assert value(reader, "deci.context_length") == 16
-    assert "slides over 16 tokens" in made.notes[0]
-    made, reader = export(write("mistral", sliding_window=None))
+    assert "slides over 16 tokens" in exported.notes[0]
+    exported, reader = export(write("mistral", sliding_window=None))
     assert value(reader, "deci.context_length") == 128
-    assert made.notes == ()
+    assert exported.notes == ()
 
 
 @pytest.mark.parametrize(("kind", "error"), [("f32", 0.0), ("f16", 2e-4), ("bf16", 3e-3), ("q8_0", 5e-3)])
 def test_matrices_have_the_type_asked_for_and_vectors_are_exact(kind: str, error: float, write: Write) -> None:
     pruned = write("llama", (64, 32, 64))
-    made, reader = export(pruned, kind=kind)
-    types = {one.name: one.tensor_type.name for one in reader.tensors}
+    exported, reader = export(pruned, kind=kind)
+    types = {entry.name: entry.tensor_type.name for entry in reader.tensors}
     assert {name: kind_ for name, kind_ in types.items() if "norm" in name and kind_ != "F32"} == {}
     assert {kind_ for name, kind_ in types.items() if "norm" not in name} == {kind.upper()}
     found = tensors(reader)["blk.1.ffn_up.weight"]
@@ -272,25 +251,25 @@ def test_matrices_have_the_type_asked_for_and_vectors_are_exact(kind: str, error
     assert (found - expected).abs().max() <= error
     assert kind == "f32" or not found.equal(expected)
     assert value(reader, "general.file_type") == {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}[kind]
-    assert made.notes == ()
+    assert exported.notes == ()
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", "F32"), ("bfloat16", "BF16"), ("float16", "F16")])
 def test_the_type_is_the_checkpoints_where_none_is_asked_for(dtype: str, expected: str, write: Write) -> None:
     pruned = write("llama", dtype=dtype)
     _, reader = export(pruned)
-    assert {one.tensor_type.name for one in reader.tensors if "ffn_up" in one.name} == {expected}
+    assert {entry.tensor_type.name for entry in reader.tensors if "ffn_up" in entry.name} == {expected}
     weight = families.tensors_of(pruned)["model.layers.0.mlp.up_proj.weight"]
     assert tensors(reader)["blk.0.ffn_up.weight"].equal(weight.float())
 
 
-def test_matrices_q8_0_cannot_hold_stay_in_16_bits_and_it_is_said(write: Write) -> None:
-    made, reader = export(write("llama"), kind="q8_0")  # widths 48, 40, 56: no multiples of 32
-    types = {one.name: one.tensor_type.name for one in reader.tensors}
+def test_matrices_q8_0_cannot_hold_stay_in_16_bits_and_are_noted(write: Write) -> None:
+    exported, reader = export(write("llama"), kind="q8_0")  # widths 48, 40, 56: no multiples of 32
+    types = {entry.name: entry.tensor_type.name for entry in reader.tensors}
     assert {types[f"blk.{index}.ffn_down.weight"] for index in range(3)} == {"F16"}
     assert types["blk.0.ffn_up.weight"] == "Q8_0"
-    assert "3 matrices, first blk.0.ffn_down.weight, have rows of 48 values" in made.notes[0]
-    assert "--round-to of 32" in made.notes[0]
+    assert "3 matrices, first blk.0.ffn_down.weight, have rows of 48 values" in exported.notes[0]
+    assert "--round-to of 32" in exported.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +277,7 @@ def test_matrices_q8_0_cannot_hold_stay_in_16_bits_and_it_is_said(write: Write) 
     [
         ("qwen3", "normalises queries and keys"),
         ("phi3", "projections are fused"),
-        ("gemma2", "no SiLU"),
+        ("gemma2", "not SiLU"),
         ("mixtral", "mixture of experts"),
         ("olmo2", "not those of Llama"),
     ],
@@ -317,7 +296,7 @@ def test_other_activations_are_refused(write: Write) -> None:
         export(write("llama", hidden_act="gelu"))
 
 
-def test_a_file_is_not_replaced_unasked_and_nothing_is_left_of_a_failure(
+def test_a_file_is_kept_without_overwrite_and_after_a_failure(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = RunConfig.build(model=str(write("llama")), device="cpu")
@@ -330,7 +309,7 @@ def test_a_file_is_not_replaced_unasked_and_nothing_is_left_of_a_failure(
     def fail(*_: Any) -> None:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr("cfsp_framework.export.gguf._read", fail)
+    monkeypatch.setattr("cfsp_framework.export.gguf.interleave", fail)
     with pytest.raises(RuntimeError, match="power cut"):
         export_gguf(config, out, overwrite=True)
     assert out.read_bytes() == before
@@ -341,7 +320,7 @@ def test_a_file_is_not_replaced_unasked_and_nothing_is_left_of_a_failure(
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     families.build("llama").save_pretrained(tmp_path / "bare")
-    with pytest.raises(ModelError, match="has no tokenizer that opens"):
+    with pytest.raises(ModelError, match=r"tokenizer of model .* cannot be opened"):
         export_gguf(RunConfig.build(model=str(tmp_path / "bare"), device="cpu"), tmp_path / "x.gguf")
 
 
@@ -352,12 +331,11 @@ def test_without_the_package_the_extra_is_named(write: Write, tmp_path: Path, mo
     assert "pip install 'cfsp-framework[gguf]'" in found.output
 
 
-def test_the_command_tells_the_architecture(write: Write, tmp_path: Path) -> None:
+def test_the_command_reports_the_architecture(write: Write, tmp_path: Path) -> None:
     command = ["export", str(write("llama")), str(tmp_path / "x.gguf"), "--format", "gguf", "--type", "q8_0"]
-    found = CliRunner().invoke(cli, [*command, "--json"])
-    told = json.loads(found.stdout)
-    assert (told["architecture"], told["widths"]) == ("deci", list(WIDTHS))
-    assert told["bytes"] == (tmp_path / "x.gguf").stat().st_size
+    exported = json.loads(CliRunner().invoke(cli, [*command, "--json"]).stdout)
+    assert (exported["architecture"], exported["widths"]) == ("deci", list(WIDTHS))
+    assert exported["bytes"] == (tmp_path / "x.gguf").stat().st_size
     shown = CliRunner().invoke(cli, [*command, "--overwrite"])
     assert "architecture deci" in shown.output
     assert "Note: 3 matrices" in " ".join(shown.output.split())
@@ -419,12 +397,12 @@ def test_other_ways_are_refused(made: Tokenizer, message: str) -> None:
         read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=made), 8)
 
 
-def test_a_way_nobody_knows_can_be_said() -> None:
+def test_an_unknown_way_to_split_text_can_be_given() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(split("a|b")))
     assert read_vocabulary(tokenizer, 8, pre_tokenizer="falcon").pre == "falcon"
 
 
-def test_normalisation_is_told_or_refused() -> None:
+def test_normalisation_is_noted_or_refused() -> None:
     made = byte_level(use_regex=True)
     made.normalizer = normalizers.NFC()
     assert "normalises text (NFC)" in read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=made), 8).notes[0]
@@ -474,7 +452,7 @@ def test_pieces_are_scored_in_the_order_they_are_joined() -> None:
     assert found.notes == ()
 
 
-def test_merges_that_scores_cannot_express_are_told() -> None:
+def test_merges_that_scores_cannot_express_are_noted() -> None:
     more = {**PIECES, "\u2581a": 9}
     assert "not those of SentencePiece" in read_vocabulary(sentencepiece(vocabulary=more), 10).notes[0]
     all_ways = [*ALL_WAYS, ("\u2581a", "b"), ("\u2581", "a")]

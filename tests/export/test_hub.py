@@ -1,4 +1,4 @@
-"""Publishing: what is uploaded, what is checked, what is refused, and that nothing is lost. The Hub is a stand-in."""
+"""Publishing: which files are uploaded, checked and refused, and that nothing is lost. The Hub is a fake."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def small(calibration_text: Path) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="module")
-def made(base: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(base: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint made from absolute paths, with statistics beside it."""
     out = tmp_path_factory.mktemp("made") / "out"
     words = "prune", base, out, *small(calibration_text), "--evaluate", calibration_text, "--evaluate-windows", 1
@@ -58,9 +58,9 @@ def made(base: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def pruned(made: Path, tmp_path: Path) -> Path:
+def pruned(published: Path, tmp_path: Path) -> Path:
     """A copy of it to break."""
-    return Path(shutil.copytree(made, tmp_path / "pruned"))
+    return Path(shutil.copytree(published, tmp_path / "pruned"))
 
 
 class Hub:
@@ -108,9 +108,15 @@ def test_a_dry_run_needs_no_network(pruned: Path, run: Run, monkeypatch: pytest.
     result = run("push", pruned, "me/fox", "--dry-run")
     assert result.exit_code == 0, result.output
     assert {path.name: path.read_bytes() for path in pruned.iterdir()} == before
-    for told in ("model.safetensors", "modeling_pruned.py", "LICENSE.md", "license_name fox-1", "Nothing was uploaded"):
-        assert told in result.stdout, told
-    assert "Left out: statistics.safetensors." in result.stdout
+    for words in (
+        "model.safetensors",
+        "modeling_pruned.py",
+        "LICENSE.md",
+        "license_name fox-1",
+        "Nothing was uploaded",
+    ):
+        assert words in result.stdout, words
+    assert "Not uploaded: statistics.safetensors." in result.stdout
     upload = Upload.model_validate_json(run("push", pruned, "me/fox", "--dry-run", "--json").stdout)
     assert {check.outcome for check in upload.checks} == {"passed", "remark"}
     sizes = {file.name: file.bytes for file in upload.files}
@@ -164,24 +170,24 @@ def spoil_card(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (spoil_pickle, "pytorch_model.bin is pickled"),
-        (spoil_weights, "model.safetensors is missing"),
-        (spoil_shard, "model-2.safetensors is missing"),
+        (spoil_weights, "model.safetensors, which is missing"),
+        (spoil_shard, "model-2.safetensors, which is missing"),
         (spoil_code, "names modeling_pruned.py, which is missing"),
         (spoil_map, "blocks differ in width"),
         (spoil_card, "README.md has no metadata"),
     ],
 )
-def test_what_would_not_open_is_not_published(
-    spoil: Callable[[Path], None], told: str, pruned: Path, hub: Hub, run: Run
+def test_a_broken_checkpoint_is_not_published(
+    spoil: Callable[[Path], None], message: str, pruned: Path, hub: Hub, run: Run
 ) -> None:
     spoil(pruned)
     for words in ([], ["--dry-run"]):
         result = run("push", pruned, "me/fox", *words)
         assert result.exit_code == 2
-        assert told in result.stderr
+        assert message in result.stderr
     assert "failed" in result.stdout
     assert hub.calls == []
 
@@ -193,10 +199,10 @@ def test_only_checkpoints_of_this_package_are_published(base: Path, hub: Hub) ->
 
 
 @pytest.mark.parametrize("name", ["fox", "me/fox/small", "me/f x", "/home/me", "me/..fox"])
-def test_names_the_hub_does_not_take_are_refused(name: str, run: Run, made: Path) -> None:
+def test_names_the_hub_does_not_take_are_refused(name: str, run: Run, published: Path) -> None:
     with pytest.raises(ConfigError, match="USER/NAME"):
         check_repository(name)
-    assert run("push", made, name).exit_code == 2
+    assert run("push", published, name).exit_code == 2
 
 
 def test_a_failed_upload_says_how_to_try_again(pruned: Path, hub: Hub) -> None:
@@ -222,10 +228,13 @@ def test_prune_publishes_when_all_is_done(
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_a_wrong_name_is_told_before_anything_is_done(
-    base: Path, calibration_text: Path, tmp_path: Path, run: Run, made: Path
+def test_a_wrong_name_is_refused_before_the_run(
+    base: Path, calibration_text: Path, tmp_path: Path, run: Run, published: Path
 ) -> None:
-    for words in (("prune", base, tmp_path / "out", *small(calibration_text)), ("recover", made, tmp_path / "out")):
+    for words in (
+        ("prune", base, tmp_path / "out", *small(calibration_text)),
+        ("recover", published, tmp_path / "out"),
+    ):
         result = run(*words, "--push-to-hub", "fox")
         assert result.exit_code == 2
         assert "USER/NAME" in result.stderr
@@ -248,7 +257,7 @@ def test_absolute_paths_are_found_wherever_they_stand(parts: list[str], around: 
 @pytest.mark.parametrize(
     "text", ["https://huggingface.co/a/b", "</td></tr>", "1/2/3", "me/fox/x", "14px/1.5 x", "../data/x", "~/data/x"]
 )
-def test_what_is_no_absolute_path_is_left_alone(text: str) -> None:
+def test_other_texts_are_not_paths(text: str) -> None:
     assert private_paths(text) == {}
 
 

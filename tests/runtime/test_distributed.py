@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.cli.main import cli
+from cfsp_framework.cli.options import is_first
 from cfsp_framework.engine.replay import ForwardOptions
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
-from cfsp_framework.runtime.distributed import SOLO, Ranks, is_first, join_ranks
+from cfsp_framework.runtime.distributed import SOLO, Ranks, join_ranks
 from cfsp_framework.runtime.progress import Progress
 
 MakeModel = Callable[..., Path]
@@ -355,7 +356,8 @@ import torch
 torch.set_num_threads(1)
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.runtime import distributed as ranks
-from cfsp_framework.runtime.distributed import is_first, join_ranks
+from cfsp_framework.cli.options import is_first
+from cfsp_framework.runtime.distributed import join_ranks
 
 def work(rank, folder, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
