@@ -290,8 +290,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     },
     "magnitude-released": {"criterion": "magnitude", "allocator": "uniform:released=true", "rebalance": False},
 }
-"""Named starting points. ``cfsp-closed-form`` and ``cfsp-refined`` are what measures best without and with training the
-feed-forwards (docs/quality.md); ``*-released`` reproduce the CFSP authors' code channel for channel (docs/method.md)."""
+"""Named starting points. ``cfsp-closed-form`` and ``cfsp-refined`` re-fit or train the kept weights; they are better than
+CFSP on small models, not on every model (docs/quality.md). ``*-released`` reproduce the CFSP authors' code (docs/method.md)."""
 
 
 def parse_choice(text: str) -> dict[str, object]:

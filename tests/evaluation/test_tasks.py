@@ -262,8 +262,8 @@ def test_evaluate_prints_scores_versions_and_perplexity(
     result = evaluate(monkeypatch, *words, "--data", "demo", "--seqlen", 64, "--evaluate-windows", 1)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
-    for words in ("arc_easy", "winogrande", "acc_norm", "mean", "lm-eval 0.", "first 2 documents", "bits/byte"):
-        assert words in result.stdout, words
+    for phrase in ("arc_easy", "winogrande", "acc_norm", "mean", "lm-eval 0.", "first 2 documents", "bits/byte"):
+        assert phrase in result.stdout, phrase
     report = json.loads(evaluate(monkeypatch, *words, "--json").stdout)
     assert report["evaluations"] == []
     found = TaskResults.model_validate(report["tasks"])

@@ -45,14 +45,12 @@ def config_for(folder: Path) -> RunConfig:
     return RunConfig.build(model=str(folder), device="cpu")
 
 
-def cut(
-    name: str, place: Path, plan: Sequence[int] | Callable[[Decoder], Any] = WIDTHS, **changes: Sequence[Any]
-) -> Path:
+def cut(name: str, place: Path, plan: Sequence[int] | Callable[[Decoder], Any] = WIDTHS, **changes: Any) -> Path:
     """The checkpoint of a pruned model of a family."""
     return write_pruned(families.write(families.build(name), place / "dense"), place / "pruned", plan, **changes)
 
 
-def llama(place: Path, **changes: Sequence[Any]) -> Path:
+def llama(place: Path, **changes: Any) -> Path:
     return cut("llama", place, **changes)
 
 
