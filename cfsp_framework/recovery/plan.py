@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cfsp_framework.api.data import BlockRecovery, BlockSummary, RecoveryPlan, TrainableBlock
+from cfsp_framework.api.data import BlockRecovery, BlockSummary, RecoveryPlan
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.config import RunConfig
 from cfsp_framework.data.training import TrainingData, check_training_data, load_training_data
-from cfsp_framework.errors import CfspError, ConfigError, ModelError, PluginError, did_you_mean, one_line
-from cfsp_framework.host.registry import ConfiguredComponent
-from cfsp_framework.host.selection import Selection
+from cfsp_framework.errors import CfspError, ConfigError, ModelError, did_you_mean, one_line
+from cfsp_framework.host.selection import Selection, schedule_recovery
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.loading import fingerprint, resolve
 from cfsp_framework.recovery.targets import list_trainable_blocks, select_matrices
@@ -109,19 +107,15 @@ def plan_recovery(
         ConfigError, DataError, ModelError: the options, the data or the model do not allow the training.
         PluginError: the scheduler's plan does not fit the model.
     """
-    config, decoder, scheduler = context.config, context.decoder, context.selection.recovery
+    config, decoder = context.config, context.decoder
     check_recovery_options(config, context.selection, plan)
     blocks = list_trainable_blocks(decoder, plan)
-    with scheduler.call_component("schedule()") as component:
-        scheduled: object = component.schedule(summaries, plan, blocks)
+    scheduled = schedule_recovery(context.selection.recovery, summaries, plan, blocks)
     if scheduled is None:
         return None
-    if not isinstance(scheduled, RecoveryPlan):
-        raise PluginError(f"{scheduler}: schedule() returned a {type(scheduled).__name__}, not a RecoveryPlan or None.")
     if config.recovery.steps is not None:
         scheduled = scheduled.model_copy(update={"steps": config.recovery.steps})
     check_keep_adapter(config, full=scheduled.full)
-    check_schedule(scheduler, scheduled, blocks)
     matrices = {} if scheduled.full else select_matrices(decoder, scheduled, blocks)
     check_adaptable(decoder, matrices)
     seqlen = sequence_length(config, context.loaded)
@@ -135,23 +129,6 @@ def plan_recovery(
         )
     teacher = find_dense_model(context, plan) if scheduled.distillation else None
     return RecoveryTask(scheduled, data, matrices, teacher, seqlen)
-
-
-def check_schedule(scheduler: ConfiguredComponent[Any], plan: RecoveryPlan, blocks: Sequence[TrainableBlock]) -> None:
-    """Refuse a recovery plan that does not fit the model.
-
-    Raises:
-        PluginError: it names blocks or matrices that do not exist, or trains nothing.
-    """
-    numbers = [entry.block for entry in plan.blocks]
-    if len({*numbers}) < len(numbers) or max(numbers) >= len(blocks):
-        raise PluginError(f"{scheduler}: its recovery plan names blocks {numbers}; the model has {len(blocks)}.")
-    if not any(entry.rank for entry in plan.blocks):
-        raise PluginError(f"{scheduler}: its recovery plan trains no block; return None to train nothing.")
-    paths = {path for block in blocks for path in (*block.feed_forward, *block.attention)}
-    for target in plan.targets:
-        if target not in paths:
-            raise PluginError(f"{scheduler}: no block has {target!r}, a target of its recovery plan.")
 
 
 def check_adaptable(decoder: Decoder, matrices: Mapping[str, BlockRecovery]) -> None:

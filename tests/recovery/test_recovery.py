@@ -25,9 +25,9 @@ from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.checkpoint.save import read_pruned
 from cfsp_framework.errors import CfspError, ConfigError, PluginError
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.selection import select
+from cfsp_framework.host.selection import schedule_recovery, select
 from cfsp_framework.recovery.lora import add_adapters, configure_adapters, merge_adapters, remove_adapters
-from cfsp_framework.recovery.plan import RecoveryTask, check_recovery_options, check_schedule, plan_recovery
+from cfsp_framework.recovery.plan import RecoveryTask, check_recovery_options, plan_recovery
 from cfsp_framework.recovery.targets import list_trainable_blocks, select_matrices, training_precision
 from cfsp_framework.recovery.trainer import StepCallback, divergence, train
 from cfsp_framework.run.context import RunContext, set_up
@@ -485,7 +485,7 @@ def test_a_streamed_model_cannot_be_trained(make_model: MakeModel, calibration_t
     [
         ({"blocks": (BlockRecovery(block=9, rank=1),)}, "names blocks"),
         ({"blocks": (BlockRecovery(block=0, rank=0),)}, "trains no block"),
-        ({"targets": ("mlp.nothing",)}, "no block has 'mlp.nothing'"),
+        ({"targets": ("mlp.nothing",)}, "targets 'mlp.nothing', which no block has"),
     ],
 )
 def test_a_recovery_plan_that_does_not_fit_is_blamed_on_the_scheduler(
@@ -493,7 +493,13 @@ def test_a_recovery_plan_that_does_not_fit_is_blamed_on_the_scheduler(
 ) -> None:
     context, plan = open_pruned(pruned("llama"))
     blocks = list_trainable_blocks(context.decoder, plan)
-    recovery = UniformLora(rank=2).schedule((), plan, blocks)
-    assert recovery is not None
-    with pytest.raises(PluginError, match=f"ig-lora.*{message}"):
-        check_schedule(context.selection.recovery, recovery.model_copy(update=dict(changes)), blocks)
+
+    class Misfit(UniformLora):
+        def schedule(self, *arguments: Any) -> RecoveryPlan | None:
+            recovery = super().schedule(*arguments)
+            assert recovery is not None
+            return recovery.model_copy(update=dict(changes))
+
+    scheduler = replace(context.selection.recovery, component=Misfit(rank=2))
+    with pytest.raises(PluginError, match=f"lora.*{message}"):
+        schedule_recovery(scheduler, (), plan, blocks)

@@ -291,7 +291,7 @@ def compensator(change: Callable[..., Any] | None = None, **attributes: Any) -> 
     return planted(GoodCompensator, "compensate", change, **attributes)
 
 
-def compensator_adding(changes: Callable[[FeedForward, Tensor, Update], dict[str, Any]]) -> Any:
+def compensator_adding(changes: Callable[[FeedForward, Tensor, Any], dict[str, Any]]) -> Any:
     """Derive a compensator that changes more in its update, unless all channels are kept."""
 
     def change(compensate: Callable[..., Update], feed_forward: FeedForward, kept: Tensor, statistics: Any) -> Update:
@@ -585,9 +585,9 @@ DEFECTS: list[tuple[Any, str, str]] = [
         "angular_distance",
     ),
     (
-        observer(lambda: lambda event: isinstance(event, RunFailed) and event.plan),
+        observer(lambda: lambda event: isinstance(event, RunFailed) and vars(event)["plan"]),
         "every_event_is_heard",
-        "failed in RunFailed: AttributeError",
+        "failed in RunFailed: KeyError",
     ),
     (observer(lambda: None), "every_event_is_heard", "returned a NoneType, which cannot be called"),
     (observer(start_once), "every_start_is_fresh", "FileExistsError"),

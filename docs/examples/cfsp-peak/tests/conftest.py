@@ -1,3 +1,3 @@
-"""The fixtures of the kit for plugin authors: tiny models, a host with chosen plugins, calibration windows."""
+"""Fixtures for plugin authors: tiny models, a host with chosen plugins, calibration windows."""
 
 pytest_plugins = ["cfsp_framework.testing"]

@@ -1,4 +1,4 @@
-"""What holds for every collector and every criterion, and the numbers of these."""
+"""The contracts of every collector and criterion, and the numbers of these."""
 
 from __future__ import annotations
 

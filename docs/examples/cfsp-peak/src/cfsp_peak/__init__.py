@@ -1,4 +1,4 @@
-"""The statistic `peak` for cfsp-framework, the largest activation of every channel, and a criterion that reads it."""
+"""The statistic `peak` for cfsp-framework, the largest activation of each channel, and a criterion that reads it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 cfsp_api = 1
-"""The version of the plugin API this is written for."""
+"""Version of the plugin API that this module is written for."""
 
 PEAK = Statistic("peak", shape="(F,)", summary="largest |h| over tokens", unseen=1.0)
-"""Other packages import it to require it. An expert that saw no token is judged by its weights alone: `unseen`."""
+"""Other packages import it to require it. With `unseen=1`, the weights alone decide in an expert without tokens."""
 
 
 class PeakCollector(Collector):
@@ -30,7 +30,7 @@ class PeakCollector(Collector):
     name: ClassVar[str] = "peak"
     provides: ClassVar[Statistic] = PEAK
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    ordered: ClassVar[bool] = True  # a maximum is no sum: windows cannot be shared out over processes
+    ordered: ClassVar[bool] = True  # a maximum does not add up, so that processes cannot share windows
 
     def start(self) -> Accumulator:
         return _Peak()
@@ -46,7 +46,7 @@ class _Peak:
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         if self.peak is None:
             self.peak = inputs.new_zeros(inputs.shape[1]).float()  # (F,)
-        if len(inputs):  # (T, F); an expert may have got none of the window's tokens
+        if len(inputs):  # (T, F); an expert may get no token of the window
             self.peak = self.peak.maximum(inputs.abs().amax(0).float())
 
     def value(self, tokens: int) -> Tensor:
@@ -55,10 +55,10 @@ class _Peak:
 
 
 class PeakCriterion(Criterion):
-    """The most that removing a channel can change the output by, on any token that was seen.
+    """Largest change of the output that removing a channel causes on any calibration token.
 
-    That is the norm of its down weights times its largest activation. Rare but large activations count here as much as
-    frequent ones, which sums of squares hide.
+    It is the norm of the channel's down weights times its largest activation. Rare large activations, which sums of
+    squares hide, count as much as frequent ones.
     """
 
     name: ClassVar[str] = "peak"
