@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from click.testing import CliRunner, Result
@@ -11,10 +13,11 @@ from cfsp_framework.cli.main import cli
 from helpers.families import tensors_of
 
 
-def run_command(*words: object) -> Result:
-    """Run ``cfsp WORDS``; an exception that is not reported to the user is raised."""
-    result = CliRunner().invoke(cli, list(map(str, words)))
-    if result.exception and not isinstance(result.exception, SystemExit):
+def invoke(*words: object, columns: int = 80) -> Result:
+    """Run a command of ``cfsp`` in a terminal of so many columns; an unexpected exception keeps its traceback."""
+    with patch.dict(os.environ, COLUMNS=str(columns)):
+        result = CliRunner().invoke(cli, list(map(str, words)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
 
