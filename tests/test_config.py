@@ -1,7 +1,8 @@
-"""Options: the text form of a component, presets, a YAML file, and what wins over what."""
+"""Options: components as text, presets, the YAML file, and the order in which they override each other."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from cfsp_framework.config import CHOICES, OPTIONS, PRESETS, Choice, RunConfig, layered, parse_choice, read_yaml
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.manager import load_plugins
+from cfsp_framework.host.selection import select
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
@@ -40,7 +42,7 @@ def yaml_file(folder: Path, text: str) -> Path:
         ("mine:text='1'", "mine", {"text": "1"}),
     ],
 )
-def test_a_choice_is_a_name_and_yaml_options(text: str, name: str, options: dict[str, object]) -> None:
+def test_a_component_is_a_name_and_yaml_options(text: str, name: str, options: dict[str, object]) -> None:
     choice = Choice.model_validate(text)
     assert (choice.name, choice.options) == (name, options)
     assert parse_choice(text) == {"name": name, "options": options}
@@ -49,14 +51,14 @@ def test_a_choice_is_a_name_and_yaml_options(text: str, name: str, options: dict
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cfsp:act", r"^'cfsp:act': expected NAME:option=value,option=value, found 'act'\.$"),
-        ("cfsp:b=1,act", r"found 'act'\.$"),
-        ("cfsp:=3", r"found '=3'\.$"),
-        ("cfsp:b=[1", r"^'cfsp:b=\[1': the value of 'b' cannot be read: '\[1'\.$"),
-        ("cfsp:b=@x", r"the value of 'b' cannot be read"),
+        ("cfsp:act", "'cfsp:act'.* 'act'"),
+        ("cfsp:b=1,act", "'act'"),
+        ("cfsp:=3", "'=3'"),
+        ("cfsp:b=[1", r"'b' .*'\[1'"),
+        ("cfsp:b=@x", "'b' .*'@x'"),
     ],
 )
-def test_a_choice_that_cannot_be_read_is_quoted(text: str, message: str) -> None:
+def test_a_component_that_cannot_be_parsed_is_quoted(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.build(model="m", criterion=text)
 
@@ -66,35 +68,31 @@ SCALARS = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(-
 
 @untimed
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), SCALARS, max_size=4))
-def test_a_choice_reads_back_what_it_prints(options: dict[str, object]) -> None:
+def test_a_component_printed_as_text_is_parsed_to_the_same(options: dict[str, object]) -> None:
     choice = Choice(name="wanda-sp", options=options)
     assert Choice.model_validate(str(choice)) == choice
 
 
-def test_a_choice_is_also_a_mapping_without_extra_keys() -> None:
+def test_a_component_may_be_a_mapping_without_extra_keys() -> None:
     config = RunConfig.build(model="m", criterion={"name": "cfsp", "options": {"b": 2}})
     assert config.components.criterion == Choice(name="cfsp", options={"b": 2})
-    with pytest.raises(ConfigError, match=r"criterion\.variant: Extra inputs are not permitted"):
+    with pytest.raises(ConfigError, match=r"criterion\.variant"):
         RunConfig.build(model="m", criterion={"name": "cfsp", "variant": "act"})
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_defaults_need_a_model_only() -> None:
+def test_only_the_model_has_no_default() -> None:
     config = RunConfig.build(model="demo")
-    assert (config.budget.ratio, config.budget.unit, config.budget.round_to, config.run.seed) == (
-        0.5,
-        "channels",
-        128,
-        0,
-    )
+    defaults = (config.budget.ratio, config.budget.unit, config.budget.round_to, config.run.seed)
+    assert defaults == (0.5, "channels", 128, 0)
     assert [str(getattr(config.components, kind)) for kind in CHOICES] == ["cfsp", "cfsp", "none", "none"]
-    with pytest.raises(ConfigError, match=r"^model: Field required"):
+    with pytest.raises(ConfigError, match=r"^model: "):
         RunConfig.build()
 
 
-def test_every_option_is_described_or_is_a_choice() -> None:
+def test_every_option_has_a_description() -> None:
     assert all(option.field.description for option in OPTIONS.values())
 
 
@@ -103,27 +101,14 @@ def test_a_ratio_in_range_is_accepted(ratio: float) -> None:
     assert RunConfig.build(model="m", ratio=ratio).budget.ratio == ratio
 
 
-@pytest.mark.parametrize("ratio", [float("nan"), float("inf"), float("-inf"), 1, 1.0, -0.1, 50, "half", None])
-def test_a_ratio_out_of_range_is_refused(ratio: object) -> None:
-    with pytest.raises(ConfigError, match=r"^ratio: .* \(given: "):
-        RunConfig.build(model="m", ratio=ratio)
+IMPOSSIBLE = [
+    *[("ratio", value) for value in (math.nan, math.inf, -math.inf, 1, 1.0, -0.1, 50, "half", None)],
+    *[("round_to", 0), ("samples", 0), ("samples", 1.5), ("seqlen", 1), ("batch_size", 0), ("evaluate_windows", 0)],
+    *[("seed", -1), ("budget", "heads"), ("dtype", "float8"), ("rebalance", "perhaps")],
+]
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("round_to", 0),
-        ("samples", 0),
-        ("seqlen", 1),
-        ("batch_size", 0),
-        ("seed", -1),
-        ("budget", "heads"),
-        ("dtype", "float8"),
-        ("rebalance", "perhaps"),
-        ("samples", 1.5),
-        ("evaluate_windows", 0),
-    ],
-)
+@pytest.mark.parametrize(("option", "value"), IMPOSSIBLE)
 def test_an_impossible_value_is_named(option: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
         RunConfig.build(model="m", **{option: value})
@@ -131,18 +116,18 @@ def test_an_impossible_value_is_named(option: str, value: object) -> None:
     assert f"(given: {value!r})" in str(caught.value)
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     with pytest.raises(ConfigError, match=r"ratio: .*; samples: "):
         RunConfig.build(model="m", ratio=2, samples=0)
 
 
 def test_an_unknown_option_suggests_the_closest() -> None:
-    with pytest.raises(ConfigError, match=r"^Unknown option 'ration'\. Did you mean 'ratio'\? Available: allocator, "):
+    with pytest.raises(ConfigError, match=r"'ration'.*'ratio'.* allocator, "):
         RunConfig.build(model="m", ration=0.5)
 
 
 @pytest.mark.parametrize("option", ["evaluate", "plugins"])
-def test_one_of_a_list_may_stand_alone(option: str) -> None:
+def test_a_single_value_is_a_list_of_one(option: str) -> None:
     assert OPTIONS[option].read(RunConfig.build(model="m", **{option: "one"})) == ("one",)
     assert OPTIONS[option].read(RunConfig.build(model="m", **{option: ["one", "two"]})) == ("one", "two")
 
@@ -160,11 +145,10 @@ def test_a_configuration_is_frozen_and_survives_json() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_names_components_and_options_that_exist(preset: str) -> None:
     config = layered(preset, None, {"model": "m"})
-    plugins = load_plugins()
-    plugins.criteria.create(config.components.criterion.name, config.components.criterion.options)
-    plugins.allocators.create(config.components.allocator.name, config.components.allocator.options)
-    plugins.compensators.create(config.components.compensator.name, config.components.compensator.options)
-    plugins.recovery_schedulers.create(config.components.recovery.name, config.components.recovery.options)
+    described = select(config, load_plugins()).describe()
+    assert [description.partition(":")[0] for description in described.values()] == [
+        getattr(config.components, kind).name for kind in CHOICES
+    ]
 
 
 def test_the_preset_cfsp_is_the_default() -> None:
@@ -172,9 +156,7 @@ def test_the_preset_cfsp_is_the_default() -> None:
 
 
 def test_an_unknown_preset_suggests_the_closest() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^Unknown preset 'cfsp-release'\. Did you mean 'cfsp-released'\? Available: "
-    ):
+    with pytest.raises(ConfigError, match=r"'cfsp-release'.*'cfsp-released'.* cfsp, "):
         layered("cfsp-release", None, {"model": "m"})
 
 
@@ -184,22 +166,18 @@ def test_an_unknown_preset_suggests_the_closest() -> None:
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     path = yaml_file(tmp_path, "model: from-file\nratio: 0.3\nseed: 4\nrebalance: true\n")
     config = layered("cfsp-released", path, {"ratio": 0.2})
-    assert (config.model.source, config.budget.ratio, config.run.seed, config.budget.rebalance) == (
-        "from-file",
-        0.2,
-        4,
-        True,
-    )
+    assert (config.model.source, config.budget.ratio, config.run.seed) == ("from-file", 0.2, 4)
+    assert config.budget.rebalance
     assert config.components.criterion.options == {"variant": "act"}
 
 
-def test_the_same_component_keeps_its_options_and_gains_the_new_ones(tmp_path: Path) -> None:
+def test_a_component_named_again_keeps_its_options(tmp_path: Path) -> None:
     path = yaml_file(tmp_path, "allocator: cfsp:a=2,distance=mae\n")
     config = layered("cfsp-released", path, {"model": "m", "allocator": "cfsp:distance=mse"})
     assert config.components.allocator == Choice(name="cfsp", options={"released": True, "a": 2, "distance": "mse"})
 
 
-def test_another_component_replaces_the_one_before_with_its_options() -> None:
+def test_another_component_replaces_the_earlier_one_and_its_options() -> None:
     config = layered("cfsp-released", None, {"model": "m", "criterion": "wanda-sp", "allocator": "global-zscore"})
     assert config.components.criterion == Choice(name="wanda-sp")
     assert config.components.allocator == Choice(name="global-zscore")
@@ -212,7 +190,7 @@ def test_a_component_may_be_a_mapping_in_the_file(tmp_path: Path) -> None:
     assert merged == Choice(name="cfsp", options={"variant": "act", "b": 2, "c": 0})
 
 
-def test_layering_leaves_the_presets_as_they_were() -> None:
+def test_layering_does_not_change_the_presets() -> None:
     layered("cfsp-released", None, {"model": "m", "allocator": "cfsp:a=3", "criterion": "cfsp:b=3"})
     assert PRESETS["cfsp-released"]["allocator"] == "cfsp:released=true"
 
@@ -224,30 +202,20 @@ def test_the_file_may_name_the_preset_and_the_command_line_another(tmp_path: Pat
 
 
 @pytest.mark.parametrize("preset", ["[cfsp]", "3", "nothing"])
-def test_a_preset_in_the_file_that_does_not_exist(preset: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^Unknown preset .* Available: cfsp, "):
+def test_an_unknown_preset_in_the_file_is_refused(preset: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"preset .* cfsp, "):
         layered(None, yaml_file(tmp_path, f"model: m\npreset: {preset}\n"), {})
 
 
 @pytest.mark.parametrize("kind", CHOICES)
-@pytest.mark.parametrize("value", ["3", "[cfsp]", "null"])
-def test_a_component_that_is_neither_text_nor_mapping(value: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["3", "[cfsp]", "null", "{name: cfsp, options: [b]}", "{options: {b: 2}}"])
+def test_a_component_that_is_neither_text_nor_a_mapping_of_name_and_options_is_refused(
+    value: str, kind: str, tmp_path: Path
+) -> None:
     path = yaml_file(tmp_path, f"model: m\n{kind}: {value}\n")
     for preset in (None, "cfsp", "flap-released"):
-        with pytest.raises(ConfigError, match=rf"^{kind}: Input should be a valid dictionary"):
+        with pytest.raises(ConfigError, match=f"^{kind}"):
             layered(preset, path, {})
-
-
-def test_options_that_are_no_mapping_are_refused_not_dropped(tmp_path: Path) -> None:
-    path = yaml_file(tmp_path, "model: m\ncriterion: {name: cfsp, options: [b]}\n")
-    with pytest.raises(ConfigError, match=r"^criterion\.options: Input should be a valid dictionary"):
-        layered("cfsp", path, {})
-
-
-def test_options_without_a_name_are_refused(tmp_path: Path) -> None:
-    path = yaml_file(tmp_path, "model: m\ncriterion: {options: {b: 2}}\n")
-    with pytest.raises(ConfigError, match=r"^criterion\.name: Field required"):
-        layered(None, path, {})
 
 
 # --- the YAML file ---------------------------------------------------------------------------------------------------
@@ -260,40 +228,37 @@ def test_dashes_in_option_names_are_underscores(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ratio: [", r"run\.yaml cannot be read: .*line 1"),
-        ("a: 1\n b: 2\n", r"run\.yaml cannot be read: .*line 2"),
-        ("- model\n- ratio\n", r"run\.yaml must hold options as `name: value` lines\.$"),
-        ("just text", r"run\.yaml must hold options"),
-        ("", r"run\.yaml must hold options"),
-        ("model: !!python/object:os.system {}\n", r"run\.yaml cannot be read: "),
+        ("ratio: [", "cannot be read: .*line 1"),
+        ("a: 1\n b: 2\n", "cannot be read: .*line 2"),
+        ("- model\n- ratio\n", "`name: value`"),
+        ("just text", "`name: value`"),
+        ("", "`name: value`"),
+        ("model: !!python/object:os.system {}\n", "cannot be read"),
     ],
 )
-def test_a_file_that_holds_no_options(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+def test_a_file_without_options_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.yaml .*{message}") as caught:
         read_yaml(yaml_file(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"missing\.yaml cannot be read: .*No such file"):
-        layered(None, tmp_path / "missing.yaml", {})
-    with pytest.raises(ConfigError, match=r"cannot be read"):
-        layered(None, tmp_path, {})
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"binary\.yaml cannot be read"):
-        read_yaml(tmp_path / "binary.yaml")
+    for path in (tmp_path / "missing.yaml", tmp_path / "binary.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=f"{path.name} cannot be read"):
+            layered(None, path, {})
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("ratio: .nan", r"^ratio: Input should be a finite number"),
-        ("ratio: 1", r"^ratio: .*less than 1"),
-        ("ratio: -0.1", r"^ratio: .*greater than or equal to 0"),
-        ("rato: 0.5", r"^Unknown option 'rato'\. Did you mean 'ratio'\?"),
-        ("3: 4", r"^Unknown option '3'"),
+        ("ratio: .nan", "^ratio: "),
+        ("ratio: 1", "^ratio: "),
+        ("ratio: -0.1", "^ratio: "),
+        ("rato: 0.5", "'rato'.*'ratio'"),
+        ("3: 4", "'3'"),
     ],
 )
-def test_a_wrong_line_in_the_file(line: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_line_in_the_file_is_named(line: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         layered(None, yaml_file(tmp_path, f"model: m\n{line}\n"), {})

@@ -1,4 +1,4 @@
-"""The authors' released code, channel for channel: kept widths, kept indices and perplexities it gave on public models."""
+"""Parity with the authors' released code on public models: kept widths, kept channels and perplexities."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cfsp_framework.config import RunConfig, layered
 from cfsp_framework.pipeline import evaluate_only, prune
 
 DISTANCES = ("angular", "cosine", "mse", "mae", "uniform")
-STORIES: dict[str, tuple[str, dict[str, str]]] = {
+SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
     **{f"cfsp_{name}": ("cfsp-released", {"allocator": f"cfsp:distance={name}"}) for name in DISTANCES[:4]},
     "cfsp_avg_base": ("cfsp-released", {"allocator": "cfsp:distance=uniform"}),
     "cfsp_a5": ("cfsp-released", {"allocator": "cfsp:a=5"}),
@@ -29,15 +29,15 @@ def check_cell(config: RunConfig, expected: dict[str, Any], evaluation: dict[str
     assert [list(block.kept) for block in result.plan.blocks] == expected["kept_indices"]
     assert result.report.pruned.parameters == expected["parameters"]
     assert result.report.reload_difference == 0
-    [(_, found)] = evaluate_only(RunConfig.build(model=str(out), dtype="float32", **evaluation))
-    assert found.perplexity == pytest.approx(expected["perplexity"], rel=1e-3)
+    [(_, quality)] = evaluate_only(RunConfig.build(model=str(out), dtype="float32", **evaluation))
+    assert quality.perplexity == pytest.approx(expected["perplexity"], rel=1e-3)
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
-@pytest.mark.parametrize("setting", STORIES)
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_stories260k_matches_the_released_code(setting: str, ratio: float, assets: Path, tmp_path: Path) -> None:
     expected = json.loads((assets / "parity/released_stories260K.json").read_text())["cells"][f"{setting}_{ratio}"]
-    preset, options = STORIES[setting]
+    preset, options = SETTINGS[setting]
     given: dict[str, object] = {
         "model": str(assets / "models/stories260K"),
         "ratio": ratio,

@@ -75,9 +75,7 @@ def choose_training_data(config: RunConfig, selection: Selection, plan: PruningP
     elif spec is None and (selection.measures or config.budget.drop_attention):
         spec = config.calibration.data
     if spec is None:
-        raise ConfigError(
-            "--recovery: the plan needs no calibration, so there is no text to train on; give --recovery-data."
-        )
+        raise ConfigError("--recovery: this run has no calibration text to train on; give --recovery-data.")
     return spec
 
 

@@ -1,4 +1,4 @@
-"""What can be trained in a model: the matrices of its blocks, the parameters behind them, and their precision."""
+"""Training targets: the matrices of a model's blocks, the parameters behind them, and their precision."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from cfsp_framework.pruning.planning import check_shared, round_widths, width_st
 from cfsp_framework.runtime.atomic_files import staged_folder
 from helpers import families
 from helpers.compensation import GivenUpdates
-from helpers.runs import run_command
+from helpers.runs import invoke
 from helpers.types import MakeModel, MakePlan, OpenTiny
 
 WIDTHS = (48, 40, 56)
@@ -259,9 +259,9 @@ def test_a_plan_made_for_fewer_processes_is_refused(make_model: MakeModel, tmp_p
     assert any(width % 4 for width in plan.widths)
     (tmp_path / "plan.json").write_text(plan.to_json())
     command = "prune", model, tmp_path / "out", "--plan", tmp_path / "plan.json", "--device", "cpu"
-    refused = run_command(*command, "--tensor-parallel", "4")
+    refused = invoke(*command, "--tensor-parallel", "4")
     assert refused.exit_code == 2
     assert "--tensor-parallel 4: block" in refused.output
-    assert run_command(*command, "--tensor-parallel", "2", "-q").exit_code == 0
+    assert invoke(*command, "--tensor-parallel", "2", "-q").exit_code == 0
     written = PruningPlan.from_json((tmp_path / "out" / "pruning_plan.json").read_text())
     assert written.tensor_parallel == 2

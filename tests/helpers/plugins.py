@@ -1,24 +1,9 @@
-"""Plugins as pip installs them, and the command line in this process."""
+"""Install plugins as pip does."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from unittest.mock import patch
-
-from click.testing import CliRunner, Result
-
-from cfsp_framework.cli.main import cli
-
-
-def invoke(*words: object, columns: int = 80) -> Result:
-    """Run a command of ``cfsp`` in a terminal of so many columns; an unexpected exception keeps its traceback."""
-    with patch.dict(os.environ, COLUMNS=str(columns)):
-        result = CliRunner().invoke(cli, list(map(str, words)))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def install_distribution(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from click.testing import CliRunner, Result
@@ -17,10 +19,11 @@ from cfsp_framework.config import layered
 from helpers.families import tensors_of
 
 
-def run_command(*words: object) -> Result:
-    """Run ``cfsp WORDS``; an exception that is not reported to the user is raised."""
-    result = CliRunner().invoke(cli, list(map(str, words)))
-    if result.exception and not isinstance(result.exception, SystemExit):
+def invoke(*words: object, columns: int = 80) -> Result:
+    """Run a command of ``cfsp`` in a terminal of so many columns; an unexpected exception keeps its traceback."""
+    with patch.dict(os.environ, COLUMNS=str(columns)):
+        result = CliRunner().invoke(cli, list(map(str, words)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
 
@@ -38,7 +41,7 @@ def refuse_small(model: Path, folder: Path, text: Path, *words: object) -> str:
     """Return the line with which ``cfsp prune`` refuses; it must leave nothing in ``folder``."""
     files = set(folder.rglob("*"))
     small = "--calibration", text, "--samples", 4, "--seqlen", 32, "--round-to", 8
-    result = run_command("prune", model, folder / "out", *small, *words)
+    result = invoke("prune", model, folder / "out", *small, *words)
     assert (result.exit_code, result.stdout) == (2, ""), result.output
     assert len(result.stderr.splitlines()) == 1
     assert set(folder.rglob("*")) == files

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cfsp_framework.host.manager import load_plugins
-from helpers.plugins import invoke
+from helpers.runs import invoke
 
 PLUGIN = """
 from typing import Literal

@@ -22,7 +22,8 @@ from packaging.utils import canonicalize_name, is_normalized_name
 from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.scaffold import Kind, check_free, plugin_names, render, write_plugin
-from helpers.plugins import install_distribution, invoke
+from helpers.plugins import install_distribution
+from helpers.runs import invoke
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 by_kind = pytest.mark.parametrize("kind", KINDS)

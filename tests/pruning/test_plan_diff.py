@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +19,7 @@ from cfsp_framework.cli.options import read_plan
 from cfsp_framework.errors import PlanError
 from cfsp_framework.pruning.plan_diff import Comparison, compare
 from helpers.plans import build_plan
-from helpers.runs import run_command
+from helpers.runs import invoke
 
 NAMES = ("A", "B")
 
@@ -62,14 +61,7 @@ def plans(tmp_path: Path) -> tuple[Path, Path]:
     return first, second
 
 
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """``run(*words)``: `cfsp compare` in a terminal of 80 columns."""
-    monkeypatch.setenv("COLUMNS", "80")
-    return partial(run_command, "compare")
+run = partial(invoke, "compare")
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -186,7 +178,7 @@ def test_a_file_that_is_not_a_plan_is_refused(tmp_path: Path) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_compare_prints_tables(run: Run, plans: tuple[Path, Path]) -> None:
+def test_compare_prints_tables(plans: tuple[Path, Path]) -> None:
     result = run(*plans)
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.splitlines()]
@@ -199,7 +191,7 @@ def test_compare_prints_tables(run: Run, plans: tuple[Path, Path]) -> None:
     assert max(map(len, result.stdout.splitlines()[2:])) <= 80
 
 
-def test_compare_of_real_widths_fits_a_terminal(run: Run, tmp_path: Path) -> None:
+def test_compare_of_real_widths_fits_a_terminal(tmp_path: Path) -> None:
     for name, offset in (("a.json", 0), ("b.json", 1)):
         kept = {*range(offset, 14336, 2)}
         (tmp_path / name).write_text(make_plan(*((block, "mlp", 14336, kept) for block in range(80))).to_json())
@@ -208,14 +200,14 @@ def test_compare_of_real_widths_fits_a_terminal(run: Run, tmp_path: Path) -> Non
     assert any(line.split()[:3] == ["79", "14336", "7168"] for line in result.stdout.splitlines())
 
 
-def test_compare_prints_json(run: Run, plans: tuple[Path, Path]) -> None:
+def test_compare_prints_json(plans: tuple[Path, Path]) -> None:
     output = run(*plans, "--json").stdout
     comparison = Comparison.model_validate_json(output)
     assert json.loads(output)["blocks"][0]["jaccard"] == 0.4
     assert [difference.name for difference in comparison.differences] == ["ratio", "criterion"]
 
 
-def test_the_exit_code_depends_on_the_plans_only_with_exit_code(run: Run, plans: tuple[Path, Path]) -> None:
+def test_the_exit_code_depends_on_the_plans_only_with_exit_code(plans: tuple[Path, Path]) -> None:
     first, second = plans
     assert run(first, second, "-q").exit_code == 0
     assert run(first, second, "-q", "--exit-code").exit_code == 1
@@ -223,7 +215,7 @@ def test_the_exit_code_depends_on_the_plans_only_with_exit_code(run: Run, plans:
     assert run(first, second, "-q", "--exit-code").output == ""
 
 
-def test_a_comparison_that_is_refused_is_one_line(run: Run, plans: tuple[Path, Path]) -> None:
+def test_a_comparison_that_is_refused_is_one_line(plans: tuple[Path, Path]) -> None:
     other = plans[0].with_name("other.json")
     other.write_text(make_plan((0, "mlp", 16, {0}), (1, "mlp", 16, {0})).to_json())
     result = run(plans[0], other, "--exit-code")

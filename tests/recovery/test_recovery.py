@@ -35,7 +35,7 @@ from cfsp_framework.runtime.progress import Progress
 from cfsp_plugins.recovery import UniformLora, unit_of_rank
 from helpers import families
 from helpers.families import tensors_of
-from helpers.runs import run_command, same_weights
+from helpers.runs import invoke, same_weights
 from helpers.tiny_models import TINY_MODELS
 from helpers.types import MakeModel
 
@@ -178,7 +178,7 @@ TINY = "rank=4,batch_tokens=128,learning_rate=0.003"
 
 def recover(model: Path, out: Path, recovery: str, *words: object) -> dict[str, Any]:
     """Run ``cfsp recover`` for ten steps of a few tokens and return its report."""
-    result = run_command("recover", model, out, *SMALL, "--recovery", recovery, *words)
+    result = invoke("recover", model, out, *SMALL, "--recovery", recovery, *words)
     assert result.exit_code == 0, result.output
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
@@ -233,7 +233,7 @@ def test_prune_recovers_in_the_same_run(
 ) -> None:
     out, model = tmp_path / "out", make_model(family, dtype="bfloat16")
     small = "--calibration", calibration_text, "--samples", 4, "--round-to", 8, *SMALL, "--evaluate", calibration_text
-    result = run_command("prune", model, out, *small, "--evaluate-windows", 20, "--recovery", recovery, "--json")
+    result = invoke("prune", model, out, *small, "--evaluate-windows", 20, "--recovery", recovery, "--json")
     assert result.exit_code == 0, result.output
     [evaluation] = json.loads(result.stdout)["evaluations"]
     assert evaluation["recovered_excess_nll"] < evaluation["excess_nll"]
@@ -256,10 +256,10 @@ def test_a_kept_adapter_loads_on_the_pruned_model_and_merges_to_the_same(
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert str(pruned(family)) not in (kept / "adapter" / "adapter_config.json").read_text()
     merging = "--adapter", kept / "adapter", "--device", "cpu"
-    assert run_command("recover", kept, later, *merging).exit_code == 0
+    assert invoke("recover", kept, later, *merging).exit_code == 0
     assert same_weights(later, merged)
     assert not json.loads((later / "report.json").read_text())["recovery"]["adapter"]
-    refused = run_command("recover", pruned("phi3"), tmp_path / "no", *merging)
+    refused = invoke("recover", pruned("phi3"), tmp_path / "no", *merging)
     assert refused.exit_code == 2
     assert "is for another checkpoint" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
@@ -386,7 +386,7 @@ def test_an_interrupted_training_of_all_weights_resumes(
     with monkeypatch.context() as patched:
         patched.setattr(StepCallback, "on_step_end", interrupt)
         words = pruned("gpt2"), tmp_path / "resumed", *SMALL, "--recovery", recovery, *resume
-        assert run_command("recover", *words).exit_code == 2
+        assert invoke("recover", *words).exit_code == 2
     recover(pruned("gpt2"), tmp_path / "resumed", recovery, *resume)
     recover(pruned("gpt2"), tmp_path / "whole", recovery)
     assert same_weights(tmp_path / "resumed", tmp_path / "whole")
@@ -459,7 +459,7 @@ def test_text_that_was_calibrated_on_is_enough_to_train_on(pruned: Pruned) -> No
 def test_bad_input_is_refused_in_one_line(words: list[str], message: str, pruned: Pruned, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     words = [word.replace("EMPTY", str(tmp_path / "empty")) for word in words]
-    result = run_command("recover", pruned("llama"), tmp_path / "out", *SMALL, *words)
+    result = invoke("recover", pruned("llama"), tmp_path / "out", *SMALL, *words)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -467,14 +467,14 @@ def test_bad_input_is_refused_in_one_line(words: list[str], message: str, pruned
 
 
 def test_a_model_that_was_not_pruned_cannot_be_recovered(make_model: MakeModel, tmp_path: Path) -> None:
-    result = run_command("recover", make_model("llama"), tmp_path / "out", *SMALL)
+    result = invoke("recover", make_model("llama"), tmp_path / "out", *SMALL)
     assert result.exit_code == 2
     assert "no pruning_plan.json" in result.stderr
 
 
 def test_a_streamed_model_cannot_be_trained(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> None:
     small = "--calibration", calibration_text, "--samples", 4, "--round-to", 8, *SMALL
-    result = run_command("prune", make_model("llama"), tmp_path / "out", *small, "--recovery", "ig-lora", "--stream")
+    result = invoke("prune", make_model("llama"), tmp_path / "out", *small, "--recovery", "ig-lora", "--stream")
     assert result.exit_code == 2
     assert "--stream: ig-lora" in result.stderr
     assert not list(tmp_path.iterdir())

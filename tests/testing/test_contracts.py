@@ -51,7 +51,7 @@ from cfsp_framework.statistics import (
 from cfsp_framework.testing import CONTRACTS, ComponentContract, ContractError, NotApplicable, only
 from cfsp_framework.testing.check import find_target
 from cfsp_framework.testing.contract import describe, variants
-from helpers.plugins import invoke
+from helpers.runs import invoke
 
 QUICK: dict[str, dict[str, Any]] = {"local-reconstruction": {"steps": 20}}
 """Options that only make a component faster."""
