@@ -36,7 +36,7 @@ def new_figure(title: str = "", *, height: int, legend: str = "") -> Any:
     return Figure(
         layout={
             "template": "none",
-            "title": {"text": f"<b>{title}</b>", "font": {"size": 14}, "x": 0, "xref": "paper", "y": 1, "pad": {"t": 14},
+            "title": {"text": f"<b>{title}</b>", "font": {"size": 14}, "x": 0, "xref": "container", "y": 1, "pad": {"t": 14},
                       "yanchor": "top"},
             "height": height,
             "margin": {"l": 10, "r": 10, "t": 44 if title else 20, "b": 10},
@@ -44,7 +44,7 @@ def new_figure(title: str = "", *, height: int, legend: str = "") -> Any:
             "title_font_color": INK,
             "xaxis": axis,
             "yaxis": axis,
-            "legend": {"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0, "title": {"text": legend}},
+            "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "title": {"text": legend}},
             "hoverlabel": {"align": "left", "namelength": -1},
             "hovermode": "closest",
         }
@@ -55,7 +55,13 @@ def to_fragment(figure: Any, name: str) -> Markup:
     """Return a figure as an HTML fragment whose element has the id ``name``; the page holds plotly.js itself."""
     from plotly.io import to_html
 
-    config = {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+    config = {
+        "responsive": True,
+        "displaylogo": False,
+        "showSendToCloud": False,  # a button that uploads the data
+        "typesetMath": False,
+        "modeBarButtonsToRemove": ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+    }
     height = f"{figure.layout.height}px"
     text = to_html(figure, config, include_plotlyjs=False, full_html=False, default_height=height, div_id=name)
     return Markup(text)
@@ -78,8 +84,14 @@ def set_value_axis(axis: Any, values: Sequence[float]) -> None:
     """Make an axis logarithmic where positive values span a factor of 3 or more, and fit its range to them."""
     low, high = min(values), max(values)
     if low > 0 and high / low > _LOG_SPAN:
+        steps = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 300 else (1,)
+        ticks = [
+            step * 10**power
+            for power in range(math.floor(math.log10(low)), 1 + math.ceil(math.log10(high)))
+            for step in steps
+        ]
+        axis.update(type="log", tickvals=ticks, ticktext=[f"{tick:,.6g}" for tick in ticks])
         low, high = math.log10(low), math.log10(high)
-        axis.update(type="log", dtick="D2" if high - low < 2 else 1, minor={"ticks": ""})
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     axis.range = (low - room, high + room)
 
