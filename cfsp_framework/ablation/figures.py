@@ -97,7 +97,7 @@ def plot_quality(groups: Sequence[Group], order: Sequence[Method], measure: Meas
         if mean := group.finite(measure.read):
             means.setdefault(group.method, []).append((group.ratio, mean))
     several = len({group.ratio for group in groups}) > 1
-    title = measure.title if measure.dense is None else f"{measure.title} (dotted: dense, {measure.dense:.4g})"
+    title = measure.title if measure.dense is None else f"{measure.title}; dense {measure.dense:.4g}"
     figure = new_figure(title, height=440 if several else 110 + 26 * len(order))
     for place, method in reversed([*enumerate(order)]):
         if method in means:
