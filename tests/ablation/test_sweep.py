@@ -176,7 +176,7 @@ def test_exclude_leaves_out_what_matches_in_everything_it_names() -> None:
         ({"rows": ["cfsp"]}, "rows: expected options by name"),
         ({"include": {"criterion": "obs"}}, "include: expected a list"),
         ({"exclude": [{"rounding": 2}]}, "exclude: unknown option 'rounding'"),
-        ({"exclude": [{"ratio": "half"}]}, "exclude, ratio: 'half' is no number"),
+        ({"exclude": [{"ratio": "half"}]}, "exclude, ratio: 'half' is not a number"),
         ({"ratio": [0.5, 1.5]}, "ratio: .* less than 1"),
         ({"seeds": "zero"}, "seed: "),
         ({"criterion": 3}, "criterion: expected names of components, not 3"),
