@@ -1,4 +1,4 @@
-"""One cell: plan, cut, compensate, train and evaluate the model in memory, and give it back as it was."""
+"""Run one cell: plan, cut, compensate, train and evaluate the model in memory, then restore it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 from torch import Tensor
 
 from cfsp_framework.ablation.grid import TRAINING
-from cfsp_framework.ablation.measurements import Collection, want
+from cfsp_framework.ablation.measurements import Collection, request_measurements
 from cfsp_framework.ablation.results import CellResult, CellSpec, Latency, Quality
 from cfsp_framework.ablation.snapshot import ModelState, restored
 from cfsp_framework.api.records import Perplexity, PruningPlan
-from cfsp_framework.config import OPTIONS, RunConfig
+from cfsp_framework.config import OPTIONS, FrozenRecord, RunConfig
 from cfsp_framework.engine.cache import identity_of
 from cfsp_framework.engine.replay import tokens_per_batch
 from cfsp_framework.errors import ConfigError, one_line
@@ -40,22 +40,20 @@ from cfsp_framework.runtime.hashing import hash_json
 from cfsp_framework.runtime.progress import Progress
 
 _LONG_TEXT = 1 << 16
-_OF_TRAINING = (*TRAINING, "calibration", "seqlen")
+_TRAINING_OPTIONS = (*TRAINING, "calibration", "seqlen")
 LEAST_ROUNDS = 7
 LATENCY_SECONDS = 1.0
-"""Both models run in turn at least so often, and for at least so long."""
+"""Both models run in turn for at least so many rounds and so many seconds."""
 
 
-class Extras(BaseModel):
-    """What is measured of every cell beside perplexity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Extras(FrozenRecord):
+    """Measurements of every cell beside perplexity."""
 
     tasks: tuple[str, ...] = ()
-    """By the names of lm-evaluation-harness."""
+    """Names of lm-evaluation-harness."""
     task_data: Path | None = None
     limit: int | None = Field(default=None, ge=1)
-    """Of each task's documents."""
+    """Documents of each task to score."""
     fewshot: int | None = Field(default=None, ge=0)
     latency: bool = False
 
@@ -72,7 +70,7 @@ class Extras(BaseModel):
         """Validate options.
 
         Raises:
-            ConfigError: one has an impossible value, or is about tasks where none are named.
+            ConfigError: an option has an impossible value, or concerns tasks and none is named.
         """
         try:
             extras = cls.model_validate(dict(options))
@@ -82,34 +80,34 @@ class Extras(BaseModel):
                 f"{'.'.join(map(str, first['loc']))}: {first['msg']} (given: {first['input']!r})"
             ) from error
         if not extras.tasks and (extras.task_data or extras.limit or extras.fewshot is not None):
-            raise ConfigError("--task-data, --limit and --fewshot are about --tasks; name some.")
+            raise ConfigError("--task-data, --limit and --fewshot need --tasks; name at least one.")
         return extras
 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell that can be run anywhere the model can be opened."""
+    """A cell with everything that a worker needs to run it."""
 
     key: str
     row: str
     config: RunConfig
     collection: str
-    """The name of the collection it takes its measurements from."""
+    """Name of the collection with its measurements."""
     command: str
 
 
 @dataclass(frozen=True)
 class CellOutput:
-    """What running a cell gave; a cell that failed may have no plan."""
+    """Result of a cell, and its plan unless it failed."""
 
     result: CellResult
     plan: PruningPlan | None
     seconds: dict[str, float]
-    """By phase."""
+    """Seconds by phase."""
 
 
 class CellRunner:
-    """The model, opened once, and the data: runs one cell after another and leaves no trace of any."""
+    """Run cells one after another on a model that is opened once and restored after each."""
 
     def __init__(
         self, config: RunConfig, extras: Extras, progress: Progress | None = None, plugins: Plugins | None = None
@@ -118,61 +116,61 @@ class CellRunner:
         progress = progress or Progress()
         context = open_context(config, plugins, select(config, plugins), progress, SOLO)
         with progress.phase("calibrate"):
-            # The same text is cut into windows for every seed and size, and may take long to tokenise.
-            tokenizer = _Remembering(context.loaded.tokenizer)
-            self._drawing = replace(context.loaded, tokenizer=tokenizer)
+            # Every seed and size cuts the same text into windows, and tokenising it may take long.
+            tokenizer = _CachingTokenizer(context.loaded.tokenizer)
+            self._source = replace(context.loaded, tokenizer=tokenizer)
             sets = open_evaluation_sets(config, context.loaded)
         self.context = replace(context, evaluation_sets=sets)
         self.extras = extras
         self._windows: dict[tuple[int, int], Tensor] = {}
 
     def context_of(self, config: RunConfig) -> RunContext:
-        """The bench of one cell, as a run of it alone has it."""
+        """Return the context of one cell, the same as in a run of this cell alone."""
         selection = select(config, self.context.plugins)
         windows: Tensor | None = None
         if selection.measures:
-            place = config.run.seed, config.calibration.samples
-            if place not in self._windows:
+            key = config.run.seed, config.calibration.samples
+            if key not in self._windows:
                 with self.context.progress.phase("calibrate"):
-                    self._windows[place] = open_windows(config, self._drawing)  # (N, T)
-            windows = self._windows[place]
+                    self._windows[key] = open_windows(config, self._source)  # (N, T)
+            windows = self._windows[key]
         return replace(self.context, config=config, selection=selection, windows=windows)
 
     def run(self, job: Job, collection: Collection) -> CellOutput:
-        """Run one cell; whatever goes wrong in it is its result."""
+        """Run one cell; an error becomes its result."""
         start = time.perf_counter()
         context = replace(self.context_of(job.config), progress=Progress())
         try:
-            made = run_cell(context, job, collection, self.extras)
-        except Exception as error:  # noqa: BLE001  (a sweep of hours does not end for one cell)
-            made = CellOutput(failed(context.selection, job, one_line(error)), None, context.progress.seconds)
-        result = made.result.model_copy(update={"seconds": round(time.perf_counter() - start, 4)})
-        return replace(made, result=result)
+            output = run_cell(context, job, collection, self.extras)
+        except Exception as error:  # noqa: BLE001  (one cell's error does not end the sweep)
+            output = CellOutput(failed_cell(context.selection, job, one_line(error)), None, context.progress.seconds)
+        result = output.result.model_copy(update={"seconds": round(time.perf_counter() - start, 4)})
+        return replace(output, result=result)
 
 
-class _Remembering:
-    """A tokenizer that knows the ids of the long texts it was given before."""
+class _CachingTokenizer:
+    """A tokenizer that caches the ids of long texts."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
 
     def __call__(self, text: str, **options: Any) -> Any:
         if len(text) < _LONG_TEXT:
             return self._tokenizer(text, **options)
-        if text not in self._known:
-            self._known[text] = self._tokenizer(text, **options)
-        return self._known[text]
+        if text not in self._cache:
+            self._cache[text] = self._tokenizer(text, **options)
+        return self._cache[text]
 
 
 def run_cell(context: RunContext, job: Job, collection: Collection, extras: Extras) -> CellOutput:
-    """A run as ``prune`` does it, without a checkpoint; the model is afterwards what it was."""
+    """Run a cell like ``cfsp prune``, without a checkpoint, and restore the model."""
     decoder, selection = context.decoder, context.selection
-    wanted = want(selection, context.plugins)
-    if problem := collection.problem(wanted):
-        return CellOutput(failed(selection, job, problem), None, {})
-    measurements = collection.seen_by(wanted, selection)
-    dense = ModelState.of(decoder)
+    request = request_measurements(selection, context.plugins)
+    if problem := collection.problem(request):
+        return CellOutput(failed_cell(selection, job, problem), None, {})
+    measurements = collection.select(request, selection)
+    dense = ModelState.capture(decoder)
     with restored(decoder, trained=trains(selection)):
         plan = make_plan(context, measurements)
         task = schedule(context, plan, measurements)
@@ -183,13 +181,13 @@ def run_cell(context: RunContext, job: Job, collection: Collection, extras: Extr
         parameters = measure_size(decoder.model).parameters
         result = CellResult(
             key=job.key,
-            spec=spec_of(job.row, job.config, selection),
+            spec=make_spec(job.row, job.config, selection),
             status="done",
             channel_ratio=plan.achieved_ratio,
             parameter_ratio=1 - parameters / context.parameters,
             parameters=parameters,
             widths=plan.widths,
-            qualities=qualities(context.evaluation_sets, evaluate(context, decoder)),
+            qualities=to_qualities(context.evaluation_sets, evaluate(context, decoder)),
             tasks=score_tasks(context, extras),
             latency=measure_latency(context, dense) if extras.latency else None,
             command=job.command,
@@ -197,14 +195,14 @@ def run_cell(context: RunContext, job: Job, collection: Collection, extras: Extr
     return CellOutput(result, plan, context.progress.seconds)
 
 
-def failed(selection: Selection, job: Job, error: str) -> CellResult:
-    """A cell as the row of a table that says why there is nothing."""
-    spec = spec_of(job.row, job.config, selection)
+def failed_cell(selection: Selection, job: Job, error: str) -> CellResult:
+    """Return the result of a cell that failed."""
+    spec = make_spec(job.row, job.config, selection)
     return CellResult(key=job.key, spec=spec, status="failed", error=error, command=job.command)
 
 
-def spec_of(row: str, config: RunConfig, selection: Selection) -> CellSpec:
-    """What distinguishes a cell."""
+def make_spec(row: str, config: RunConfig, selection: Selection) -> CellSpec:
+    """Return everything that distinguishes a cell from the others."""
     return CellSpec(
         row=row,
         ratio=config.budget.ratio,
@@ -214,22 +212,22 @@ def spec_of(row: str, config: RunConfig, selection: Selection) -> CellSpec:
     )
 
 
-def qualities(data: Sequence[EvaluationSet], found: Sequence[Perplexity]) -> tuple[Quality, ...]:
-    """What was found on every evaluation set."""
+def to_qualities(data: Sequence[EvaluationSet], perplexities: Sequence[Perplexity]) -> tuple[Quality, ...]:
+    """Return the perplexity on every evaluation set as a record."""
     return tuple(
-        Quality(data=one.spec, windows=len(one.windows), seqlen=one.windows.shape[1], **told.model_dump())
-        for one, told in zip(data, found, strict=True)
+        Quality(data=texts.spec, windows=len(texts.windows), seqlen=texts.windows.shape[1], **measured.model_dump())
+        for texts, measured in zip(data, perplexities, strict=True)
     )
 
 
 def score_tasks(context: RunContext, extras: Extras) -> dict[str, dict[str, float]]:
-    """The metrics of every task for the model as it is now."""
+    """Score the model in its present state on every task, and return the metrics."""
     if not extras.tasks:
         return {}
     from cfsp_framework.evaluation.tasks import run_tasks
 
     with context.progress.phase("tasks"):
-        found = run_tasks(
+        report = run_tasks(
             context.decoder.model,
             context.loaded.tokenizer,
             extras.tasks,
@@ -238,33 +236,33 @@ def score_tasks(context: RunContext, extras: Extras) -> dict[str, dict[str, floa
             fewshot=extras.fewshot,
             batch_size=context.config.calibration.batch_size,
         )
-    return {task.task: {name: metric.value for name, metric in task.metrics.items()} for task in found.tasks}
+    return {task.task: {name: metric.value for name, metric in task.metrics.items()} for task in report.tasks}
 
 
 @torch.no_grad()
 def measure_latency(context: RunContext, dense: ModelState) -> Latency:
-    """Forwards of the cell's model and the dense one in turn, over one batch; the medians.
+    """Time forwards of the cell's model and the dense one in turn over one batch, and return the medians.
 
     A machine that slows down slows both.
     """
     decoder, device = context.decoder, context.decoder.device
-    cell = ModelState.of(decoder)
+    cell = ModelState.capture(decoder)
     seqlen = sequence_length(context.config, context.loaded)
     size = max(1, tokens_per_batch(device) // seqlen)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(decoder.config.vocab_size, (size, seqlen), generator=draw).to(device)  # (B, T)
-    own: list[float] = []
-    before: list[float] = []
+    pruned_seconds: list[float] = []
+    dense_seconds: list[float] = []
     with context.progress.phase("latency"):
         start = time.perf_counter()
-        while len(own) <= LEAST_ROUNDS or time.perf_counter() - start < LATENCY_SECONDS:
-            for state, seconds in ((cell, own), (dense, before)):
-                state.put_back(decoder)
+        while len(pruned_seconds) <= LEAST_ROUNDS or time.perf_counter() - start < LATENCY_SECONDS:
+            for state, seconds in ((cell, pruned_seconds), (dense, dense_seconds)):
+                state.restore(decoder)
                 seconds.append(_forward_seconds(decoder, ids))
-        cell.put_back(decoder)
+        cell.restore(decoder)
     # The first round warms up.
-    medians = [1000 * statistics.median(seconds[1:]) for seconds in (own, before)]
-    return Latency(tokens=ids.numel(), milliseconds=medians[0], dense_milliseconds=medians[1])
+    pruned_ms, dense_ms = (1000 * statistics.median(seconds[1:]) for seconds in (pruned_seconds, dense_seconds))
+    return Latency(tokens=ids.numel(), milliseconds=pruned_ms, dense_milliseconds=dense_ms)
 
 
 def _forward_seconds(decoder: Decoder, ids: Tensor) -> float:
@@ -279,36 +277,38 @@ def _forward_seconds(decoder: Decoder, ids: Tensor) -> float:
 
 
 def dense_key(context: RunContext, extras: Extras) -> str:
-    """A hash of all that decides what the dense model scores."""
-    told = {
+    """Hash everything that decides the dense model's scores."""
+    key = {
         "model": context.loaded.fingerprint,
         "versions": dict(library_versions()),
         "numerics": numerics(context)[1:],
     }
-    return hash_json(told | _evaluation(context, extras))
+    return hash_json(key | _evaluation(context, extras))
 
 
 def _evaluation(context: RunContext, extras: Extras) -> dict[str, object]:
-    """What decides how a model is evaluated."""
-    scored = [*extras.tasks, str(extras.task_data), extras.limit, extras.fewshot]
+    """Return everything that decides how a model is evaluated."""
+    scoring = [*extras.tasks, str(extras.task_data), extras.limit, extras.fewshot]
     return {
-        "evaluation": [(one.spec, fingerprint_of(one.windows)) for one in context.evaluation_sets],
-        "tasks": [*scored, version("lm_eval")] if extras.tasks else None,
+        "evaluation": [(texts.spec, fingerprint_of(texts.windows)) for texts in context.evaluation_sets],
+        "tasks": [*scoring, version("lm_eval")] if extras.tasks else None,
     }
 
 
 def cell_key(context: RunContext, extras: Extras) -> str:
-    """A hash of all that decides a cell's result."""
+    """Hash everything that decides a cell's result."""
     config, selection = context.config, context.selection
     chosen = (selection.criterion, selection.allocator, selection.compensator, selection.recovery)
-    told = {
+    key = {
         "model": context.loaded.fingerprint,
         "windows": [fingerprint_of(context.windows_to_select), fingerprint_of(context.windows_to_compensate)],
-        "components": [identity_of(one) for one in (*chosen, *selection.collectors, *selection.second_pass)],
+        "components": [
+            identity_of(component) for component in (*chosen, *selection.collectors, *selection.second_pass)
+        ],
         "budget": [config.budget.ratio, config.budget.unit, config.budget.round_to, config.budget.rebalance],
         "samples": config.calibration.samples,
         "recovery": [
-            {name: OPTIONS[name].read(config) for name in _OF_TRAINING},
+            {name: OPTIONS[name].read(config) for name in _TRAINING_OPTIONS},
             version("peft"),
         ]
         if trains(selection)
@@ -317,16 +317,16 @@ def cell_key(context: RunContext, extras: Extras) -> str:
         "versions": versions(selection),
         "numerics": numerics(context),
     }
-    return hash_json(told | _evaluation(context, extras))
+    return hash_json(key | _evaluation(context, extras))
 
 
 def trains(selection: Selection) -> bool:
-    """Whether anything may be trained after the cut."""
+    """Return whether the recovery trains the model after the cut."""
     return selection.recovery.component.name != "none"
 
 
 def prune_command(config: RunConfig, out: str) -> str:
-    """The ``cfsp prune`` that gives this cell alone, with every option that is not the default."""
+    """Return the ``cfsp prune`` command of one cell, with every option that is not the default."""
     words = ["cfsp", "prune", config.model.source, out, "--ratio", repr(config.budget.ratio)]
     for name, option in OPTIONS.items():
         value = option.read(config)
@@ -336,6 +336,6 @@ def prune_command(config: RunConfig, out: str) -> str:
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
-            for one in value if isinstance(value, tuple) else (value,):
-                words += [flag, str(one)]
+            for item in value if isinstance(value, tuple) else (value,):
+                words += [flag, str(item)]
     return shlex.join(words)

@@ -1,4 +1,4 @@
-"""Who runs the cells: this process, several on this machine, or Ray's tasks on as many machines as it has."""
+"""Run cells in this process, in several processes of this machine, or as Ray's tasks on a cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from cfsp_framework.ablation.cells import CellOutput, CellRunner, Extras, Job
 from cfsp_framework.ablation.measurements import Collection, CollectionFolder
 from cfsp_framework.config import RunConfig
-from cfsp_framework.errors import CfspError, ConfigError
+from cfsp_framework.errors import CfspError, ConfigError, one_line
 
 Kind = Literal["serial", "process", "ray"]
 Work = Iterable[tuple[Job, Collection]]
@@ -26,23 +26,23 @@ T = TypeVar("T")
 P = TypeVar("P")
 
 _AHEAD = 2
-"""Cells handed out for every worker, so that none waits for the next one."""
+"""Cells submitted per worker, so that none waits for its next one."""
 
 
 @dataclass(frozen=True)
 class Executor:
-    """How cells are run: in which way, how many at a time, and on which cluster."""
+    """How cells are run: by which kind of worker, how many at a time, and on which cluster."""
 
     kind: Kind = "serial"
     jobs: int = 1
     address: str | None = None
-    """Of a Ray cluster that is there; None starts one on this machine."""
+    """Address of a running Ray cluster; None starts one on this machine."""
 
     def check(self, extras: Extras) -> None:
-        """Refuse, before any work is done, what cannot be.
+        """Check the options against each other.
 
         Raises:
-            ConfigError: it cannot.
+            ConfigError: they cannot be combined, or Ray is not installed.
         """
         if self.kind == "serial" and self.jobs > 1:
             raise ConfigError("-j: the serial executor runs one cell at a time; add --executor process or ray.")
@@ -54,11 +54,11 @@ class Executor:
             _import_ray()
 
     def run(self, work: Work, runner: CellRunner, collections: Path) -> Iterator[CellOutput]:
-        """Run every cell and yield what it gave, in the order they end."""
+        """Run every cell and yield its output, in the order of completion."""
         if self.kind == "serial":
             yield from (runner.run(job, collection) for job, collection in work)
             return
-        everything = list(work)  # whatever is to be measured is measured now, with all cores
+        everything = list(work)  # measures now, with all cores
         if self.kind == "process":
             yield from _run_processes(everything, self, runner, collections)
         else:
@@ -67,7 +67,7 @@ class Executor:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a worker needs to open a runner of its own."""
+    """Everything that a worker needs to open its runner."""
 
     config: RunConfig
     extras: Extras
@@ -79,7 +79,7 @@ class _Setting:
 
 
 def _run_processes(work: Work, executor: Executor, runner: CellRunner, collections: Path) -> Iterator[CellOutput]:
-    """Processes that open the model themselves and read the collections from the folder."""
+    """Run cells in processes that open the model themselves and read the measurements from the folder."""
     threads = max(1, torch.get_num_threads() // executor.jobs)
     setting = _Setting(runner.context.config, runner.extras, threads)
     context = get_context("spawn")
@@ -90,27 +90,27 @@ def _run_processes(work: Work, executor: Executor, runner: CellRunner, collectio
     try:
         yield from _drain(
             work,
-            lambda one: pool.submit(_run_here, one[0], one[1].failures),
-            _wait_here,
+            lambda item: pool.submit(_run_in_process, item[0], item[1].failures),
+            _wait_for_processes,
             Future[CellOutput].result,
             executor.jobs * _AHEAD,
         )
     except BrokenProcessPool:
         raise CfspError(
-            "a worker process was ended from outside, perhaps for its memory; try fewer with -j. "
+            "a worker process was killed, perhaps for its memory; try fewer with -j. "
             "Finished cells are kept: the same command goes on."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _wait_here(pending: set[Future[CellOutput]]) -> tuple[set[Future[CellOutput]], set[Future[CellOutput]]]:
+def _wait_for_processes(pending: set[Future[CellOutput]]) -> tuple[set[Future[CellOutput]], set[Future[CellOutput]]]:
     finished, left = wait(pending, return_when=FIRST_COMPLETED)
     return finished, left
 
 
 def _gpu(number: int) -> str:
-    """Which GPU a worker has to itself, or shares with as few as possible."""
+    """Return the GPU of a worker; workers are spread evenly over the visible ones."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     return names[number % len(names)]
@@ -118,7 +118,7 @@ def _gpu(number: int) -> str:
 
 @dataclass
 class _Worker:
-    """What a worker process keeps between cells."""
+    """State of a worker process between cells."""
 
     setting: _Setting
     collections: Path
@@ -130,7 +130,7 @@ _workers: list[_Worker] = []
 
 
 def _begin(setting: _Setting, collections: Path, places: Queue[str | None]) -> None:
-    """What a worker process does first; the model is opened with its first cell, so that an error there is told."""
+    """Initialise a worker process; its first cell opens the model, so that an error there is reported."""
     place = places.get()
     if place is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place
@@ -139,14 +139,14 @@ def _begin(setting: _Setting, collections: Path, places: Queue[str | None]) -> N
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot tell its workers, which would wait for work for ever."""
+    """Exit when the parent process does: a killed parent cannot stop its workers."""
     parent = parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _run_here(job: Job, failures: Mapping[str, str]) -> CellOutput:
+def _run_in_process(job: Job, failures: Mapping[str, str]) -> CellOutput:
     [worker] = _workers
     if worker.runner is None:
         worker.runner = worker.setting.open()
@@ -158,16 +158,16 @@ def _run_here(job: Job, failures: Mapping[str, str]) -> CellOutput:
 
 
 def _run_ray(work: Work, executor: Executor, runner: CellRunner) -> Iterator[CellOutput]:
-    """Ray's tasks; the collections are in its object store, the models are opened by its workers."""
+    """Run cells as Ray's tasks: measurements lie in its object store, and its workers open the model."""
     ray = _import_ray()
     local = executor.address is None and "RAY_ADDRESS" not in os.environ
-    own = not ray.is_initialized()
-    if own:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         options = {"num_cpus": executor.jobs, "include_dashboard": False} if local else {}
         try:
             ray.init(address=executor.address, log_to_driver=False, logging_level="error", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"--ray-address {executor.address}: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"--ray-address {executor.address}: {one_line(error)}") from error
     try:
         cores = torch.get_num_threads() if local else int(ray.cluster_resources().get("CPU", 1))
         threads = max(1, cores // executor.jobs)
@@ -177,8 +177,8 @@ def _run_ray(work: Work, executor: Executor, runner: CellRunner) -> Iterator[Cel
             num_cpus=1 if local else threads, num_gpus=1 if runner.context.decoder.device.type == "cuda" else 0
         )
 
-        def submit(one: tuple[Job, Collection]) -> Any:
-            job, collection = one
+        def submit(item: tuple[Job, Collection]) -> Any:
+            job, collection = item
             if job.collection not in stored:
                 stored[job.collection] = ray.put(collection)
             return task.remote(setting, job, stored[job.collection])
@@ -191,10 +191,10 @@ def _run_ray(work: Work, executor: Executor, runner: CellRunner) -> Iterator[Cel
             raise (error.cause if isinstance(error.cause, CfspError) else error) from None
         except ray.exceptions.RayError as error:
             raise CfspError(
-                f"Ray lost a worker: {' '.join(str(error).split())[:200]} Finished cells are kept: the same command goes on."
+                f"Ray lost a worker: {one_line(error)[:200]} Finished cells are kept: the same command goes on."
             ) from error
     finally:
-        if own:
+        if starts_ray:
             ray.shutdown()
 
 
@@ -202,7 +202,7 @@ _on_ray: dict[str, CellRunner] = {}
 
 
 def _run_on_ray(setting: _Setting, job: Job, collection: Collection) -> CellOutput:
-    """A task; Ray uses its processes again, and what one of them opened stays open."""
+    """Run one cell; Ray reuses its processes, whose runners stay open."""
     name = repr(setting)
     if name not in _on_ray:
         _on_ray.clear()
@@ -217,11 +217,11 @@ def _drain(
     result: Callable[[P], CellOutput],
     most: int,
 ) -> Iterator[CellOutput]:
-    """Hand out at most so much at a time, and yield results as they come."""
+    """Keep at most ``most`` items submitted, and yield results as they arrive."""
     left, pending = iter(work), set[P]()
     while True:
-        for one in left:
-            pending.add(submit(one))
+        for item in left:
+            pending.add(submit(item))
             if len(pending) >= most:
                 break
         if not pending:

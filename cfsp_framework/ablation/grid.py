@@ -1,4 +1,4 @@
-"""Which cells a sweep has: axes, named rows, more grids and exclusions become one RunConfig a cell. No model, no torch."""
+"""Expand a sweep's axes, named rows, grids and exclusions to one RunConfig per cell; needs no model and no torch."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from cfsp_framework.errors import ConfigError, did_you_mean
 AMOUNTS = ("samples", "seeds", "ratio")
 """Axes of numbers, the outermost first: cells that share a collection lie together."""
 TRAINING = ("recovery_data", "recovery_steps", "recovery_check_every", "recovery_patience")
-OF_A_ROW = (*CHOICES, "rebalance", "reuse_windows", *TRAINING)
+ROW_OPTIONS = (*CHOICES, "rebalance", "reuse_windows", *TRAINING)
 """Options in which rows may differ."""
 SHARED = (
     *("budget", "round_to", "rebalance", "reuse_windows", *TRAINING, "calibration", "seqlen", "pack", "skip_bos"),
     *("batch_size", "device", "dtype", "spill", "evaluate", "evaluate_windows", "trust_remote_code", "plugins"),
 )
-"""Options of a run that hold for all cells; a row may say otherwise for those that are also its own."""
+"""Options of a run that hold for all cells; a row may override those that are also in ``ROW_OPTIONS``."""
 PARTS = ("preset", "rows", "include", "exclude")
 Options = Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep, and the row of a table it stands in."""
+    """One run of a sweep, and its row in the tables."""
 
     row: str
     config: RunConfig
 
 
 def expand(model: str, options: Options) -> tuple[Cell, ...]:
-    """All cells of a sweep: named rows first, then the grids.
+    """Return all cells of a sweep: those of named rows first, then those of grids.
 
     ``options`` hold the axes (components, ``ratio``, ``samples``, ``seeds``: one value or many), the ``SHARED`` options
-    of a run, and ``preset`` (names), ``rows`` (options by name), ``include`` (more grids) and ``exclude`` (what cells
-    to leave out). The axes at the top make a grid if a component is among them, or if there is nothing else.
+    of a run, and ``preset`` (names), ``rows`` (options by name), ``include`` (more grids) and ``exclude`` (values
+    of cells to leave out). The axes at the top make a grid if a component is among them, or without rows and grids.
 
     Raises:
         ConfigError: an option is unknown or has an impossible value, or no cell is left.
@@ -46,20 +46,20 @@ def expand(model: str, options: Options) -> tuple[Cell, ...]:
     shared: Options = {"model": model, **{name: options[name] for name in SHARED if name in options}}
     top: Options = {name: options[name] for name in (*CHOICES, *AMOUNTS) if name in options}
     rows = [*_preset_rows(options), *_mappings(options.get("rows"), "rows").items()]
-    grids = [dict(one) for one in _list_of_mappings(options.get("include"), "include")]
+    grids = [dict(grid) for grid in _list_of_mappings(options.get("include"), "include")]
     if any(kind in top for kind in CHOICES) or not (rows or grids):
         grids.insert(0, dict(top))
     cells = [cell for name, row in rows for cell in _named(name, row, top, shared)]
     cells += [cell for grid in grids for cell in _crossed(grid, top, shared)]
-    exclude = [_exclusion(one) for one in _list_of_mappings(options.get("exclude"), "exclude")]
-    kept = tuple(cell for cell in cells if not any(_matches(cell, one) for one in exclude))
+    exclude = [_exclusion(values) for values in _list_of_mappings(options.get("exclude"), "exclude")]
+    kept = tuple(cell for cell in cells if not any(_matches(cell, values) for values in exclude))
     if not kept:
         raise ConfigError("the sweep has no cells: `exclude` leaves none.")
     return kept
 
 
 def split_choices(text: str) -> list[str]:
-    """``a,b:x=1,y=2,c`` as ``a``, ``b:x=1,y=2`` and ``c``: an item is an option of the one before if ``=`` comes first in it.
+    """Split ``a,b:x=1,y=2,c`` into ``a``, ``b:x=1,y=2`` and ``c``: an item with ``=`` is an option of the choice before it.
 
     A name has no ``=`` before its colon, an option has; so a comma separates options inside a choice, and choices else.
     """
@@ -78,10 +78,10 @@ def split_choices(text: str) -> list[str]:
 
 
 def check_names(options: Options, known: Sequence[str], where: str) -> None:
-    """Refuse an option that ``where`` does not have.
+    """Check that ``where`` has all the options.
 
     Raises:
-        ConfigError: it names the option and the nearest one.
+        ConfigError: an option is unknown; the message names the nearest one.
     """
     for name in options:
         if name not in known:
@@ -94,32 +94,32 @@ def _preset_rows(options: Options) -> Iterator[tuple[str, Options]]:
 
 
 def _named(name: str, row: Options, top: Options, shared: Options) -> Iterator[Cell]:
-    """The cells of a named row: a preset, and what changes in it."""
-    check_names(row, ("preset", *OF_A_ROW, *AMOUNTS), f"row {name!r}")
-    own = {option: row[option] for option in OF_A_ROW if option in row}
+    """Yield the cells of a named row: a preset, and its changes."""
+    check_names(row, ("preset", *ROW_OPTIONS, *AMOUNTS), f"row {name!r}")
+    changes = {option: row[option] for option in ROW_OPTIONS if option in row}
     preset = row.get("preset")
     for amounts in _amounts({**top, **row}):
-        yield Cell(name, layered(cast("str | None", preset), None, {**own, **amounts}, start=shared))
+        yield Cell(name, layered(cast("str | None", preset), None, {**changes, **amounts}, start=shared))
 
 
 def _crossed(grid: Options, top: Options, shared: Options) -> Iterator[Cell]:
-    """The cells of a grid: every component with every other, at every amount."""
-    check_names(grid, (*OF_A_ROW, *AMOUNTS), "a grid")
-    own = {option: grid[option] for option in OF_A_ROW if option in grid and option not in CHOICES}
+    """Yield the cells of a grid: every component with every other, at every amount."""
+    check_names(grid, (*ROW_OPTIONS, *AMOUNTS), "a grid")
+    changes = {option: grid[option] for option in ROW_OPTIONS if option in grid and option not in CHOICES}
     kinds = [kind for kind in CHOICES if kind in grid]
     for chosen in product(*(_choices(grid[kind], kind) for kind in kinds)):
         for amounts in _amounts({**top, **grid}):
-            config = RunConfig.build(**{**shared, **own, **dict(zip(kinds, chosen, strict=True)), **amounts})
-            yield Cell(row_name(config, own), config)
+            config = RunConfig.build(**{**shared, **changes, **dict(zip(kinds, chosen, strict=True)), **amounts})
+            yield Cell(row_name(config, changes), config)
 
 
-def row_name(config: RunConfig, own: Options) -> str:
-    """What a table calls cells that have no name: their components, and the options that are theirs alone."""
+def row_name(config: RunConfig, changes: Options) -> str:
+    """Name the row of a grid's cells: their components, and the options that the grid changes."""
     optional = [
         choice for choice in (config.components.compensator, config.components.recovery) if choice.name != "none"
     ]
     words = [str(choice) for choice in (config.components.criterion, config.components.allocator, *optional)]
-    return " + ".join([*words, *(f"{name}={value}" for name, value in own.items())])
+    return " + ".join([*words, *(f"{name}={value}" for name, value in changes.items())])
 
 
 def _amounts(axes: Options) -> Iterator[dict[str, object]]:
@@ -131,37 +131,37 @@ def _amounts(axes: Options) -> Iterator[dict[str, object]]:
 
 
 def _choices(value: object, where: str) -> list[object]:
-    """Components: names with options as text, several in one text, mappings, or a list of these."""
+    """Return components: names with options as text, several in one text, mappings, or a list of these."""
     if isinstance(value, str):
         return list(split_choices(value))
     if isinstance(value, Mapping | Choice):
         return [cast("object", value)]
     if isinstance(value, list | tuple) and value:
-        return [one for part in cast("Sequence[object]", value) for one in _choices(part, where)]
+        return [choice for part in cast("Sequence[object]", value) for choice in _choices(part, where)]
     raise ConfigError(f"{where}: expected names of components, not {value!r}.")
 
 
 def _values(value: object, where: str) -> list[object]:
-    """One value, several in a text between commas, or a list of these."""
+    """Return one value, several in a text between commas, or a list of these, as a list."""
     if value is None:
         return []
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     if isinstance(value, list | tuple):
-        return [one for part in cast("Sequence[object]", value) for one in _values(part, where)]
+        return [item for part in cast("Sequence[object]", value) for item in _values(part, where)]
     if isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected one value or a list, not {value!r}.")
     return [value]
 
 
 def _mappings(value: object, where: str) -> dict[str, Options]:
-    """Options by name."""
+    """Check a mapping of options by name."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected options by name, not {value!r}.")
-    found = cast("Mapping[object, object]", value)
-    return {str(name): _options(one, f"{where}, {name}") for name, one in found.items()}
+    rows = cast("Mapping[object, object]", value)
+    return {str(name): _options(row, f"{where}, {name}") for name, row in rows.items()}
 
 
 def _list_of_mappings(value: object, where: str) -> list[Options]:
@@ -169,40 +169,40 @@ def _list_of_mappings(value: object, where: str) -> list[Options]:
         return []
     if not isinstance(value, list):
         raise ConfigError(f"{where}: expected a list of `name: value` lines, not {value!r}.")
-    return [_options(one, where) for one in cast("list[object]", value)]
+    return [_options(item, where) for item in cast("list[object]", value)]
 
 
 def _options(value: object, where: str) -> Options:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected `name: value` lines, not {value!r}.")
-    return {str(name).replace("-", "_"): one for name, one in cast("Mapping[object, object]", value).items()}
+    return {str(name).replace("-", "_"): item for name, item in cast("Mapping[object, object]", value).items()}
 
 
-def _exclusion(one: Options) -> dict[str, list[object]]:
-    """What a cell must have to be left out, name by name: one of the values."""
-    check_names(one, ("row", *CHOICES, *AMOUNTS), "exclude")
-    found: dict[str, list[object]] = {}
-    for name, value in one.items():
+def _exclusion(options: Options) -> dict[str, list[object]]:
+    """Return the values by name of which a cell must have one each to be left out."""
+    check_names(options, ("row", *CHOICES, *AMOUNTS), "exclude")
+    exclusion: dict[str, list[object]] = {}
+    for name, value in options.items():
         if name in CHOICES:
-            found[name] = [Choice.model_validate(choice) for choice in _choices(value, name)]
+            exclusion[name] = [Choice.model_validate(choice) for choice in _choices(value, name)]
         elif name == "row":
-            found[name] = [value] if isinstance(value, str) else _values(value, name)
+            exclusion[name] = [value] if isinstance(value, str) else _values(value, name)
         else:
-            found[name] = [_number(number, name) for number in _values(value, name)]
-    return found
+            exclusion[name] = [_number(number, name) for number in _values(value, name)]
+    return exclusion
 
 
 def _number(value: object, where: str) -> float:
     try:
         return float(cast("float", value))
     except (TypeError, ValueError):
-        raise ConfigError(f"exclude, {where}: {value!r} is no number.") from None
+        raise ConfigError(f"exclude, {where}: {value!r} is not a number.") from None
 
 
 def _matches(cell: Cell, exclusion: Mapping[str, Sequence[object]]) -> bool:
-    """Whether a cell has one of the values for every name; a component matches if it has at least those options."""
+    """Return whether a cell has one of the values of every name; a component matches if it has at least those options."""
     config = cell.config
-    own: dict[str, object] = {
+    amounts: dict[str, object] = {
         "row": cell.row,
         "seeds": config.run.seed,
         "samples": config.calibration.samples,
@@ -211,9 +211,9 @@ def _matches(cell: Cell, exclusion: Mapping[str, Sequence[object]]) -> bool:
     for name, values in exclusion.items():
         if name in CHOICES:
             choice: Choice = getattr(config.components, name)
-            wanted = cast("Sequence[Choice]", values)
-            if not any(one.name == choice.name and one.options.items() <= choice.options.items() for one in wanted):
+            excluded = cast("Sequence[Choice]", values)
+            if not any(ex.name == choice.name and ex.options.items() <= choice.options.items() for ex in excluded):
                 return False
-        elif own[name] not in values:
+        elif amounts[name] not in values:
             return False
     return True

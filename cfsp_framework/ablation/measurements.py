@@ -1,4 +1,4 @@
-"""What one seed's cells take from its calibration windows, measured once, kept in a folder, widened by what is missing."""
+"""Measure once what all cells of a seed need on its calibration windows, keep it in a folder, and add what is missing."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class MeasurementRequest:
-    """What is to be found out about every feed-forward, by labels that change with the code that finds it out."""
+    """Scores, curves and statistics to measure of every feed-forward, by labels that change with the code they depend on."""
 
     criteria: Mapping[str, ConfiguredComponent[Criterion]] = field(
         default_factory=dict[str, ConfiguredComponent[Criterion]]
     )
     curves: Mapping[str, tuple[str, CurveKind]] = field(default_factory=dict[str, tuple[str, CurveKind]])
-    """Removal-error curves: along which criterion's order, and of which kind."""
+    """Removal-error curves: the label of the criterion whose order they follow, and their kind."""
     statistics: Mapping[str, Statistic] = field(default_factory=dict[str, Statistic])
-    """Those that are kept; what a criterion alone needs is measured and forgotten."""
+    """Statistics to keep; those that only a criterion needs are measured and dropped."""
 
     def required(self) -> frozenset[Statistic]:
-        """The statistics to measure for it."""
+        """Return the statistics to measure for this request."""
         needed = {*self.statistics.values(), *([DOWN_INPUT_GRAM] if self.curves else [])}
         for chosen in self.criteria.values():
             needed |= chosen.required()
@@ -50,7 +50,7 @@ class MeasurementRequest:
 
     @property
     def labels(self) -> frozenset[str]:
-        """All of it by name."""
+        """Labels of all parts of the request."""
         return frozenset({*self.criteria, *self.curves, *self.statistics})
 
     def __or__(self, more: MeasurementRequest) -> MeasurementRequest:
@@ -61,19 +61,19 @@ class MeasurementRequest:
         )
 
     def without(self, labels: Iterable[str]) -> MeasurementRequest:
-        """What is left to find out; a curve still needs its criterion's order."""
+        """Return the request without some labels; a curve still needs its criterion's order."""
         known = frozenset(labels)
-        curves = {label: one for label, one in self.curves.items() if label not in known}
+        curves = {label: curve for label, curve in self.curves.items() if label not in known}
         orders = {along for along, _ in curves.values()}
         return MeasurementRequest(
-            {label: one for label, one in self.criteria.items() if label not in known or label in orders},
+            {label: item for label, item in self.criteria.items() if label not in known or label in orders},
             curves,
-            {label: one for label, one in self.statistics.items() if label not in known},
+            {label: item for label, item in self.statistics.items() if label not in known},
         )
 
 
-def want(selection: Selection, plugins: Plugins) -> MeasurementRequest:
-    """What one cell takes from a collection."""
+def request_measurements(selection: Selection, plugins: Plugins) -> MeasurementRequest:
+    """Return the measurements that one cell needs."""
     needed = selection.criterion.required()
     label = _label(selection.criterion, plugins.collectors_for(needed))
     kind = curve_of(selection.allocator)
@@ -90,7 +90,7 @@ def _label(
     chosen: ConfiguredComponent[Criterion] | ConfiguredComponent[Collector],
     collectors: Sequence[ConfiguredComponent[Collector]] = (),
 ) -> str:
-    """A component's name and a hash of all that decides what it says."""
+    """Return a component's name with a hash of everything that decides its output."""
     return f"{chosen.component.name}-{hash_json([identity_of(chosen), *map(identity_of, collectors)])[:16]}"
 
 
@@ -99,56 +99,64 @@ class Part:
     """One pass over the windows."""
 
     labels: frozenset[str]
-    """What every feed-forward has of it."""
+    """Labels that every feed-forward has."""
     measured: bool
-    """Whether any token was looked at."""
+    """Whether it read any token."""
     measurements: Sequence[FeedForwardMeasurement]
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What is known of the feed-forwards on some calibration windows, and why something is not."""
+    """Measurements of the feed-forwards on some calibration windows, and why some are missing."""
 
     parts: tuple[Part, ...]
     failures: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Why what was wanted is not there, by label."""
+    """Errors of missing measurements by label."""
 
     @property
     def labels(self) -> frozenset[str]:
-        """What is known."""
+        """Labels of all measurements."""
         return frozenset().union(*(part.labels for part in self.parts))
 
-    def problem(self, wanted: MeasurementRequest) -> str | None:
-        """Why a cell that wants this cannot be made, if so."""
+    def problem(self, request: MeasurementRequest) -> str | None:
+        """Return why a cell cannot be run for lack of measurements, or None."""
         missing = [
-            label for label in (*wanted.criteria, *wanted.curves, *wanted.statistics) if label not in self.labels
+            label for label in (*request.criteria, *request.curves, *request.statistics) if label not in self.labels
         ]
         return self.failures.get(missing[0], "it could not be measured") if missing else None
 
-    def seen_by(self, wanted: MeasurementRequest, selection: Selection) -> tuple[FeedForwardMeasurement, ...]:
-        """The measurements exactly as a run of this cell alone has them."""
-        source = {label: next(part for part in self.parts if label in part.labels) for label in wanted.labels}
-        [criterion] = wanted.criteria
-        looked = [part for part in (source[criterion], *map(source.__getitem__, wanted.statistics)) if part.measured]
-        found: list[FeedForwardMeasurement] = []
-        for number, one in enumerate(source[criterion].measurements):
+    def select(self, request: MeasurementRequest, selection: Selection) -> tuple[FeedForwardMeasurement, ...]:
+        """Return one cell's measurements, exactly as in a run of this cell alone."""
+        source = {label: next(part for part in self.parts if label in part.labels) for label in request.labels}
+        [criterion] = request.criteria
+        measured = [part for part in (source[criterion], *map(source.__getitem__, request.statistics)) if part.measured]
+        selected: list[FeedForwardMeasurement] = []
+        for number, scored in enumerate(source[criterion].measurements):
             values = {
                 statistic: source[label].measurements[number].statistics[statistic]
-                for label, statistic in wanted.statistics.items()
+                for label, statistic in request.statistics.items()
             }
             statistics = BlockStatistics(values, 0)
-            if looked and selection.collectors:
-                seen = looked[0].measurements[number].statistics
-                statistics = BlockStatistics(values, 0 if seen.unseen else seen.tokens, seen.held_out_tokens)
-            scores = {CRITERION: one.scores[criterion]}
-            drawn = [source[label].measurements[number].curves[label] for label in wanted.curves]  # one at most
-            curves = {CRITERION: drawn[0]} if drawn else {}
-            found.append(FeedForwardMeasurement(one.block, one.path, one.width, statistics, scores, curves))
-        return tuple(found)
+            if measured and selection.collectors:
+                counted = measured[0].measurements[number].statistics
+                statistics = BlockStatistics(values, 0 if counted.unseen else counted.tokens, counted.held_out_tokens)
+            scores = {CRITERION: scored.scores[criterion]}
+            curves = [source[label].measurements[number].curves[label] for label in request.curves]  # at most one
+            selected.append(
+                FeedForwardMeasurement(
+                    scored.block,
+                    scored.path,
+                    scored.width,
+                    statistics,
+                    scores,
+                    {CRITERION: curves[0]} if curves else {},
+                )
+            )
+        return tuple(selected)
 
 
 class CollectionFolder:
-    """A folder with all that was found out on some windows; whatever decides that is in its name."""
+    """A folder with all measurements on some windows; its name is a hash of everything that decides them."""
 
     def __init__(self, root: Path, context: RunContext, windows: Tensor | None) -> None:
         self._context = context
@@ -156,41 +164,42 @@ class CollectionFolder:
         self.key = collection_base(context, windows)
         self._folder = root / self.key[:32]
 
-    def open(self, wanted: Sequence[MeasurementRequest]) -> Collection:
-        """What is there, and what some cells want beyond it, measured in one pass.
+    def open(self, requests: Sequence[MeasurementRequest]) -> Collection:
+        """Read the measurements, and measure in one pass what is missing for some requests.
 
-        Where that pass fails as a whole every cell's wishes are tried alone, so that only those fail that have to.
+        Where that pass fails as a whole each request is tried alone, so that only those at fault fail.
         """
         parts, failures = self.read(), dict[str, str]()
-        missing = self._missing(reduce(or_, wanted, MeasurementRequest()), parts)
+        missing = self._missing(reduce(or_, requests, MeasurementRequest()), parts)
         if missing.labels:
             try:
                 parts.append(self._measure(missing, failures))
             except OutputError:
                 raise
-            except Exception as error:  # noqa: BLE001  (whoever is to blame, the others go on)
-                alone = {one.labels: one for one in wanted}.values()
+            except Exception as error:  # noqa: BLE001  (the other requests go on)
+                alone = {request.labels: request for request in requests}.values()
                 if len(alone) == 1:
                     failures |= dict.fromkeys(missing.labels, one_line(error))
                 else:
-                    for one in alone:
-                        found = self.open([one])
-                        parts, failures = list(found.parts), {**failures, **found.failures}
+                    for request in alone:
+                        collection = self.open([request])
+                        parts, failures = list(collection.parts), {**failures, **collection.failures}
         return Collection(tuple(parts), failures)
 
     def read(self) -> list[Part]:
-        """All finished passes."""
+        """Read all finished passes."""
         parts: list[Part] = []
         count = len(self._context.decoder.blocks)
         for manifest in sorted(self._folder.glob(f"*/{_MANIFEST}")):
-            told = json.loads(manifest.read_text(encoding="utf-8"))
-            blocks = MeasurementCache(manifest.parent, told["key"]).load(count)
+            described = json.loads(manifest.read_text(encoding="utf-8"))
+            blocks = MeasurementCache(manifest.parent, described["key"]).load(count)
             if len(blocks) == count:
-                parts.append(_part([one for block in blocks for one in block], told["statistics"], told["measured"]))
+                flat = [measurement for block in blocks for measurement in block]
+                parts.append(_part(flat, described["statistics"], described["measured"]))
         return parts
 
-    def _missing(self, wanted: MeasurementRequest, parts: Sequence[Part]) -> MeasurementRequest:
-        return wanted.without(frozenset[str]().union(*(part.labels for part in parts)))
+    def _missing(self, request: MeasurementRequest, parts: Sequence[Part]) -> MeasurementRequest:
+        return request.without(frozenset[str]().union(*(part.labels for part in parts)))
 
     def _measure(self, missing: MeasurementRequest, failures: dict[str, str]) -> Part:
         context = self._context
@@ -199,7 +208,7 @@ class CollectionFolder:
         folder = self._folder / key[:16]
         failed: dict[str, CfspError] = {}
         with context.progress.phase("collect"):
-            found = collect(
+            measurements = collect(
                 context.decoder,
                 self._windows if collectors else None,
                 missing.criteria,
@@ -213,22 +222,22 @@ class CollectionFolder:
             )
         failures |= {label: one_line(error) for label, error in failed.items()}
         statistics = sorted(missing.statistics)
-        told = {"key": key, "statistics": statistics, "measured": bool(collectors)}
-        write_text(folder / _MANIFEST, json.dumps(told, indent=2) + "\n")  # last: what has one is whole
-        return _part(found, statistics, measured=bool(collectors))
+        manifest = {"key": key, "statistics": statistics, "measured": bool(collectors)}
+        write_text(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")  # last: it marks a finished pass
+        return _part(measurements, statistics, measured=bool(collectors))
 
 
 def _part(measurements: Sequence[FeedForwardMeasurement], statistics: Iterable[str], measured: bool) -> Part:
-    everywhere = [{*one.scores, *one.curves} for one in measurements]
+    everywhere = [{*measurement.scores, *measurement.curves} for measurement in measurements]
     return Part(frozenset(statistics) | frozenset.intersection(*map(frozenset, everywhere)), measured, measurements)
 
 
 def collection_base(context: RunContext, windows: Tensor | None) -> str:
-    """A hash of all that decides what is measured, except for the components."""
-    told = {
+    """Hash everything that decides the measurements, except for the components."""
+    key = {
         "model": context.loaded.fingerprint,
         "windows": fingerprint_of(windows),
         "versions": dict(library_versions()),
         "numerics": numerics(context),
     }
-    return hash_json(told)
+    return hash_json(key)

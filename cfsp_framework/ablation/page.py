@@ -1,25 +1,25 @@
-"""A sweep as one page: summary, pictures, a table to sort and filter, and the command of every cell."""
+"""Render a sweep as one page: the best methods, figures, a table to sort and filter, and the command of every cell."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from cfsp_framework.ablation import pictures
-from cfsp_framework.ablation.drawing import HIGHLIGHTS, MUTED, percent
+from cfsp_framework.ablation import figures
+from cfsp_framework.ablation.figures import Measure, Read, percent
 from cfsp_framework.ablation.results import CellResult, SweepResults
 from cfsp_framework.ablation.summary import (
     Best,
-    Grid,
     Group,
     Interval,
     Method,
-    Pair,
     agreement_pairs,
     best_per_ratio,
     bits_per_byte,
@@ -39,7 +39,8 @@ from cfsp_framework.ablation.summary import (
     short_labels,
     task_metrics,
 )
-from cfsp_framework.data.sources import shorten_spec
+from cfsp_framework.data.sources import short
+from cfsp_framework.reporting.figures import MUTED, plotly_script, to_fragment
 from cfsp_framework.reporting.html import page_environment
 
 _AXES = {
@@ -51,35 +52,31 @@ _AXES = {
     "ratio": ("ratio", "ratios"),
     "seed": ("seed", "seeds"),
 }
-_COUNTED = {"channels": "feed-forward channels", "parameters": "all parameters"}
-_FEW_RATIOS = 3
-"""As many overlaps as stand side by side."""
-_LABEL = 34
-"""Letters of a heatmap's row."""
-_WARM = (217, 119, 54)
-
-Read = Callable[[CellResult], float | None]
+_UNITS = {"channels": "feed-forward channels", "parameters": "all parameters"}
+_INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
+_WIDTH_LABEL = 34
+"""Characters of the names of methods that share a row of widths."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers: how each is read from a cell, and how written."""
+    """A column of numbers: how a cell has each, and how it is written."""
 
     over: str
     """The heading above several columns: a data SPEC or a task."""
     heading: str
-    explained: str
+    description: str
     read: Read
     write: Callable[[float], str]
     better: Callable[[Sequence[float]], float] | None = None
-    """Which value is the best of several; None where none is."""
+    """Selects the best of several values; None where no value is better."""
     dense: float | None = None
     spread: bool = True
-    """Whether its confidence is worth telling."""
+    """Whether the table gives its interval."""
 
     @property
     def largest_first(self) -> bool:
-        """Whether a click on the heading shows the largest first."""
+        """Whether the first click on the heading shows the largest value first."""
         return self.better is max
 
 
@@ -87,56 +84,26 @@ class Column:
 class Entry:
     """A number of the table."""
 
-    text: str
-    spread: str
-    sort: str
-    """The number as JavaScript reads it; empty where there is none."""
-    best: bool
+    text: str = ""
+    spread: str = ""
+    sort: str = ""
+    """The number as JavaScript reads it; empty where there is nothing to sort by."""
+    best: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
     """A method at one ratio."""
 
-    place: int
-    """Of the method, by quality."""
     group: Group
     entries: tuple[Entry, ...]
     words: str
-    """What the filter looks through, in lower case."""
-
-
-@dataclass(frozen=True)
-class Shade:
-    """A cell of a grid."""
-
-    text: str
-    colour: str
-    best: bool
-    explained: str
-
-
-@dataclass(frozen=True)
-class ShadedGrid:
-    """A grid with its colours."""
-
-    grid: Grid
-    rows: tuple[tuple[Shade, ...], ...]
-    """The columns of all ratios after one another."""
-
-
-@dataclass(frozen=True)
-class Headline:
-    """What is said first of one ratio."""
-
-    best: Best
-    excess: Interval | None
-    verdict: str
+    """The text that the filter searches, in lower case."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Cells that failed alike."""
+    """Cells with the same error."""
 
     error: str
     labels: tuple[str, ...]
@@ -144,365 +111,297 @@ class Failure:
 
 
 def sweep_page(results: SweepResults) -> str:
-    """One HTML page with its pictures, styles and script inside; sections without data are left out."""
-    found = groups(results)
+    """Return a sweep as one HTML page with figures, styles and script inside; sections without data are left out."""
+    members = groups(results)
     specs = data_specs(results)
     data = specs[0] if specs else ""
-    order = by_quality(found, data)
+    order = by_quality(members, data)
     columns = _columns(results)
+    dense = dense_quality(results, data)
+    drawn: dict[str, Any] = {
+        "curves": _plot_curves(members, order, results),
+        "grids": _plot_grids(members, results, data),
+        **_plot_pareto(members, results, data),
+        "widths": _plot_widths(members, results),
+        **_plot_agreement(results),
+    }
     return (
         page_environment()
         .get_template("sweep.html.j2")
         .render(
             results=results,
-            swept=_swept(results),
-            counted=_COUNTED[results.budget],
+            plotly=plotly_script() if any(drawn.values()) else "",
+            axes=_describe_axes(results),
+            unit=_UNITS[results.budget],
             done=sum(cell.status == "done" for cell in results.cells),
-            seeds=max((len(group.cells) for group in found), default=0),
+            seeds=max((len(group.cells) for group in members), default=0),
             data=data,
-            dense=dense_quality(results, data),
-            headlines=_headlines(found, results, data),
-            failures=_failures(found),
+            dense=dense,
+            best=best_per_ratio(members, data).values(),
+            excess=lambda group: group.interval(_excess(results, data)),
+            failures=_failures(members),
             order=order,
-            styles=HIGHLIGHTS,
+            styles=figures.STYLES,
             muted=MUTED,
-            ratios=sorted({group.ratio for group in found}),
-            curves=_curves(found, order, results),
-            endless=_endless(found, data),
-            axis={axis: one for axis, (one, _) in _AXES.items()},
-            grids=_shaded(grids(found, data), results, data),
-            grid_measure="Excess NLL" if dense_quality(results, data) else "NLL",
+            ratios=sorted({group.ratio for group in members}),
+            infinite=sum(1 for group in members if group.interval(_nll(data)) and not group.finite(_nll(data))),
+            grid_measure="Excess NLL" if dense else "NLL",
             columns=columns,
-            rows=_rows(_best_first(found, order, data), order, columns),
-            **_pareto(found, results, data),
-            **_widths(found, results),
-            **_agreement(results),
+            rows=_rows(_best_first(members, order, data), columns),
             headings=[(over, len(list(held))) for over, held in groupby(columns, key=lambda column: column.over)],
-            short=shorten_spec,
+            short=short,
             percent=percent,
             number=number,
             clock=clock,
             minus=minus,
-            breakable=breakable,
+            verdict=_verdict,
+            **drawn,
         )
     )
 
 
-# --- what is said first -----------------------------------------------------------------------------------------------
+# --- the head of the page ---------------------------------------------------------------------------------------------
 
 
-def _swept(results: SweepResults) -> list[str]:
-    """``8 criteria``, ``3 ratios``: the axes with several values; all else is as in every cell."""
-    told = []
-    for axis, (one, many) in _AXES.items():
-        values = {getattr(cell.spec, axis) for cell in results.cells}
-        if len(values) > 1 or axis in ("ratio", "seed"):
-            told.append(f"{len(values)} {one if len(values) == 1 else many}")
-    return told
-
-
-def _headlines(found: Sequence[Group], results: SweepResults, data: str) -> list[Headline]:
+def _describe_axes(results: SweepResults) -> list[str]:
+    """Count the values of each axis that has several: ``8 criteria``, ``3 ratios``."""
+    counts = {axis: len({getattr(cell.spec, axis) for cell in results.cells}) for axis in _AXES}
     return [
-        Headline(best, best.group.interval(lambda cell: excess_nll(cell, results, data)), _verdict(best))
-        for best in best_per_ratio(found, data).values()
+        f"{count} {_AXES[axis][count != 1]}" for axis, count in counts.items() if count > 1 or axis in ("ratio", "seed")
     ]
 
 
 def _verdict(best: Best) -> str:
-    """How sure it is that the best is the best."""
+    """Say by how much the best method leads, and whether its interval excludes 0."""
     if best.second is None:
         return ""
-    if best.margin is None:
-        return f"next: {best.second.method.label}"
-    lead = f"{best.margin.mean:.4f}"
-    if best.margin.half is None:
-        return f"{lead} nats/token ahead of {best.second.method.label}"
-    spread = f"{lead} ± {best.margin.half:.4f} nats/token, {best.margin.count} seeds in pairs"
-    if best.clear:
-        return f"ahead of {best.second.method.label} by {spread}"
-    return f"not clearly ahead of {best.second.method.label}: {spread}"
+    name, margin = best.second.method.label, best.margin
+    if margin is None:
+        return f"Next: {name}."
+    lead = f"{margin.mean:.4f}"
+    if margin.half is None:
+        return f"{lead} nats/token ahead of {name}."
+    spread = f"{lead} ± {margin.half:.4f} nats/token, {margin.count} seeds in pairs"
+    return f"Ahead of {name} by {spread}." if best.clear else f"Not clearly ahead of {name}: {spread}."
 
 
-def _failures(found: Sequence[Group]) -> list[Failure]:
+def _failures(members: Sequence[Group]) -> list[Failure]:
     labels: dict[str, Counter[str]] = {}
-    for group in found:
+    for group in members:
         for cell in group.failed:
-            label = f"{group.method.label} at {percent(group.ratio)}"
-            labels.setdefault(cell.error or "no reason was given", Counter())[label] += 1
-    return [Failure(error, tuple(where), where.total()) for error, where in labels.items()]
+            counter = labels.setdefault(cell.error or "no reason was given", Counter())
+            counter[f"{group.method.label} at {percent(group.ratio)}"] += 1
+    return [Failure(error, tuple(counter), counter.total()) for error, counter in labels.items()]
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _curves(found: Sequence[Group], order: Sequence[Method], results: SweepResults) -> list[tuple[str, Markup]]:
-    """A picture per data SPEC; none for a single number."""
-    drawn: list[tuple[str, Markup]] = []
-    if len(found) < 2:
+def _plot_curves(members: Sequence[Group], order: Sequence[Method], results: SweepResults) -> dict[str, list[Markup]]:
+    """Draw perplexity and excess loss on each data SPEC; nothing for a single group."""
+    drawn: dict[str, list[Markup]] = {}
+    if len(members) < 2:
         return drawn
-    for number_, data in enumerate(data_specs(results)):
+    for place, data in enumerate(data_specs(results)):
         dense = dense_quality(results, data)
-        panels: list[tuple[str, Read, float | None]] = [
-            ("perplexity", _reader(perplexity, data), dense.perplexity if dense else None)
-        ]
+        measures = [Measure("perplexity", partial(perplexity, data=data), dense.perplexity if dense else None)]
         if dense:
-            panels.append(("excess NLL, nats/token", _excess_reader(results, data), None))
-        if any(_finite(group, read) for group in found for _, read, _ in panels):
-            picture = pictures.quality_by_ratio(found, order, panels, _COUNTED[results.budget], f"curves-{number_}")
-            drawn.append((data, Markup(picture)))
+            measures.append(Measure("excess NLL, nats per token", _excess(results, data), None))
+        if any(group.finite(measures[0].read) for group in members):
+            drawn[data] = [
+                to_fragment(
+                    figures.plot_quality(members, order, measure, _UNITS[results.budget]), f"quality-{place}-{number_}"
+                )
+                for number_, measure in enumerate(measures)
+            ]
     return drawn
 
 
-def _finite(group: Group, read: Read) -> bool:
-    measured = group.interval(read)
-    return measured is not None and math.isfinite(measured.mean)
-
-
-def _endless(found: Sequence[Group], data: str) -> int:
-    """Cells that were measured and have no finite loss, which no picture can show."""
-    means = (group.interval(lambda cell: nll(cell, data)) for group in found)
-    return sum(mean is not None and not math.isfinite(mean.mean) for mean in means)
-
-
-def _pareto(found: Sequence[Group], results: SweepResults, data: str) -> dict[str, object]:
-    """Quality against latency where that was measured, else against parameters."""
-    timed = any(group.interval(relative_latency) for group in found)
-    if not timed and len({group.ratio for group in found}) < 2:
-        return {"pareto": None, "front": [], "timed": timed}  # all of about one size
+def _plot_pareto(members: Sequence[Group], results: SweepResults, data: str) -> dict[str, Any]:
+    """Draw quality against latency where that was measured, else against parameters."""
+    timed = any(group.interval(relative_latency) for group in members)
     read = relative_latency if timed else kept_parameters
     measured = [
         (group, cost, quality)
-        for group in found
-        if (cost := group.interval(read)) and (quality := group.interval(_reader(perplexity, data)))
-        if math.isfinite(quality.mean) and math.isfinite(cost.mean)
+        for group in members
+        if (cost := group.finite(read)) and (quality := group.finite(partial(perplexity, data=data)))
     ]
-    if len(measured) < 2:
+    same_size = not timed and len({group.ratio for group in members}) < 2
+    if same_size or len(measured) < 2:
         return {"pareto": None, "front": [], "timed": timed}
-    # In whole percents: at one ratio all methods take about the same time, and noise is no merit.
+    # In whole percents: at one ratio all methods take about the same time, and the difference is noise.
     front = pareto_front([(round(cost.mean, 2), quality.mean) for _, cost, quality in measured])
     points = [
-        pictures.Point(group, cost, quality, front.index(place) + 1 if place in front else None)
+        figures.Point(group, cost, quality, front.index(place) + 1 if place in front else None)
         for place, (group, cost, quality) in enumerate(measured)
     ]
     dense = dense_quality(results, data)
-    picture = pictures.quality_by_cost(
-        points, dense.perplexity if dense else None, "latency" if timed else "parameters", shorten_spec(data)
+    figure = figures.plot_quality_by_cost(
+        points, dense.perplexity if dense else None, "latency" if timed else "parameters", short(data)
     )
-    return {"pareto": Markup(picture), "front": [points[place] for place in front], "timed": timed}
+    return {"pareto": to_fragment(figure, "pareto"), "front": [points[place] for place in front], "timed": timed}
 
 
-def _widths(found: Sequence[Group], results: SweepResults) -> dict[str, object]:
-    """A heatmap per ratio; methods whose widths are equal there share a row."""
-    by_ratio: dict[float, list[tuple[Group, dict[int, float]]]] = {}
-    for group in found:
+def _plot_widths(members: Sequence[Group], results: SweepResults) -> list[Markup]:
+    """Draw a heat map per ratio; methods with the same widths share a row."""
+    by_ratio: dict[float, list[tuple[Method, dict[int, float]]]] = {}
+    for group in members:
         if kept := mean_kept(group, results):
-            by_ratio.setdefault(group.ratio, []).append((group, kept))
+            by_ratio.setdefault(group.ratio, []).append((group.method, kept))
     rows = {ratio: _width_rows(held) for ratio, held in sorted(by_ratio.items())}
-    distances = [
+    distances = sorted(
         abs(share - sum(row.kept.values()) / len(row.kept))
         for held in rows.values()
         for row in held
         for share in row.kept.values()
-    ]
-    # All but one in twenty: a single wide block would leave all others pale.
-    reach = max(0.02, sorted(distances)[int(0.95 * (len(distances) - 1))]) if distances else 0.02
-    drawn = [
-        Markup(pictures.widths_by_block(held, ratio, reach, f"widths-{place}"))
+    )
+    # The 95th percentile: a single wide block would leave all others pale.
+    reach = max(0.02, distances[int(0.95 * (len(distances) - 1))]) if distances else 0.02
+    return [
+        to_fragment(figures.plot_kept_widths(held, ratio, reach), f"widths-{place}")
         for place, (ratio, held) in enumerate(rows.items())
     ]
-    return {"widths": drawn, "reach": reach, "width_key": pictures.colour_key(pictures.WIDTH_COLOURS)}
 
 
-def _width_rows(held: Sequence[tuple[Group, dict[int, float]]]) -> list[pictures.WidthRow]:
-    """One row for all methods whose widths are the same."""
-    alike: dict[tuple[float, ...], list[tuple[Group, dict[int, float]]]] = {}
-    for group, kept in held:
-        alike.setdefault(tuple(round(share, 4) for share in kept.values()), []).append((group, kept))
-    every = [group.method for group, _ in held]
+def _width_rows(held: Sequence[tuple[Method, dict[int, float]]]) -> list[figures.WidthRow]:
+    alike: dict[tuple[float, ...], list[tuple[Method, dict[int, float]]]] = {}
+    for method, kept in held:
+        alike.setdefault(tuple(round(share, 4) for share in kept.values()), []).append((method, kept))
+    methods = [method for method, _ in held]
     return [
-        pictures.WidthRow(_width_label([group.method for group, _ in together], every), together[0][1])
+        figures.WidthRow(_width_label([method for method, _ in together], methods), together[0][1])
         for together in alike.values()
     ]
 
 
-def _width_label(together: Sequence[Method], every: Sequence[Method]) -> str:
-    """Allocators all of whose methods are in the row, several each; then the other methods, as many as fit."""
-    names = short_labels(method.allocator for method in every)
-    own = Counter(method.allocator for method in together)
-    whole = [one for one, count in own.items() if count > 1 and count == sum(m.allocator == one for m in every)]
-    words = [names[one] for one in whole] + [method.label for method in together if method.allocator not in whole]
-    shown = words[:1]
-    for word in words[1:]:
-        if len(", ".join([*shown, word])) > _LABEL:
-            break
-        shown.append(word)
-    more = f" and {len(words) - len(shown)} more" if len(shown) < len(words) else ""
-    return ", ".join(shown) + more
+def _width_label(together: Sequence[Method], methods: Sequence[Method]) -> str:
+    """Name allocators whose several methods are all in the row, then the other methods, as many as fit."""
+    names = short_labels(method.allocator for method in methods)
+    counts, totals = (Counter(method.allocator for method in held) for held in (together, methods))
+    whole = [allocator for allocator, count in counts.items() if 1 < count == totals[allocator]]
+    words = [names[allocator] for allocator in whole]
+    words += [method.label for method in together if method.allocator not in whole]
+    count = max(1, sum(len(", ".join(words[: place + 1])) <= _WIDTH_LABEL for place in range(len(words))))
+    return ", ".join(words[:count]) + (f" and {len(words) - count} more" if count < len(words) else "")
 
 
-def _agreement(results: SweepResults) -> dict[str, object]:
+def _plot_agreement(results: SweepResults) -> dict[str, list[Markup]]:
+    """Draw how alike the criteria rank channels, on average and by block."""
     pairs = agreement_pairs(results)
     if not pairs:
-        return {"matrices": [], "agreement_blocks": None, "overlap_ratios": []}
+        return {"agreement": [], "agreement_by_block": []}
     names = short_labels(name for pair in pairs for name in (pair.first, pair.second))
-    criteria = pictures.similar_first(pairs)
-    ratios = _some(sorted({ratio for pair in pairs for ratio in pair.overlap}, key=float))
-    values = [("rank correlation", {(pair.first, pair.second): pair.mean_correlation for pair in pairs})]
-    values += [(f"overlap, {percent(float(ratio))} removed", _overlaps(pairs, ratio)) for ratio in ratios]
-    drawn = [
-        Markup(pictures.agreement_matrix(criteria, names, held, title, f"agreement-{place}"))
-        for place, (title, held) in enumerate(values)
-    ]
+    criteria = figures.order_by_similarity(pairs)
+    ratios = sorted({ratio for pair in pairs for ratio in pair.overlap}, key=float)
+    if len(ratios) > 3:
+        ratios = [ratios[0], ratios[len(ratios) // 2], ratios[-1]]
+    drawn: dict[str, list[Markup]] = {"agreement": [], "agreement_by_block": []}
     several = len({block for pair in pairs for block in pair.correlation}) > 1
-    blocks = Markup(pictures.agreement_by_block(pairs, names, ratios)) if several else None
-    return {"matrices": drawn, "agreement_blocks": blocks, "overlap_ratios": ratios}
+    for place, ratio in enumerate([None, *ratios]):
+        means = {
+            (pair.first, pair.second): pair.mean_correlation if ratio is None else pair.mean_overlap(ratio)
+            for pair in pairs
+        }
+        known: Mapping[tuple[str, str], float] = {key: mean for key, mean in means.items() if mean is not None}
+        figure = figures.plot_agreement(criteria, names, known, figures.agreement_title(ratio))
+        drawn["agreement"].append(to_fragment(figure, f"agreement-{place}"))
+        if several:
+            figure = figures.plot_agreement_by_block(pairs, names, ratio)
+            drawn["agreement_by_block"].append(to_fragment(figure, f"agreement-blocks-{place}"))
+    return drawn
 
 
-def _overlaps(pairs: Sequence[Pair], ratio: str) -> dict[tuple[str, str], float]:
-    found = {(pair.first, pair.second): pair.mean_overlap(ratio) for pair in pairs}
-    return {pair: share for pair, share in found.items() if share is not None}
-
-
-def _some(ratios: Sequence[str]) -> list[str]:
-    """All ratios, or the first, the middle and the last."""
-    if len(ratios) <= _FEW_RATIOS:
-        return list(ratios)
-    return [ratios[0], ratios[len(ratios) // 2], ratios[-1]]
-
-
-# --- grids ------------------------------------------------------------------------------------------------------------
-
-
-def _shaded(made: Sequence[Grid], results: SweepResults, data: str) -> list[ShadedGrid]:
-    """All grids with the same colours, ratio by ratio, so that they can be compared."""
-    read = _excess_reader(results, data) if dense_quality(results, data) else _reader(nll, data)
+def _plot_grids(members: Sequence[Group], results: SweepResults, data: str) -> dict[str, Any]:
+    """Draw each grid at each ratio; one ratio has the same colours in all grids, so that they can be compared."""
+    arranged = grids(members, data)
+    read = _excess(results, data) if dense_quality(results, data) else _nll(data)
     finite: dict[float, list[float]] = {}
-    for grid in made:
+    for grid in arranged:
         for ratio, cells in grid.groups.items():
-            means = (group.interval(read) for row in cells for group in row if group)
-            finite.setdefault(ratio, []).extend(mean.mean for mean in means if mean and math.isfinite(mean.mean))
-    if not any(finite.values()):
-        return []
-    shaded = []
-    for grid in made:
-        by_ratio = [_shades(cells, read, finite[ratio]) for ratio, cells in grid.groups.items()]
-        rows = tuple(tuple(shade for part in parts for shade in part) for parts in zip(*by_ratio, strict=True))
-        shaded.append(ShadedGrid(grid, rows))
-    return shaded
-
-
-def _shades(
-    cells: Sequence[Sequence[Group | None]], read: Read, finite: Sequence[float]
-) -> tuple[tuple[Shade, ...], ...]:
-    """The cells of one ratio, coloured by where they are among the ``finite`` values."""
-
-    def shade(group: Group | None) -> Shade:
-        mean = group.interval(read) if group else None
-        if group is None:
-            return Shade("", "transparent", False, "no such cell")
-        if mean is None:
-            return Shade("failed" if group.failed else "", "#f2f4f7", False, group.method.label)
-        if not math.isfinite(mean.mean):
-            return Shade(number(mean.mean), "#f2f4f7", False, group.method.label)
-        best = mean.mean == min(finite)
-        return Shade(
-            minus(f"{mean.mean:.3f}"), _warm(mean.mean, finite), best, f"{group.method.label}: {told(mean, '.4f')}"
-        )
-
-    return tuple(tuple(shade(group) for group in row) for row in cells)
-
-
-def _warm(value: float, among: Sequence[float]) -> str:
-    """From white for the lowest to orange for the highest, by logarithm where they span a factor of 4 or more."""
-    low, high = min(among), max(among)
-    if low > 0 and high / low >= 4:
-        value, low, high = math.log(value), math.log(low), math.log(high)
-    part = (value - low) / (high - low) if high > low else 0.0
-    red, green, blue = (round(255 + (end - 255) * part * 0.8) for end in _WARM)
-    return f"#{red:02x}{green:02x}{blue:02x}"
+            means = (group.finite(read) for row in cells for group in row if group)
+            finite.setdefault(ratio, []).extend(mean.mean for mean in means if mean)
+    drawn = [
+        to_fragment(figures.plot_grid(grid, ratio, read, finite[ratio]), f"grid-{place}-{number_}")
+        for place, grid in enumerate(arranged)
+        for number_, ratio in enumerate(grid.groups)
+        if finite[ratio]
+    ]
+    if not drawn:
+        return {}
+    return {"title": f"{_AXES[arranged[0].row_axis][0]} by {_AXES[arranged[0].column_axis][0]}", "figures": drawn}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
 def _columns(results: SweepResults) -> list[Column]:
-    """Of qualities, of tasks, and of costs as far as some cell has them."""
+    """Return the columns of qualities, tasks and costs that some cell has."""
     columns = []
     for data in data_specs(results):
-        dense, over = dense_quality(results, data), shorten_spec(data)
+        dense, over = dense_quality(results, data), short(data)
         columns += [
-            Column(over, "perplexity", f"on {data}", _reader(perplexity, data), number, min,
+            Column(over, "perplexity", f"on {data}", partial(perplexity, data=data), number, min,
                    dense.perplexity if dense else None),
-            Column(over, "excess NLL", "nats per token above the dense model", _excess_reader(results, data),
-                   lambda value: f"{value:+.4f}", min, 0.0 if dense else None),
-            Column(over, "bits/byte", f"on {data}", _reader(bits_per_byte, data), lambda value: f"{value:.4f}", min,
+            Column(over, "excess NLL", "nats per token above the dense model", _excess(results, data),
+                   "{:+.4f}".format, min, 0.0 if dense else None),
+            Column(over, "bits/byte", f"on {data}", partial(bits_per_byte, data=data), "{:.4f}".format, min,
                    dense.bits_per_byte if dense else None),
         ]  # fmt: skip
     for task, metric in task_metrics(results):
         better = None if any(word in metric for word in ("stderr", "perplexity", "bits", "loss")) else max
         columns.append(
-            Column(task, metric.removesuffix(",none"), f"{task}, {metric}", _task_reader(task, metric),
-                   lambda value: f"{value:.4f}", better, results.dense_tasks.get(task, {}).get(metric))
+            Column(task, metric.removesuffix(",none"), f"{task}, {metric}", _task(task, metric), "{:.4f}".format, better,
+                   results.dense_tasks.get(task, {}).get(metric))
         )  # fmt: skip
     columns += [
-        Column("", "parameters", "share of all parameters kept", kept_parameters,
-               lambda value: f"{100 * value:.1f}%", None, 1.0),
-        Column("", "latency", "a forward, of the dense model's", relative_latency,
-               lambda value: f"{100 * value:.1f}%", None, 1.0),
-        Column("", "seconds", "of one cell, without what all cells share", lambda cell: cell.seconds,
-               lambda value: f"{value:.1f}", spread=False),
+        Column("", "parameters", "share of all parameters kept", kept_parameters, "{:.1%}".format, None, 1.0),
+        Column("", "latency", "of a forward, as a share of the dense model's", relative_latency, "{:.1%}".format, None,
+               1.0),
+        Column("", "seconds", "of one cell, without what all cells share", lambda cell: cell.seconds, "{:.1f}".format,
+               spread=False),
     ]  # fmt: skip
     return [column for column in columns if column.over or any(column.read(cell) is not None for cell in results.cells)]
 
 
-def _best_first(found: Sequence[Group], order: Sequence[Method], data: str) -> list[Group]:
-    """By ratio, then by loss; those without a finite one last."""
-    losses = {(group.method, group.ratio): place for place, group in enumerate(ranked(found, data))}
+def _best_first(members: Sequence[Group], order: Sequence[Method], data: str) -> list[Group]:
+    """Order groups by ratio, then by loss; those without a finite loss last."""
+    losses = {(group.method, group.ratio): place for place, group in enumerate(ranked(members, data))}
     places = {method: place for place, method in enumerate(order)}
-    last = len(found)
-    return sorted(found, key=lambda g: (g.ratio, losses.get((g.method, g.ratio), last), places[g.method]))
+    last = len(members)
+    return sorted(members, key=lambda g: (g.ratio, losses.get((g.method, g.ratio), last), places[g.method]))
 
 
-def _rows(found: Sequence[Group], order: Sequence[Method], columns: Sequence[Column]) -> list[Row]:
-    place_of = {method: place for place, method in enumerate(order)}
-    best = _best_values(found, columns)
+def _rows(members: Sequence[Group], columns: Sequence[Column]) -> list[Row]:
+    best = dict(_best_values(members, columns))
     return [
         Row(
-            place=place_of[group.method],
-            group=group,
-            entries=tuple(
-                _entry(group.interval(column.read), column, best.get((group.ratio, number_)))
-                for number_, column in enumerate(columns)
+            group,
+            tuple(
+                _entry(group.interval(column.read), column, best.get((group.ratio, place)))
+                for place, column in enumerate(columns)
             ),
-            words=_words(group),
+            _words(group),
         )
-        for group in found
+        for group in members
     ]
 
 
-def _best_values(found: Sequence[Group], columns: Sequence[Column]) -> dict[tuple[float, int], float]:
-    """By ratio and column; none where there is nothing to be better than."""
-    values: dict[tuple[float, int], list[float]] = {}
-    for group in found:
-        for place, column in enumerate(columns):
-            mean = group.interval(column.read)
-            if mean is not None and math.isfinite(mean.mean):
-                values.setdefault((group.ratio, place), []).append(mean.mean)
-    return {
-        (ratio, place): better(held)
-        for (ratio, place), held in values.items()
-        if (better := columns[place].better) and len(held) > 1
-    }
+def _best_values(members: Sequence[Group], columns: Sequence[Column]) -> Iterator[tuple[tuple[float, int], float]]:
+    """Yield the best value of each ratio and column that has several."""
+    for place, column in enumerate(columns):
+        for ratio in {group.ratio for group in members}:
+            means = [mean.mean for g in members if g.ratio == ratio and (mean := g.finite(column.read))]
+            if column.better and len(means) > 1:
+                yield (ratio, place), column.better(means)
 
 
 def _entry(mean: Interval | None, column: Column, best: float | None) -> Entry:
     if mean is None:
-        return Entry("", "", "", False)
+        return Entry()
     if not math.isfinite(mean.mean):
-        endless = number(mean.mean)
-        return Entry(endless, "", {"∞": "Infinity", "-∞": "-Infinity"}.get(endless, ""), False)
+        return Entry(number(mean.mean), sort=_INFINITE.get(mean.mean, ""))
     spread = column.write(mean.half).lstrip("+") if column.spread and mean.half is not None else ""
-    spread = spread if any(digit in "123456789" for digit in spread) else ""  # what is the same with every seed
+    spread = spread if any(digit in "123456789" for digit in spread) else ""  # 0 where all seeds agree
     return Entry(minus(column.write(mean.mean)), spread, repr(mean.mean), mean.mean == best)
 
 
@@ -513,53 +412,39 @@ def _words(group: Group) -> str:
     return " ".join([*chosen, percent(group.ratio), state, *(cell.error or "" for cell in group.failed)]).lower()
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- values of a cell, and how they are written -----------------------------------------------------------------------
 
 
-def _reader(read: Callable[[CellResult, str], float | None], data: str) -> Read:
-    return lambda cell: read(cell, data)
+def _nll(data: str) -> Read:
+    return partial(nll, data=data)
 
 
-def _excess_reader(results: SweepResults, data: str) -> Read:
-    return lambda cell: excess_nll(cell, results, data)
+def _excess(results: SweepResults, data: str) -> Read:
+    return partial(excess_nll, results=results, data=data)
 
 
-def _task_reader(task: str, metric: str) -> Read:
-    return lambda cell: cell.tasks.get(task, {}).get(metric)
+def _task(task: str, metric: str) -> Read:
+    def read(cell: CellResult) -> float | None:
+        return cell.tasks.get(task, {}).get(metric)
+
+    return read
 
 
 def number(value: float) -> str:
-    """A perplexity: 12.345, 123.5, 12,345, 1.2e+07, ∞."""
+    """Write a perplexity: 12.345, 123.5, 12,345, 1.2e+07, ∞."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
-    return (
-        f"{value:.3f}"
-        if value < 100
-        else f"{value:.1f}"
-        if value < 1e4
-        else f"{value:,.0f}"
-        if value < 1e6
-        else f"{value:.1e}"
-    )
+    form = next((form for limit, form in ((100, ".3f"), (1e4, ".1f"), (1e6, ",.0f")) if value < limit), ".1e")
+    return f"{value:{form}}"
 
 
 def minus(text: str) -> str:
-    """A written number with a minus sign where it has a hyphen."""
+    """Replace the hyphens of a written number by minus signs."""
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def told(mean: Interval, form: str) -> str:
-    """``1.23 ± 0.04``, or the mean alone."""
-    return f"{mean.mean:{form}}" + ("" if mean.half is None else f" ± {mean.half:{form}}")
-
-
-def breakable(name: str) -> Markup:
-    """A component's name that may be broken before its options."""
-    return Markup(":<wbr>").join(escape(part) for part in name.split(":"))
-
-
 def clock(seconds: float) -> str:
-    """``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Write a duration: ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
     whole = round(seconds)
     if whole < 120:
         return f"{seconds:.0f} s"

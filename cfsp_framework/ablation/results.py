@@ -1,6 +1,6 @@
-"""What a sweep found, as plain data: its cells, the dense model beside them, and how far its criteria agree.
+"""Results of a sweep as plain data: its cells, the dense model, and the agreement of its criteria.
 
-The store writes these, and every table, page and picture of a sweep is made from them and from nothing else.
+The store writes these records, and tables and page read nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cfsp_framework.config import FrozenRecord
 
 
 class Quality(FrozenRecord):
-    """How well one model predicts one text."""
+    """Perplexity of one model on one text."""
 
     data: str
     """The data SPEC."""
@@ -26,26 +26,26 @@ class Quality(FrozenRecord):
 
 
 class Latency(FrozenRecord):
-    """A forward over one batch of ``tokens`` tokens, measured in turn with the dense model."""
+    """Time of a forward over one batch of ``tokens`` tokens, measured in turn with the dense model."""
 
     tokens: int
     milliseconds: float
-    """The median."""
+    """Median."""
     dense_milliseconds: float
 
 
 class CellSpec(FrozenRecord):
-    """What one cell of a sweep is: everything that distinguishes it from the others."""
+    """Everything that distinguishes one cell of a sweep from the others."""
 
     row: str
-    """What a table calls it: the name of a named row, or its components' names."""
+    """Its name in tables: the name of a named row, or its components' names."""
     criterion: str
     """NAME:option=value,... with every option, as in a plan; likewise the other components."""
     allocator: str
     compensator: str
     recovery: str
     ratio: float
-    """Share of feed-forward channels (or of parameters, by the budget) asked to be removed."""
+    """Requested share of feed-forward channels (or of parameters, by the budget) to remove."""
     samples: int
     """Calibration windows."""
     seed: int
@@ -55,31 +55,31 @@ class CellResult(FrozenRecord):
     """One cell, finished or failed."""
 
     key: str
-    """A hash of all that decides the result: model, data, components with options and code, versions."""
+    """Hash of everything that decides the result: model, data, components with options and code, versions."""
     spec: CellSpec
     status: Literal["done", "failed"]
     error: str | None = None
-    """One line, where the cell failed."""
+    """Error of a failed cell, on one line."""
     channel_ratio: float | None = None
-    """The share of feed-forward channels really removed."""
+    """Share of feed-forward channels removed."""
     parameter_ratio: float | None = None
     parameters: int | None = None
-    """Of the pruned model."""
+    """Parameters of the pruned model."""
     widths: tuple[int, ...] = ()
-    """Of each feed-forward, in the plan's order."""
+    """Width of each feed-forward, in the plan's order."""
     qualities: tuple[Quality, ...] = ()
-    """Of the pruned (and recovered, where that was asked for) model, on every evaluation SPEC."""
+    """Quality of the pruned (and recovered) model on every evaluation SPEC."""
     tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Metric by task, as lm-evaluation-harness names them."""
     latency: Latency | None = None
     seconds: float = 0.0
-    """What the cell itself took: plan, cut, compensation, recovery, evaluation; not the shared collection."""
+    """Time of the cell itself: plan, cut, compensation, recovery, evaluation; without the shared measurements."""
     command: str = ""
-    """The command that gives this cell alone."""
+    """Command that runs this cell alone."""
 
 
 class Agreement(FrozenRecord):
-    """How alike two criteria rank the channels of one feed-forward."""
+    """Agreement of two criteria on the channels of one feed-forward."""
 
     seed: int
     block: int
@@ -88,9 +88,9 @@ class Agreement(FrozenRecord):
     """As in ``CellSpec.criterion``."""
     second: str
     rank_correlation: float
-    """Spearman's, over all channels; 0 where either criterion scores all channels alike."""
+    """Spearman's correlation over all channels; 0 where either criterion scores all channels alike."""
     overlap: dict[str, float] = Field(default_factory=dict)
-    """By ratio, as text: the share of the kept channels both would keep if each kept that share of this block."""
+    """By ratio, as text: the share of kept channels that both would keep if each removed that share of this block."""
 
 
 class SweepResults(FrozenRecord):
@@ -104,9 +104,9 @@ class SweepResults(FrozenRecord):
     dtype: str
     device: str
     parameters: int
-    """Of the dense model."""
+    """Parameters of the dense model."""
     widths: tuple[int, ...]
-    """Of each dense feed-forward."""
+    """Width of each dense feed-forward."""
     places: tuple[tuple[int, str], ...]
     """Block and path of each feed-forward, in the order of the widths."""
     budget: Literal["channels", "parameters"]
@@ -119,4 +119,4 @@ class SweepResults(FrozenRecord):
     agreements: tuple[Agreement, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
-    """By phase, of the whole sweep: load, calibrate, collect, plan, evaluate ..."""
+    """Seconds of the whole sweep by phase: load, calibrate, collect, plan, evaluate ..."""

@@ -1,4 +1,4 @@
-"""The dense model comes back to the last bit after each cell: it is taken apart by reference, nothing large is copied."""
+"""Restore the dense model exactly after each cell: its state is held by reference, nothing large is copied."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from cfsp_framework.modeling.decoder import Decoder
 
 @dataclass(frozen=True)
 class ModelState:
-    """Which parameters, submodules and plain attributes the modules of a model have, and its configuration's values."""
+    """Parameters, submodules and integer attributes of a model's modules, and the values of its configuration."""
 
     modules: tuple[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]], ...]
     config: dict[str, Any]
 
     @classmethod
-    def of(cls, decoder: Decoder) -> ModelState:
-        """The model as it is now, by reference."""
+    def capture(cls, decoder: Decoder) -> ModelState:
+        """Return the current state of a model, by reference."""
         return cls(
             tuple(
-                (module, dict(module._parameters), dict(module._modules), _plain(module))
+                (module, dict(module._parameters), dict(module._modules), _integers(module))
                 for module in decoder.model.modules()
             ),
             dict(vars(decoder.config)),
         )
 
-    def put_back(self, decoder: Decoder) -> None:
-        """Make the model what it was."""
+    def restore(self, decoder: Decoder) -> None:
+        """Give a model this state."""
         for module, parameters, modules, attributes in self.modules:
             _replace(module._parameters, parameters)
             _replace(module._modules, modules)
@@ -41,30 +41,30 @@ class ModelState:
 
 @contextmanager
 def restored(decoder: Decoder, *, trained: bool = False) -> Generator[None]:
-    """While open the model may be cut and compensated, and with ``trained`` trained too; afterwards it is what it was.
+    """Restore a model on exit; inside it may be cut and compensated, and with ``trained`` trained too.
 
     Cutting makes new parameters and leaves the old ones alone, except for biases, which compensators may write into;
-    those are copied. Training writes into anything: with ``trained`` the model gets copies of all its parameters.
+    those are copied. Training writes into any parameter: with ``trained`` the model gets copies of all.
     """
-    before = ModelState.of(decoder)
+    state = ModelState.capture(decoder)
     copies: dict[int, nn.Parameter] = {}
-    for module, parameters, _, _ in before.modules:
+    for module, parameters, _, _ in state.modules:
         for name, parameter in parameters.items():
             if parameter is not None and (trained or name.endswith("bias")):
-                if id(parameter) not in copies:  # tied ones stay tied
+                if id(parameter) not in copies:  # tied parameters stay tied
                     copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                 module._parameters[name] = copies[id(parameter)]
     try:
         yield
     finally:
-        before.put_back(decoder)
+        state.restore(decoder)
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """Attributes a cut may change: widths, and whatever else is a number."""
+def _integers(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes that a cut may change: widths, and other whole numbers."""
     return {name: value for name, value in vars(module).items() if isinstance(value, int)}
 
 
-def _replace(there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    there.clear()
-    there.update(wanted)
+def _replace(target: dict[str, Any], values: dict[str, Any]) -> None:
+    target.clear()
+    target.update(values)

@@ -1,15 +1,15 @@
-"""A sweep's results on disk, written as they are made: an SQLite file that other programs can query too."""
+"""Keep a sweep's results on disk as they arrive: an SQLite file that other programs can query too."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sqlite3
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from cfsp_framework.ablation.results import CellResult
 from cfsp_framework.errors import OutputError
@@ -17,6 +17,7 @@ from cfsp_framework.errors import OutputError
 FILE = "results.sqlite"
 PLANS = "plans"
 COLLECTIONS = "collections"
+_LOCK = "results.lock"
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS cells (
@@ -30,12 +31,13 @@ CREATE TABLE IF NOT EXISTS qualities (
     perplexity REAL NOT NULL, nll REAL NOT NULL, bits_per_byte REAL NOT NULL, PRIMARY KEY (key, data));
 CREATE TABLE IF NOT EXISTS sweep (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+_COLUMNS = {"key", "status", "error", "channel_ratio", "parameter_ratio", "parameters", "seconds", "command"}
 
 
 class Store:
-    """The cells of a sweep by their keys, whole in ``cells.result`` (JSON) and in columns; and what is known beside them.
+    """The cells of a sweep by their keys, as JSON in ``cells.result`` and in columns, and notes by name.
 
-    A cell that failed is kept too, until it succeeds. Every write is a transaction of its own.
+    A failed cell is kept too, until it succeeds. Every write is one transaction.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,29 +47,18 @@ class Store:
             self._connection.executescript(_TABLES)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._connection.close()
 
     def get(self, key: str) -> CellResult | None:
-        """The cell called ``key``, finished or failed."""
-        found = self._connection.execute("SELECT result FROM cells WHERE key = ?", (key,)).fetchone()
-        return CellResult.model_validate_json(found[0]) if found else None
+        """Return the cell of a key, finished or failed; None for an unknown one."""
+        row = self._connection.execute("SELECT result FROM cells WHERE key = ?", (key,)).fetchone()
+        return CellResult.model_validate_json(row[0]) if row else None
 
     def put(self, cell: CellResult) -> None:
-        """Keep a cell, in the place of an earlier result of it."""
+        """Write a cell; it replaces an earlier result."""
         columns: dict[str, Any] = {
-            **cell.model_dump(
-                include={
-                    "key",
-                    "status",
-                    "error",
-                    "channel_ratio",
-                    "parameter_ratio",
-                    "parameters",
-                    "seconds",
-                    "command",
-                }
-            ),
+            **cell.model_dump(include=_COLUMNS),
             **cell.spec.model_dump(),
             "result": cell.model_dump_json(),
         }
@@ -77,16 +68,16 @@ class Store:
             connection.execute("DELETE FROM qualities WHERE key = ?", (cell.key,))
             connection.executemany(
                 "INSERT INTO qualities VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [(cell.key, *one.model_dump().values()) for one in cell.qualities],
+                [(cell.key, *quality.model_dump().values()) for quality in cell.qualities],
             )
 
-    def recall(self, name: str) -> Any:
-        """What was noted under ``name``, or None."""
-        found = self._connection.execute("SELECT value FROM sweep WHERE name = ?", (name,)).fetchone()
-        return json.loads(found[0]) if found else None
+    def read_note(self, name: str) -> Any:
+        """Return the note of a name, or None."""
+        row = self._connection.execute("SELECT value FROM sweep WHERE name = ?", (name,)).fetchone()
+        return json.loads(row[0]) if row else None
 
-    def note(self, name: str, value: Any) -> None:
-        """Keep a value that JSON can hold."""
+    def write_note(self, name: str, value: Any) -> None:
+        """Write a value that JSON can hold under a name."""
         with self._transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO sweep VALUES (?, ?)", (name, json.dumps(value)))
 
@@ -99,48 +90,46 @@ class Store:
 
 @contextmanager
 def open_store(folder: Path) -> Generator[Store]:
-    """The store in ``folder``, which is made if need be, for one sweep at a time.
+    """Open the store of ``folder``, made if missing, for one sweep at a time.
 
     Raises:
-        OutputError: the folder holds something else, cannot be written, or another sweep is at work in it.
+        OutputError: the folder holds something else, cannot be written, or another sweep uses it.
     """
     check_folder(folder)
     with _readable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
+        lock = FileLock(folder / _LOCK, blocking=False, is_singleton=False)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire()
+        except Timeout:
             raise OutputError(
                 f"{folder}: another sweep is at work there; wait for it, or give another folder."
             ) from None
-        except OSError:  # this file system knows no locks
+        except NotImplementedError:  # a file system without locks
             pass
-        store = Store(folder)
-        try:
+    try:
+        with closing(Store(folder)) as store:
             yield store
-        finally:
-            store.close()
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse, before any work is done, a folder that holds something else than a sweep.
+    """Refuse a folder that holds something else than a sweep.
 
     Raises:
-        OutputError: it does.
+        OutputError: the folder has other files, or is a file.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file()):
+    foreign = folder.is_dir() and not (folder / FILE).is_file() and any(path.name != _LOCK for path in folder.iterdir())
+    if folder.is_file() or foreign:
         raise OutputError(f"{folder} exists and holds no sweep; give another folder.")
 
 
 @contextmanager
 def _readable(folder: Path) -> Generator[None]:
-    """Turn what SQLite and the file system refuse into an OutputError."""
+    """Raise errors of SQLite and the file system as an OutputError."""
     try:
         yield
     except (sqlite3.Error, PermissionError, FileNotFoundError, NotADirectoryError) as error:
-        told = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"{folder / FILE} cannot be used: {told}.") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"{folder / FILE} cannot be used: {reason}.") from error

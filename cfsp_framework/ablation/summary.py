@@ -1,4 +1,4 @@
-"""What a sweep's cells say together: methods, means over seeds with their confidence, the best, and the Pareto front.
+"""Summarise a sweep's cells: methods, means over seeds with confidence intervals, the best, and the Pareto front.
 
 Pure functions of ``SweepResults``. Every mean is an arithmetic mean over seeds; its confidence is Student's interval,
 which assumes that seeds scatter normally and needs two of them.
@@ -17,7 +17,7 @@ from cfsp_framework.ablation.results import CellResult, CellSpec, Quality, Sweep
 CONFIDENCE = 0.95
 
 _FIELDS = ("criterion", "allocator", "compensator", "recovery", "samples")
-"""What distinguishes methods of one name, in the order it is told."""
+"""Fields that distinguish methods of one name, in the order of a label."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,13 @@ class Interval:
     """None for a single value, and where a value is not finite."""
     count: int
 
-    @property
-    def low(self) -> float:
-        """The lower end; the mean itself where there is no interval."""
-        return self.mean - (self.half or 0.0)
-
-    @property
-    def high(self) -> float:
-        """The upper end; the mean itself where there is no interval."""
-        return self.mean + (self.half or 0.0)
-
 
 @dataclass(frozen=True)
 class Method:
-    """What cells of several ratios and seeds have in common."""
+    """The common part of cells that differ in ratio and seed only."""
 
     label: str
-    """Of this method alone: the row's name, and what tells it from other methods of that name."""
+    """Unique in the sweep: the row's name, and what distinguishes it from other methods of that name."""
     row: str
     criterion: str
     allocator: str
@@ -65,17 +55,22 @@ class Group:
 
     @cached_property
     def done(self) -> tuple[CellResult, ...]:
-        """Those with a result."""
+        """Cells with a result."""
         return tuple(cell for cell in self.cells if cell.status == "done")
 
     @cached_property
     def failed(self) -> tuple[CellResult, ...]:
-        """Those with an error."""
+        """Cells with an error."""
         return tuple(cell for cell in self.cells if cell.status == "failed")
 
     def interval(self, read: Callable[[CellResult], float | None]) -> Interval | None:
-        """The mean over seeds of what ``read`` finds in each finished cell; None where it finds nothing."""
+        """Return the mean over seeds of a value of each finished cell; None where no cell has it."""
         return interval(value for cell in self.done if (value := read(cell)) is not None)
+
+    def finite(self, read: Callable[[CellResult], float | None]) -> Interval | None:
+        """Return the mean over seeds, or None where it is not finite or no cell has the value."""
+        mean = self.interval(read)
+        return mean if mean is not None and math.isfinite(mean.mean) else None
 
 
 @dataclass(frozen=True)
@@ -86,27 +81,27 @@ class Best:
     perplexity: Interval
     second: Group | None
     margin: Interval | None
-    """Nats per token the second loses to the best, paired by seed; None where they share none."""
+    """Loss of the second minus loss of the best, in nats per token, paired by seed; None where they share no seed."""
 
     @property
     def clear(self) -> bool:
-        """Whether the interval of the margin leaves out 0."""
-        return self.margin is not None and self.margin.half is not None and self.margin.low > 0
+        """Whether the margin's interval excludes 0."""
+        return self.margin is not None and self.margin.half is not None and self.margin.mean > self.margin.half
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Two of the axes of a sweep against each other, with all else fixed but the ratio."""
+    """Two axes of a sweep against each other at every ratio, everything else fixed."""
 
     fixed: tuple[str, ...]
-    """The short names of what else is chosen, of axes that have several values."""
+    """Short names of the choices on the other axes that have several values."""
     row_axis: str
     column_axis: str
     rows: tuple[str, ...]
     """Short names, the best on average first, calibration sizes ascending; likewise the columns."""
     columns: tuple[str, ...]
     groups: dict[float, tuple[tuple[Group | None, ...], ...]]
-    """By ratio, row and column; None where there is no cell."""
+    """By ratio, row and column; None without a cell."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +117,11 @@ class Pair:
 
     @property
     def mean_correlation(self) -> float:
-        """Over blocks."""
+        """Rank correlation averaged over blocks."""
         return statistics.fmean(self.correlation.values())
 
     def mean_overlap(self, ratio: str) -> float | None:
-        """Over blocks; None where it was not measured at this ratio."""
+        """Return the overlap averaged over blocks; None where it was not measured at this ratio."""
         return statistics.fmean(self.overlap[ratio].values()) if self.overlap.get(ratio) else None
 
 
@@ -134,7 +129,7 @@ class Pair:
 
 
 def groups(results: SweepResults) -> tuple[Group, ...]:
-    """All cells, those of one method and ratio together; methods in the order of their first cells, ratios ascending."""
+    """Group all cells by method and ratio; methods in the order of their first cells, ratios ascending."""
     named = methods(cell.spec for cell in results.cells)
     order = {method: place for place, method in enumerate(dict.fromkeys(named.values()))}
     together: dict[tuple[int, float], list[CellResult]] = {}
@@ -148,7 +143,7 @@ def groups(results: SweepResults) -> tuple[Group, ...]:
 
 
 def methods(specs: Iterable[CellSpec]) -> dict[tuple[str, ...], Method]:
-    """The method of every cell by what identifies it; rows of one name get what differs between them added."""
+    """Return every method by its identity; labels of rows with one name also give what differs between them."""
     identities = list(dict.fromkeys(map(_identity, specs)))
     by_row: dict[str, list[tuple[str, ...]]] = {}
     for identity in identities:
@@ -175,16 +170,16 @@ def _identity(spec: CellSpec) -> tuple[str, ...]:
 def _label(
     identity: tuple[str, ...], namesakes: Sequence[tuple[str, ...]], shortened: Sequence[Mapping[str, str]]
 ) -> str:
-    differing = [place for place in range(len(_FIELDS)) if len({one[place + 1] for one in namesakes}) > 1]
-    told = [
+    differing = [place for place in range(len(_FIELDS)) if len({other[place + 1] for other in namesakes}) > 1]
+    details = [
         f"{identity[place + 1]} windows" if _FIELDS[place] == "samples" else shortened[place][identity[place + 1]]
         for place in differing
     ]
-    return f"{identity[0]} ({', '.join(told)})" if told else identity[0]
+    return f"{identity[0]} ({', '.join(details)})" if details else identity[0]
 
 
 def short_labels(specs: Iterable[str]) -> dict[str, str]:
-    """For each component, ``NAME:option=value,...``, its name with those options alone that tell it from the others.
+    """Return each component, ``NAME:option=value,...``, as its name and the options that distinguish it from the others.
 
     ``cfsp:b=1.0,c=1`` and ``cfsp:b=2.0,c=1`` become ``cfsp:b=1.0`` and ``cfsp:b=2.0``, and a single ``flap:...``
     becomes ``flap``. No two components get one label.
@@ -199,9 +194,9 @@ def short_labels(specs: Iterable[str]) -> dict[str, str]:
 
 
 def _short(spec: str, namesakes: Sequence[str]) -> str:
-    common = set.intersection(*(set(_options(one)) for one in namesakes))
-    own = [option for option in _options(spec) if option not in common]
-    return ":".join([spec.partition(":")[0], *([",".join(own)] if own else [])])
+    common = set.intersection(*(set(_options(namesake)) for namesake in namesakes))
+    differing = [option for option in _options(spec) if option not in common]
+    return ":".join([spec.partition(":")[0], *([",".join(differing)] if differing else [])])
 
 
 def _options(spec: str) -> list[str]:
@@ -213,98 +208,95 @@ def _options(spec: str) -> list[str]:
 
 
 def interval(values: Iterable[float]) -> Interval | None:
-    """The mean of some values and its 95 % confidence; None where there are none.
+    """Return the mean of some values and its 95 % confidence interval; None without values.
 
     ``half`` is ``t * s / sqrt(n)``, with ``t`` the 97.5 % quantile of Student's distribution with n - 1 degrees of
     freedom and ``s`` the standard deviation with n - 1 in its denominator.
     """
-    found = list(values)
-    if not found:
+    sample = list(values)
+    if not sample:
         return None
-    if not all(map(math.isfinite, found)):
-        return Interval(sum(found), None, len(found))  # inf, or NaN where a value is NaN
-    if len(found) == 1:
-        return Interval(found[0], None, 1)
+    if not all(map(math.isfinite, sample)):
+        return Interval(sum(sample), None, len(sample))  # inf, or NaN where a value is NaN
+    if len(sample) == 1:
+        return Interval(sample[0], None, 1)
     from scipy.special import stdtrit
 
-    quantile = float(stdtrit(len(found) - 1, (1 + CONFIDENCE) / 2))
-    half = quantile * statistics.stdev(found) / math.sqrt(len(found))
-    return Interval(statistics.mean(found), half, len(found))
+    quantile = float(stdtrit(len(sample) - 1, (1 + CONFIDENCE) / 2))
+    half = quantile * statistics.stdev(sample) / math.sqrt(len(sample))
+    return Interval(statistics.mean(sample), half, len(sample))
 
 
 def data_specs(results: SweepResults) -> tuple[str, ...]:
-    """What models were evaluated on, in the order it was asked for; the first is what methods are ranked by."""
+    """Return the evaluation SPECs in the order of the options; methods are ranked by the first."""
     measured = (quality.data for cell in results.cells for quality in cell.qualities)
     return tuple(dict.fromkeys([*(quality.data for quality in results.dense), *measured]))
 
 
 def task_metrics(results: SweepResults) -> tuple[tuple[str, str], ...]:
-    """Every task with every metric of it that some cell has, in the order they turn up."""
-    found = [results.dense_tasks, *(cell.tasks for cell in results.cells)]
+    """Return every pair of task and metric that some cell has, in the order of occurrence."""
+    scored = [results.dense_tasks, *(cell.tasks for cell in results.cells)]
     return tuple(
-        dict.fromkeys((task, metric) for tasks in found for task, metrics in tasks.items() for metric in metrics)
+        dict.fromkeys((task, metric) for tasks in scored for task, metrics in tasks.items() for metric in metrics)
     )
 
 
 def quality(cell: CellResult, data: str) -> Quality | None:
-    """A cell's quality on one data SPEC."""
-    return next((one for one in cell.qualities if one.data == data), None)
+    """Return a cell's quality on one data SPEC, where it was measured."""
+    return next((measured for measured in cell.qualities if measured.data == data), None)
 
 
 def dense_quality(results: SweepResults, data: str) -> Quality | None:
-    """The dense model's quality on one data SPEC, where it was measured."""
-    return next((one for one in results.dense if one.data == data), None)
+    """Return the dense model's quality on one data SPEC, where it was measured."""
+    return next((measured for measured in results.dense if measured.data == data), None)
 
 
 def perplexity(cell: CellResult, data: str) -> float | None:
-    """A cell's perplexity on one data SPEC."""
-    found = quality(cell, data)
-    return None if found is None else found.perplexity
+    """Return a cell's perplexity on one data SPEC."""
+    return getattr(quality(cell, data), "perplexity", None)
 
 
 def nll(cell: CellResult, data: str) -> float | None:
-    """A cell's loss on one data SPEC, nats per token."""
-    found = quality(cell, data)
-    return None if found is None else found.nll
+    """Return a cell's loss on one data SPEC, in nats per token."""
+    return getattr(quality(cell, data), "nll", None)
 
 
 def excess_nll(cell: CellResult, results: SweepResults, data: str) -> float | None:
-    """The loss a cell has on top of the dense model's, nats per token; None where either was not measured."""
-    found, dense = quality(cell, data), dense_quality(results, data)
-    return None if found is None or dense is None else found.nll - dense.nll
+    """Return a cell's loss minus the dense model's, in nats per token; None where either was not measured."""
+    loss, dense = nll(cell, data), dense_quality(results, data)
+    return None if loss is None or dense is None else loss - dense.nll
 
 
 def bits_per_byte(cell: CellResult, data: str) -> float | None:
-    """A cell's bits per byte on one data SPEC."""
-    found = quality(cell, data)
-    return None if found is None else found.bits_per_byte
+    """Return a cell's bits per byte on one data SPEC."""
+    return getattr(quality(cell, data), "bits_per_byte", None)
 
 
 def kept_parameters(cell: CellResult) -> float | None:
-    """The share of all parameters that a cell's model still has."""
+    """Return the share of all parameters that a cell's model keeps."""
     return None if cell.parameter_ratio is None else 1 - cell.parameter_ratio
 
 
 def relative_latency(cell: CellResult) -> float | None:
-    """A cell's latency over the dense model's, both measured in one run: 0.8 is a fifth less time."""
+    """Return a cell's latency divided by the dense model's, both measured in one run."""
     return None if cell.latency is None else cell.latency.milliseconds / cell.latency.dense_milliseconds
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def ranked(found: Sequence[Group], data: str) -> tuple[Group, ...]:
-    """Groups with a finite loss on ``data``, the lowest mean first; equal ones in the order given."""
-    measured = ((group.interval(lambda cell: nll(cell, data)), group) for group in found)
-    finite = [(mean.mean, group) for mean, group in measured if mean is not None and math.isfinite(mean.mean)]
-    return tuple(group for _, group in sorted(finite, key=lambda one: one[0]))
+def ranked(members: Sequence[Group], data: str) -> tuple[Group, ...]:
+    """Return the groups with a finite loss on ``data``, the lowest mean first; equal ones in the given order."""
+    measured = ((group.finite(lambda cell: nll(cell, data)), group) for group in members)
+    finite = [(mean.mean, group) for mean, group in measured if mean]
+    return tuple(group for _, group in sorted(finite, key=lambda pair: pair[0]))
 
 
-def best_per_ratio(found: Sequence[Group], data: str) -> dict[float, Best]:
-    """By ratio, ascending, the method of lowest mean loss on ``data``; ratios where nothing finite was measured lack."""
+def best_per_ratio(members: Sequence[Group], data: str) -> dict[float, Best]:
+    """Return the method of lowest mean loss on ``data`` by ratio, ascending; ratios without a finite loss are left out."""
     best: dict[float, Best] = {}
-    for ratio in sorted({group.ratio for group in found}):
-        first, second, *_ = [*ranked([group for group in found if group.ratio == ratio], data), None, None]
+    for ratio in sorted({group.ratio for group in members}):
+        first, second, *_ = [*ranked([group for group in members if group.ratio == ratio], data), None, None]
         measured = first.interval(lambda cell: perplexity(cell, data)) if first else None
         if first is not None and measured is not None:
             margin = paired_difference(second, first, data) if second else None
@@ -313,37 +305,37 @@ def best_per_ratio(found: Sequence[Group], data: str) -> dict[float, Best]:
 
 
 def paired_difference(first: Group, second: Group, data: str) -> Interval | None:
-    """How much higher the loss of ``first`` is than that of ``second`` in nats per token, over the seeds both have.
+    """Return the loss of ``first`` minus that of ``second`` in nats per token, over the seeds that both have.
 
     Cells of one seed saw the same calibration windows, so their difference scatters less than either of them.
     """
-    theirs = {cell.spec.seed: nll(cell, data) for cell in second.done}
-    both = ((nll(cell, data), theirs.get(cell.spec.seed)) for cell in first.done)
+    losses = {cell.spec.seed: nll(cell, data) for cell in second.done}
+    both = ((nll(cell, data), losses.get(cell.spec.seed)) for cell in first.done)
     return interval(a - b for a, b in both if a is not None and b is not None)
 
 
-def by_quality(found: Sequence[Group], data: str) -> tuple[Method, ...]:
-    """All methods, the best first: by their mean place among the methods of each ratio.
+def by_quality(members: Sequence[Group], data: str) -> tuple[Method, ...]:
+    """Return all methods, the best first: by their mean rank among the methods of each ratio.
 
-    A method without a finite result at a ratio has the last place there, so that nothing is won by failing. Equal ones
-    stay in the order given.
+    A method without a finite result at a ratio is last there, so that failing is never better. Equal ones stay in the
+    given order.
     """
-    every = list(dict.fromkeys(group.method for group in found))
+    every = list(dict.fromkeys(group.method for group in members))
     places: dict[Method, list[int]] = {method: [] for method in every}
-    for ratio in {group.ratio for group in found}:
-        order = [group.method for group in ranked([group for group in found if group.ratio == ratio], data)]
+    for ratio in {group.ratio for group in members}:
+        order = [group.method for group in ranked([group for group in members if group.ratio == ratio], data)]
         place_of = {method: place for place, method in enumerate(order)}
         for method in every:
             places[method].append(place_of.get(method, len(every)))
     return tuple(sorted(every, key=lambda method: statistics.fmean(places[method])))
 
 
-def grids(found: Sequence[Group], data: str) -> tuple[Grid, ...]:
-    """The sweep as grids, where two or more of its axes have several values: the longest down, the next across.
+def grids(members: Sequence[Group], data: str) -> tuple[Grid, ...]:
+    """Arrange the sweep as grids, where two or more axes have several values: the longest as rows, the next as columns.
 
-    Grids that the sweep fills to less than three fifths are left out: named rows that were never meant as a grid.
+    Grids of which the sweep fills less than three fifths are left out: those are named rows.
     """
-    order = by_quality(found, data)
+    order = by_quality(members, data)
     every = {name: list(dict.fromkeys(str(getattr(method, name)) for method in order)) for name in _FIELDS}
     axes = sorted((name for name in _FIELDS if len(every[name]) > 1), key=lambda name: -len(every[name]))
     if len(axes) < 2:
@@ -351,26 +343,26 @@ def grids(found: Sequence[Group], data: str) -> tuple[Grid, ...]:
     down, across, *rest = axes
     short = {name: short_labels(every[name]) for name in axes}
     slices: dict[tuple[str, ...], list[Group]] = {}
-    for group in found:
+    for group in members:
         slices.setdefault(tuple(short[name][str(getattr(group.method, name))] for name in rest), []).append(group)
     place_of = {method: place for place, method in enumerate(order)}
-    made = []
+    arranged = []
     for fixed, held in slices.items():
         rows, columns = _in_order(down, held, place_of), _in_order(across, held, place_of)
         ratios = sorted({group.ratio for group in held})
-        there = {(g.ratio, str(getattr(g.method, down)), str(getattr(g.method, across))): g for g in reversed(held)}
-        if min(len(rows), len(columns)) > 1 and len(there) >= 0.6 * len(ratios) * len(rows) * len(columns):
+        by_place = {(g.ratio, str(getattr(g.method, down)), str(getattr(g.method, across))): g for g in reversed(held)}
+        if min(len(rows), len(columns)) > 1 and len(by_place) >= 0.6 * len(ratios) * len(rows) * len(columns):
             cells = {
-                ratio: tuple(tuple(there.get((ratio, row, column)) for column in columns) for row in rows)
+                ratio: tuple(tuple(by_place.get((ratio, row, column)) for column in columns) for row in rows)
                 for ratio in ratios
             }
             names = tuple(short[down][row] for row in rows), tuple(short[across][column] for column in columns)
-            made.append(Grid(fixed, down, across, *names, cells))
-    return tuple(made)
+            arranged.append(Grid(fixed, down, across, *names, cells))
+    return tuple(arranged)
 
 
 def _in_order(axis: str, held: Sequence[Group], place_of: Mapping[Method, int]) -> list[str]:
-    """An axis's distinct values by the mean place of their methods; sizes by size."""
+    """Order an axis's distinct values by the mean rank of their methods; calibration sizes by size."""
     places: dict[str, list[int]] = {}
     for group in held:
         places.setdefault(str(getattr(group.method, axis)), []).append(place_of[group.method])
@@ -378,9 +370,9 @@ def _in_order(axis: str, held: Sequence[Group], place_of: Mapping[Method, int]) 
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
-    """The points that no other beats, lower being better in both coordinates; indices by the first coordinate.
+    """Return the points that no other beats, lower being better in both coordinates; indices by the first coordinate.
 
-    A point is beaten by one that is no worse in either coordinate and better in one. Points that are not finite are
+    A point is beaten by one that is at least as good in both coordinates and better in one. Points that are not finite are
     never on the front.
     """
     usable = [place for place, point in enumerate(points) if all(map(math.isfinite, point))]
@@ -392,20 +384,21 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
 
 
 def agreement_pairs(results: SweepResults) -> tuple[Pair, ...]:
-    """How alike the criteria rank channels, one ``Pair`` for every two of them."""
+    """Average the agreements of every two criteria over seeds and feed-forwards."""
     correlations: dict[tuple[str, str], dict[int, list[float]]] = {}
     overlaps: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
-    for one in results.agreements:
-        pair = (one.first, one.second) if (one.second, one.first) not in correlations else (one.second, one.first)
-        correlations.setdefault(pair, {}).setdefault(one.block, []).append(one.rank_correlation)
-        for ratio, share in one.overlap.items():
-            overlaps.setdefault(pair, {}).setdefault(ratio, {}).setdefault(one.block, []).append(share)
+    for agreement in results.agreements:
+        first, second = agreement.first, agreement.second
+        pair = (second, first) if (second, first) in correlations else (first, second)
+        correlations.setdefault(pair, {}).setdefault(agreement.block, []).append(agreement.rank_correlation)
+        for ratio, share in agreement.overlap.items():
+            overlaps.setdefault(pair, {}).setdefault(ratio, {}).setdefault(agreement.block, []).append(share)
     return tuple(
         Pair(
             first,
             second,
             _means(by_block),
-            {ratio: _means(found) for ratio, found in overlaps.get((first, second), {}).items()},
+            {ratio: _means(shares) for ratio, shares in overlaps.get((first, second), {}).items()},
         )
         for (first, second), by_block in correlations.items()
     )
@@ -416,7 +409,7 @@ def _means(by_block: Mapping[int, Sequence[float]]) -> dict[int, float]:
 
 
 def kept_by_block(cell: CellResult, results: SweepResults) -> dict[int, float]:
-    """The share of its channels each block keeps, all its feed-forwards together; empty for a failed cell."""
+    """Return the share of channels that each block keeps, all its feed-forwards together; empty for a failed cell."""
     if not cell.widths:
         return {}
     before: dict[int, int] = {}
@@ -428,6 +421,6 @@ def kept_by_block(cell: CellResult, results: SweepResults) -> dict[int, float]:
 
 
 def mean_kept(group: Group, results: SweepResults) -> dict[int, float]:
-    """``kept_by_block``, averaged over a group's seeds."""
-    found = [kept for cell in group.done if (kept := kept_by_block(cell, results))]
-    return {block: statistics.fmean(one[block] for one in found) for block in found[0]} if found else {}
+    """Average ``kept_by_block`` over a group's seeds."""
+    shares = [kept for cell in group.done if (kept := kept_by_block(cell, results))]
+    return {block: statistics.fmean(kept[block] for kept in shares) for block in shares[0]} if shares else {}

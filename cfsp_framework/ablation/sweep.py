@@ -1,4 +1,4 @@
-"""A sweep, top to bottom: choose the cells, open the model, measure what they need, run those not done yet, tell."""
+"""A sweep, top to bottom: check the cells, open the model, measure, run the cells that are not done, write tables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
-from cfsp_framework.ablation.agreement import agreements, scored
+from cfsp_framework.ablation.agreement import collect_scores, measure_agreements
 from cfsp_framework.ablation.cells import (
     CellOutput,
     CellRunner,
@@ -17,15 +15,16 @@ from cfsp_framework.ablation.cells import (
     cell_key,
     dense_key,
     prune_command,
-    qualities,
     score_tasks,
+    to_qualities,
 )
 from cfsp_framework.ablation.executors import Executor
 from cfsp_framework.ablation.grid import Cell
-from cfsp_framework.ablation.measurements import Collection, CollectionFolder, Part, want
+from cfsp_framework.ablation.measurements import Collection, CollectionFolder, Part, request_measurements
 from cfsp_framework.ablation.results import Agreement, CellResult, Quality, SweepResults
 from cfsp_framework.ablation.store import COLLECTIONS, PLANS, Store, check_folder, open_store
 from cfsp_framework.ablation.tables import write_tables
+from cfsp_framework.config import FrozenRecord
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.manager import load_plugins
@@ -42,16 +41,14 @@ from cfsp_framework.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is asked for."""
+    """Cells to run, and extra measurements."""
 
     cells: tuple[Cell, ...]
     extras: Extras = field(default_factory=Extras)
 
 
-class DenseModel(BaseModel):
-    """What the model scores before anything is removed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class DenseModel(FrozenRecord):
+    """Scores of the dense model."""
 
     qualities: tuple[Quality, ...]
     tasks: dict[str, dict[str, float]]
@@ -60,10 +57,10 @@ class DenseModel(BaseModel):
 def ablate(
     sweep: Sweep, out: Path, *, executor: Executor | None = None, progress: Progress | None = None
 ) -> SweepResults:
-    """Run every cell of a sweep that ``out`` does not hold yet, and write its tables.
+    """Run every cell of a sweep that ``out`` lacks, and write its tables.
 
-    A cell that fails is a row with its error. What is measured, every result and every plan stay in ``out``: a sweep
-    that was killed goes on, and a wider one adds what is new.
+    A cell that fails is a row with its error. Measurements, results and plans stay in ``out``: a killed sweep goes on
+    from there, and a wider one adds the new cells.
 
     Raises:
         ConfigError, ModelError, DataError, OutputError, PluginError: nothing could be run.
@@ -79,8 +76,8 @@ def ablate(
         pending = [job for job in jobs if (known := store.get(job.key)) is None or known.status == "failed"]
         work = with_collections(pending, runner, out)
         with progress.bar("cells", total=len(pending)) as step:
-            for made in executor.run(work, runner, out / COLLECTIONS):
-                keep(made, store, out, progress)
+            for output in executor.run(work, runner, out / COLLECTIONS):
+                store_output(output, store, out, progress)
                 step()
         results = gather(jobs, runner, store, dense, out)
     with progress.phase("tell"):
@@ -89,14 +86,14 @@ def ablate(
 
 
 def check_sweep(sweep: Sweep, executor: Executor, plugins: Plugins) -> None:
-    """Refuse, before the model is opened, whatever can be told by then.
+    """Check everything that needs no model.
 
     Raises:
-        ConfigError: an option or a component's name is wrong, or this way of running cannot be.
+        ConfigError: an option or a component's name is wrong, or options cannot be combined.
         PluginError: a component's plugin is at fault.
     """
     if join_ranks(sweep.cells[0].config.model.device).world > 1:
-        raise ConfigError("torchrun: a sweep's cells are shared out with --executor, in one process.")
+        raise ConfigError("torchrun: a sweep runs in one process; distribute its cells with --executor.")
     executor.check(sweep.extras)
     if sweep.extras.tasks:
         from cfsp_framework.evaluation.tasks import check_names
@@ -107,7 +104,7 @@ def check_sweep(sweep: Sweep, executor: Executor, plugins: Plugins) -> None:
 
 
 def make_jobs(sweep: Sweep, runner: CellRunner, out: Path) -> tuple[Job, ...]:
-    """The cells under their keys; of cells that are the same the first row has it."""
+    """Return a job for each distinct cell; the first of several rows with the same cell has it."""
     check_model(sweep.cells[0].config, runner.context.decoder, planned=False)
     jobs: dict[str, Job] = {}
     for cell in sweep.cells:
@@ -121,53 +118,53 @@ def make_jobs(sweep: Sweep, runner: CellRunner, out: Path) -> tuple[Job, ...]:
 
 
 def evaluate_dense(runner: CellRunner, store: Store) -> DenseModel:
-    """What the dense model scores, measured once."""
+    """Return the dense model's scores, measured once per store."""
     key = f"dense-{dense_key(runner.context, runner.extras)}"
-    known = store.recall(key)
+    known = store.read_note(key)
     if known is None:
         context = runner.context
-        found = DenseModel(
-            qualities=qualities(context.evaluation_sets, evaluate(context, context.decoder)),
+        dense = DenseModel(
+            qualities=to_qualities(context.evaluation_sets, evaluate(context, context.decoder)),
             tasks=score_tasks(context, runner.extras),
         )
-        known = found.model_dump(mode="json")
-        store.note(key, known)
+        known = dense.model_dump(mode="json")
+        store.write_note(key, known)
     return DenseModel.model_validate(known)
 
 
 def with_collections(jobs: Sequence[Job], runner: CellRunner, out: Path) -> Iterator[tuple[Job, Collection]]:
-    """Each job with what it needs measured, those of one collection together."""
+    """Yield each job with its measurements, jobs of one collection together."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.collection, []).append(job)
     for group in groups.values():
         contexts = [runner.context_of(job.config) for job in group]
-        wanted = [want(context.selection, context.plugins) for context in contexts]
-        collection = CollectionFolder(out / COLLECTIONS, contexts[0], contexts[0].windows_to_select).open(wanted)
+        requests = [request_measurements(context.selection, context.plugins) for context in contexts]
+        collection = CollectionFolder(out / COLLECTIONS, contexts[0], contexts[0].windows_to_select).open(requests)
         yield from ((job, collection) for job in group)
 
 
-def keep(made: CellOutput, store: Store, out: Path, progress: Progress) -> None:
-    """Put a cell's plan and its result where they stay."""
-    if made.plan is not None:
+def store_output(output: CellOutput, store: Store, out: Path, progress: Progress) -> None:
+    """Write a cell's plan, then its result."""
+    if output.plan is not None:
         (out / PLANS).mkdir(exist_ok=True)
-        write_text(out / PLANS / f"{made.result.key}.json", made.plan.to_json())
-    store.put(made.result)  # last: a cell that is there has its plan
-    for phase, seconds in made.seconds.items():
+        write_text(out / PLANS / f"{output.result.key}.json", output.plan.to_json())
+    store.put(output.result)  # last: every finished cell has its plan
+    for phase, seconds in output.seconds.items():
         progress.seconds[phase] = progress.seconds.get(phase, 0.0) + seconds
 
 
 def gather(jobs: Sequence[Job], runner: CellRunner, store: Store, dense: DenseModel, out: Path) -> SweepResults:
-    """Everything that tables and pages tell: the cells that were asked for, in that order."""
+    """Return the results of all cells of the sweep, in its order."""
     context, config = runner.context, runner.context.config
     cells = [(job, cell) for job in jobs if (cell := store.get(job.key)) is not None]
     places = context.decoder.places
     with context.progress.phase("compare"):
-        compared = compare_criteria(jobs, runner, out)
-    seconds = store.recall("seconds") or {}
+        agreements = compare_criteria(jobs, runner, out)
+    seconds = store.read_note("seconds") or {}
     for phase, value in context.progress.seconds.items():
         seconds[phase] = round(seconds.get(phase, 0.0) + value, 3)
-    store.note("seconds", seconds)
+    store.write_note("seconds", seconds)
     return SweepResults(
         model=config.model.source,
         fingerprint=context.loaded.fingerprint,
@@ -183,38 +180,38 @@ def gather(jobs: Sequence[Job], runner: CellRunner, store: Store, dense: DenseMo
         seqlen=sequence_length(config, context.loaded),
         dense=dense.qualities,
         dense_tasks=dense.tasks,
-        cells=tuple(told(cell, job) for job, cell in cells),
-        agreements=compared,
+        cells=tuple(relabel(cell, job) for job, cell in cells),
+        agreements=agreements,
         versions=dict(library_versions()),
         seconds=seconds,
     )
 
 
-def told(cell: CellResult, job: Job) -> CellResult:
-    """A stored cell as this sweep calls it."""
+def relabel(cell: CellResult, job: Job) -> CellResult:
+    """Return a stored cell with this sweep's row name and command."""
     spec = cell.spec.model_copy(update={"row": job.row})
     return cell.model_copy(update={"spec": spec, "command": job.command})
 
 
 def compare_criteria(jobs: Sequence[Job], runner: CellRunner, out: Path) -> tuple[Agreement, ...]:
-    """How alike the criteria of each seed rank, on its largest calibration set that scored them."""
+    """Measure the agreement of each seed's criteria, on its largest calibration set that scored them."""
     ratios = sorted({job.config.budget.ratio for job in jobs})
     parts: dict[str, list[Part]] = {}
-    found: list[Agreement] = []
+    agreements: list[Agreement] = []
     for seed in sorted({job.config.run.seed for job in jobs}):
-        there: dict[str, tuple[str, Sequence[FeedForwardMeasurement]]] = {}
+        measured: dict[str, tuple[str, Sequence[FeedForwardMeasurement]]] = {}
         for job in sorted(
             (job for job in jobs if job.config.run.seed == seed), key=lambda job: -job.config.calibration.samples
         ):
             context = runner.context_of(job.config)
             name = context.selection.describe()["criterion"]
-            if name in there:
+            if name in measured:
                 continue
             if job.collection not in parts:
                 parts[job.collection] = CollectionFolder(out / COLLECTIONS, context, context.windows_to_select).read()
-            [label] = want(context.selection, context.plugins).criteria
+            [label] = request_measurements(context.selection, context.plugins).criteria
             part = next((part for part in parts[job.collection] if label in part.labels), None)
             if part is not None:
-                there[name] = label, part.measurements
-        found += agreements(seed, scored(there), ratios)
-    return tuple(found)
+                measured[name] = label, part.measurements
+        agreements += measure_agreements(seed, collect_scores(measured), ratios)
+    return tuple(agreements)

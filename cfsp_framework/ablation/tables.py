@@ -1,4 +1,4 @@
-"""A sweep as tables: for a terminal, a spreadsheet, a README and a paper."""
+"""Write a sweep as tables: for a terminal, a spreadsheet, a README and a paper."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -27,14 +28,15 @@ from cfsp_framework.ablation.summary import (
     relative_latency,
     task_metrics,
 )
-from cfsp_framework.data.sources import shorten_spec
+from cfsp_framework.data.sources import short
 from cfsp_framework.runtime.atomic_files import write_text
 
 PAGE = "report.html"
+T = TypeVar("T")
 
 
 def write_tables(results: SweepResults, folder: Path) -> None:
-    """``results.csv``, ``.md`` and ``.tex``, and the page."""
+    """Write ``results.csv``, ``.md`` and ``.tex``, and the page."""
     from cfsp_framework.ablation.page import sweep_page
 
     write_text(folder / "results.csv", csv_table(results))
@@ -44,7 +46,7 @@ def write_tables(results: SweepResults, folder: Path) -> None:
 
 
 def csv_table(results: SweepResults) -> str:
-    """A row for each cell, with everything that is one value."""
+    """Return a row for each cell, with all its single values."""
     data = data_specs(results)
     rows: list[dict[str, object]] = []
     for cell in results.cells:
@@ -55,7 +57,7 @@ def csv_table(results: SweepResults) -> str:
                 row[f"{name} {spec}"] = getattr(quality(cell, spec), name, None)
             row[f"excess_nll {spec}"] = excess_nll(cell, results, spec)
         row |= {f"{metric} {task}": cell.tasks.get(task, {}).get(metric) for task, metric in task_metrics(results)}
-        if any(one.latency for one in results.cells):
+        if any(other.latency for other in results.cells):
             row |= {name: getattr(cell.latency, name, None) for name in ("milliseconds", "dense_milliseconds")}
         rows.append({**row, "seconds": cell.seconds, "error": cell.error, "command": cell.command, "key": cell.key})
     text = io.StringIO()
@@ -67,35 +69,35 @@ def csv_table(results: SweepResults) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a cell that tables are made of."""
+    """A number of each cell that makes a table."""
 
     title: str
     read: Callable[[CellResult], float | None]
     dense: float | None = None
-    """The same number of the dense model."""
-    less: Callable[[CellResult], float | None] | None = None
-    """What is told beside it with its sign."""
+    """The number of the dense model."""
+    excess: Callable[[CellResult], float | None] | None = None
+    """A second number, written in brackets with its sign."""
     digits: int = 2
     lowest: bool = True
-    """Whether less is better."""
+    """Whether lower is better."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one method has at one ratio."""
+    """A method's number at one ratio."""
 
     mean: Interval | None
-    beside: Interval | None
+    excess: Interval | None
     failed: int
     best: bool
 
     def text(self, digits: int, plus: str = " ± ") -> str:
-        """``12.34 ± 0.05 (+0.321)``; how many seeds failed where some did. What no seed changes has no spread."""
+        """Write ``12.34 ± 0.05 (+0.321)`` and how many seeds failed; without a spread where all seeds agree."""
         if self.mean is None:
             return "failed" if self.failed else ""
         spread = f"{plus}{self.mean.half:.{digits}f}" if self.mean.half else ""
-        beside = f" ({self.beside.mean:+.3f})" if self.beside is not None else ""
-        return f"{self.mean.mean:.{digits}f}{spread}{beside}" + (f", {self.failed} failed" if self.failed else "")
+        excess = f" ({self.excess.mean:+.3f})" if self.excess is not None else ""
+        return f"{self.mean.mean:.{digits}f}{spread}{excess}" + (f", {self.failed} failed" if self.failed else "")
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,27 @@ class Grid:
     ratios: tuple[float, ...]
     rows: tuple[tuple[str, tuple[Entry | None, ...]], ...]
 
+    def write(self, bold: Callable[[str], T], plus: str = " ± ") -> Iterator[tuple[str, list[str | T]]]:
+        """Yield each row's label and written numbers, the dense model first; ``bold`` marks the best."""
+        digits = self.measure.digits
+        if self.measure.dense is not None:
+            yield "dense", [f"{self.measure.dense:.{digits}f}"] * len(self.ratios)
+        for label, entries in self.rows:
+            words = [entry.text(digits, plus) if entry else "" for entry in entries]
+            yield (
+                label,
+                [bold(word) if entry and entry.best else word for word, entry in zip(words, entries, strict=True)],
+            )
+
 
 def measures(results: SweepResults) -> list[Measure]:
-    """Perplexity on every text, the tasks, and latency, as far as they were measured."""
-    found: list[Measure] = []
+    """Return perplexity on every text, the tasks, and latency, as far as they were measured."""
+    measured: list[Measure] = []
     for data in data_specs(results):
         dense = dense_quality(results, data)
-        found.append(
+        measured.append(
             Measure(
-                f"Perplexity on {shorten_spec(data)} (excess, nats per token)",
+                f"Perplexity on {short(data)} (excess, nats per token)",
                 partial(perplexity, data=data),
                 dense.perplexity if dense else None,
                 partial(excess_nll, results=results, data=data),
@@ -122,73 +136,85 @@ def measures(results: SweepResults) -> list[Measure]:
         )
     for task in dict.fromkeys(task for task, _ in task_metrics(results)):
         known = [metric for name, metric in task_metrics(results) if name == task]
-        metric = next((one for one in ("acc_norm", "acc") if one in known), known[0])
-        own = results.dense_tasks.get(task, {}).get(metric)
-        found.append(
-            Measure(f"{metric} on {task}", partial(_task, task=task, metric=metric), own, None, 4, lowest=False)
+        metric = next((name for name in ("acc_norm", "acc") if name in known), known[0])
+        dense_score = results.dense_tasks.get(task, {}).get(metric)
+        measured.append(
+            Measure(f"{metric} on {task}", partial(_task, task=task, metric=metric), dense_score, None, 4, lowest=False)
         )
     if any(cell.latency for cell in results.cells):
-        found.append(Measure("Latency relative to the dense model", relative_latency, 1.0, None, 3))
-    return found or [Measure("Share of channels removed", lambda cell: cell.channel_ratio, 0.0, None, 4, lowest=False)]
+        measured.append(Measure("Latency relative to the dense model", relative_latency, 1.0, None, 3))
+    return measured or [
+        Measure("Share of channels removed", lambda cell: cell.channel_ratio, 0.0, None, 4, lowest=False)
+    ]
 
 
 def _task(cell: CellResult, task: str, metric: str) -> float | None:
     return cell.tasks.get(task, {}).get(metric)
 
 
+def grids(results: SweepResults) -> Iterator[Grid]:
+    """Yield a grid for each measure."""
+    for measure in measures(results):
+        yield grid(results, measure)
+
+
 def grid(results: SweepResults, measure: Measure) -> Grid:
-    """One measure of every method at every ratio, averaged over seeds."""
-    found = groups(results)
-    ratios = tuple(sorted({group.ratio for group in found}))
-    means = {(group.method.label, group.ratio): group.interval(measure.read) for group in found}
+    """Return one measure of every method at every ratio, averaged over seeds."""
+    members = groups(results)
+    ratios = tuple(sorted({group.ratio for group in members}))
+    means = {(group.method.label, group.ratio): group.interval(measure.read) for group in members}
     best = {
         ratio: _best([means.get((label, ratio)) for label, at in means if at == ratio], measure) for ratio in ratios
     }
     rows: dict[str, dict[float, Entry]] = {}
-    for group in found:
+    for group in members:
         mean = means[group.method.label, group.ratio]
-        beside = group.interval(measure.less) if measure.less else None
+        excess = group.interval(measure.excess) if measure.excess else None
         leads = mean is not None and mean.mean == best[group.ratio]
-        rows.setdefault(group.method.label, {})[group.ratio] = Entry(mean, beside, len(group.failed), leads)
+        rows.setdefault(group.method.label, {})[group.ratio] = Entry(mean, excess, len(group.failed), leads)
     return Grid(
         measure, ratios, tuple((label, tuple(row.get(ratio) for ratio in ratios)) for label, row in rows.items())
     )
 
 
 def _best(means: Sequence[Interval | None], measure: Measure) -> float | None:
-    values = [one.mean for one in means if one is not None and math.isfinite(one.mean)]
+    values = [mean.mean for mean in means if mean is not None and math.isfinite(mean.mean)]
     return (min(values) if measure.lowest else max(values)) if len(values) > 1 else None
 
 
 def show_results(results: SweepResults, folder: Path) -> None:
-    """What a finished sweep prints."""
+    """Print the tables of a finished sweep."""
     console = Console(highlight=False, markup=False)
-    for made in (grid(results, measure) for measure in measures(results)):
-        console.print(made.measure.title, style="italic")  # a table's own title is folded at the table's width
+    for numbers in grids(results):
+        console.print(numbers.measure.title, style="italic")  # a table's own title is folded at the table's width
         table = Table()
         table.add_column("method", overflow="fold", min_width=16)
-        for ratio in made.ratios:
+        for ratio in numbers.ratios:
             table.add_column(_percent(ratio), justify="right")
-        if made.measure.dense is not None:
-            table.add_row("dense", *[f"{made.measure.dense:.{made.measure.digits}f}"] * len(made.ratios))
-        for label, entries in made.rows:
-            words = [Text(one.text(made.measure.digits), "bold" if one.best else "") if one else "" for one in entries]
+        for label, words in numbers.write(bold=lambda word: Text(word, "bold")):
             table.add_row(label, *words)
         console.print(table)
     console.print(spread_note(results))
-    for cell in results.cells:
-        if cell.status == "failed":
-            console.print(f"Failed: {cell.spec.row}, {_percent(cell.spec.ratio)}, seed {cell.spec.seed}: {cell.error}")
+    for line in _failures(results):
+        console.print(f"Failed: {line}")
     console.print(
         f"Written to {folder}: {PAGE}, results.csv, .md, .tex and .sqlite, a plan for each cell.", soft_wrap=True
     )
 
 
+def _failures(results: SweepResults) -> list[str]:
+    return [
+        f"{cell.spec.row}, {_percent(cell.spec.ratio)}, seed {cell.spec.seed}: {cell.error}"
+        for cell in results.cells
+        if cell.status == "failed"
+    ]
+
+
 def spread_note(results: SweepResults) -> str:
-    """What the numbers are means of."""
+    """Say over which seeds the numbers are means."""
     seeds = len({cell.spec.seed for cell in results.cells})
     if seeds == 1:
-        return "One seed: no spread can be told."
+        return "One seed: no confidence intervals."
     return (
         f"Means over {seeds} seeds ± half of the 95 % confidence interval (Student); "
         "none where all seeds agree or only one has a value."
@@ -196,34 +222,20 @@ def spread_note(results: SweepResults) -> str:
 
 
 def markdown_tables(results: SweepResults) -> str:
-    """A table for each measure, and the errors."""
-    lines = [f"# Ablation of {shorten_spec(results.model)}", "", _told(results), ""]
-    for made in (grid(results, measure) for measure in measures(results)):
-        lines += [f"## {_markdown(made.measure.title)}", ""]
-        lines += [_markdown_row("method", *map(_percent, made.ratios)), "|---|" + "---:|" * len(made.ratios)]
-        if made.measure.dense is not None:
-            lines.append(_markdown_row("dense", *[f"{made.measure.dense:.{made.measure.digits}f}"] * len(made.ratios)))
-        for label, entries in made.rows:
-            words = [one.text(made.measure.digits) if one else "" for one in entries]
-            bold = [f"**{word}**" if one and one.best else word for word, one in zip(words, entries, strict=True)]
-            lines.append(_markdown_row(_markdown(label), *bold))
-        lines.append("")
-    failures = [cell for cell in results.cells if cell.status == "failed"]
-    if failures:
-        lines += ["## Failed", ""]
-        lines += [
-            f"- {_markdown(cell.spec.row)}, {_percent(cell.spec.ratio)}, seed {cell.spec.seed}: {_markdown(cell.error or '')}"
-            for cell in failures
-        ]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _told(results: SweepResults) -> str:
-    return (
-        f"{len(results.cells)} cells; calibrated on {_markdown(shorten_spec(results.calibration))}, {results.seqlen} tokens per "
+    """Return a table for each measure, and the errors."""
+    description = (
+        f"{len(results.cells)} cells; calibrated on {_markdown(short(results.calibration))}, {results.seqlen} tokens per "
         f"window; widths are multiples of {results.round_to}. {spread_note(results)} The best of each ratio in bold."
     )
+    lines = [f"# Ablation of {short(results.model)}", "", description, ""]
+    for numbers in grids(results):
+        lines += [f"## {_markdown(numbers.measure.title)}", ""]
+        lines += [_markdown_row("method", *map(_percent, numbers.ratios)), "|---|" + "---:|" * len(numbers.ratios)]
+        rows = numbers.write(bold=lambda word: f"**{word}**")
+        lines += [*(_markdown_row(_markdown(label), *words) for label, words in rows), ""]
+    if failures := _failures(results):
+        lines += ["## Failed", "", *(f"- {_markdown(line)}" for line in failures), ""]
+    return "\n".join(lines)
 
 
 def _markdown_row(*cells: str) -> str:
@@ -235,19 +247,13 @@ def _markdown(text: str) -> str:
 
 
 def latex_tables(results: SweepResults) -> str:
-    """A ``tabular`` with booktabs rules for each measure."""
+    """Return a ``tabular`` with booktabs rules for each measure."""
     lines = ["% \\usepackage{booktabs}", f"% {spread_note(results)}", ""]
-    for made in (grid(results, measure) for measure in measures(results)):
-        lines += [f"% {made.measure.title}", f"\\begin{{tabular}}{{l{'r' * len(made.ratios)}}}", "\\toprule"]
-        lines += [_latex_row("Method", *(latex(_percent(ratio)) for ratio in made.ratios)), "\\midrule"]
-        if made.measure.dense is not None:
-            lines.append(_latex_row("dense", *[f"{made.measure.dense:.{made.measure.digits}f}"] * len(made.ratios)))
-        for label, entries in made.rows:
-            words = [one.text(made.measure.digits, " $\\pm$ ") if one else "" for one in entries]
-            bold = [
-                f"\\textbf{{{word}}}" if one and one.best else word for word, one in zip(words, entries, strict=True)
-            ]
-            lines.append(_latex_row(latex(label), *bold))
+    for numbers in grids(results):
+        lines += [f"% {numbers.measure.title}", f"\\begin{{tabular}}{{l{'r' * len(numbers.ratios)}}}", "\\toprule"]
+        lines += [_latex_row("Method", *(latex(_percent(ratio)) for ratio in numbers.ratios)), "\\midrule"]
+        rows = numbers.write(bold=lambda word: f"\\textbf{{{word}}}", plus=" $\\pm$ ")
+        lines += [_latex_row(latex(label), *words) for label, words in rows]
         lines += ["\\bottomrule", "\\end{tabular}", ""]
     return "\n".join(lines)
 
@@ -263,7 +269,7 @@ _LATEX = {
 
 
 def latex(text: str) -> str:
-    """Text as LaTeX sets it."""
+    """Escape text for LaTeX."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 

@@ -139,10 +139,12 @@ def show_plan(plan: PruningPlan, path: Path) -> None:
 
 def _block_table(blocks: Sequence[BlockReport]) -> Table:
     """Make a table of the width of each feed-forward, with bars where there is room for them."""
-    from cfsp_framework.reporting.metrics import is_mixed, place
+    from cfsp_framework.reporting.metrics import describe_feed_forward, is_mixed
 
     console, mixed = Console(), is_mixed(blocks)
-    length = min(24, console.width - 52 - (3 + max(len(place(block)) for block in blocks) if mixed else 0))
+    length = min(
+        24, console.width - 52 - (3 + max(len(describe_feed_forward(block)) for block in blocks) if mixed else 0)
+    )
     drawn = length >= 8 and console.encoding.startswith("utf")
     headings = ["block", *(["feed-forward"] if mixed else []), "importance", "width", "kept", "share"]
     rows = []
@@ -152,7 +154,13 @@ def _block_table(blocks: Sequence[BlockReport]) -> Table:
         importance = "" if block.importance is None else f"{block.importance:#.4g}"
         widths = str(block.width_before), str(block.width_after), f"{share:.1%}"
         rows.append(
-            [str(block.block), *([place(block)] if mixed else []), importance, *widths, *([bar] if drawn else [])]
+            [
+                str(block.block),
+                *([describe_feed_forward(block)] if mixed else []),
+                importance,
+                *widths,
+                *([bar] if drawn else []),
+            ]
         )
     return make_table("Blocks", [*headings, *([""] if drawn else [])], rows, text=("feed-forward",))
 

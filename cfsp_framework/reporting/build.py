@@ -1,4 +1,4 @@
-"""Puts what a run found out into one report, and writes it for programs and for people."""
+"""Build a run's report from its measurements, and write it for programs and for people."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build_report(
     difference: float,
     training: Training | None = None,
 ) -> Report:
-    """Put what was measured into one report; ``perplexities`` are those of the dense model and of what was written."""
+    """Build the report of a run; ``perplexities`` are those of the dense model and of the written one."""
     config, decoder = context.config, context.decoder
     after = measure_size(decoder.model)
     in_blocks = sum(parameter.numel() for block in decoder.blocks for parameter in block.parameters())
@@ -79,11 +79,11 @@ def update_report(
     difference: float,
     training: Training,
 ) -> Report:
-    """The report of a pruned model, ``earlier``, brought up to what its training made of it."""
-    found = training.outcome.report
-    if found is None and earlier.recovery is not None:
-        found = earlier.recovery.model_copy(update={"adapter": False})
-    dense = {(one.data, one.seqlen, one.windows): one.dense for one in earlier.evaluations}
+    """Return the report of a pruned model, ``earlier``, with the results of its training."""
+    recovery = training.outcome.report
+    if recovery is None and earlier.recovery is not None:
+        recovery = earlier.recovery.model_copy(update={"adapter": False})
+    dense = {(known.data, known.seqlen, known.windows): known.dense for known in earlier.evaluations}
     return earlier.model_copy(
         update={
             "device": str(context.decoder.device),
@@ -93,7 +93,7 @@ def update_report(
                 _evaluation(data, dense.get((data.spec, data.windows.shape[1], len(data.windows))), last, pruned)
                 for data, last, pruned in zip(context.evaluation_sets, written, training.pruned, strict=True)
             ),
-            "recovery": found,
+            "recovery": recovery,
             "reload_difference": difference,
             "seconds": _rounded(context.progress.seconds),
             "component_seconds": _rounded(context.selection.seconds()),
@@ -110,7 +110,7 @@ def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
 def _evaluation(
     data: EvaluationSet, dense: Perplexity | None, written: Perplexity, pruned: Perplexity | None
 ) -> Evaluation:
-    """``pruned`` is what the model had before it was trained; None where it was not."""
+    """Return one text's perplexities; ``pruned`` is that before training, None without training."""
     before = pruned or written
     return Evaluation(
         data=data.spec,
@@ -125,7 +125,7 @@ def _evaluation(
 
 
 def write_report(report: Report, folder: Path, base: Path | None = None) -> None:
-    """The report for programs and for people, and the model card; ``base`` is the folder of the model it came from."""
+    """Write the report as JSON and HTML, and the model card; ``base`` is the folder of the dense model."""
     code = (folder / CODE_FILE).exists()
     for name, text in (
         (REPORT_FILE, report.to_json()),

@@ -1,4 +1,4 @@
-"""What a user should know about a finished run beyond its numbers: each note is one sentence in the report."""
+"""Find what a user should know about a finished run beyond its numbers; each note is one sentence of the report."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 _ENOUGH_TOKENS = 10
 """Calibration tokens per channel below which second moments are not to be trusted."""
 _MASSIVE = 0.5
-"""Share of a feed-forward's squared activations in one channel that is told."""
-_STILL = {ANGULAR_DISTANCE: 2e-4, COSINE_DISTANCE: 1e-6, MSE_DISTANCE: 0.0, MAE_DISTANCE: 0.0}
-"""Distances between a block's input and output that are nothing but rounding."""
+"""Share of a feed-forward's squared activations in one channel above which a note names it."""
+_ROUNDING = {ANGULAR_DISTANCE: 2e-4, COSINE_DISTANCE: 1e-6, MSE_DISTANCE: 0.0, MAE_DISTANCE: 0.0}
+"""Largest distance between a block's input and output that is rounding only."""
 _LONG = (10.0, 0.5)
-"""Seconds, and share of the run until then, that one component's code takes and that is told."""
+"""Seconds, and share of the run, above which a note names a component's code."""
 _NAMED = 8
-"""Places a note names."""
+"""Blocks that a note names; it counts the others."""
 
 
 def gather_notes(
@@ -34,7 +34,7 @@ def gather_notes(
     updates: Mapping[tuple[int, str], Update],
     biases_before: Sequence[str],
 ) -> tuple[str, ...]:
-    """All notes of a run whose model is cut and compensated."""
+    """Return all notes of a run whose model is cut and compensated."""
     return (
         *_on_attention(plan),
         *_on_tokens(context, measurements),
@@ -48,13 +48,13 @@ def gather_notes(
 
 
 def _on_attention(plan: PruningPlan) -> list[str]:
-    """Which blocks lost their attention."""
+    """Name the blocks that lost their attention."""
     dropped = ", ".join(map(str, plan.dropped_attention))
     return [f"block {dropped} lost its attention"] if dropped else []
 
 
 def _on_biases(context: RunContext, before: Sequence[str]) -> list[str]:
-    """What a user should know about parameters the family does not have."""
+    """Name biases that the compensator added and the model's family lacks."""
     decoder, name = context.decoder, context.selection.compensator.component.name
     added = [path for path in surgery.added_biases(decoder.config) if path not in before]
     return [
@@ -65,7 +65,7 @@ def _on_biases(context: RunContext, before: Sequence[str]) -> list[str]:
 
 
 def _on_tokens(context: RunContext, measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
-    """A warning where second moments are fitted on few tokens."""
+    """Warn where second moments are fitted on few tokens."""
     chosen = (*context.selection.collectors, *context.selection.second_pass)
     if not measurements or not any(c.component.provides.heavy for c in chosen) or context.windows is None:
         return []
@@ -81,68 +81,68 @@ def _on_tokens(context: RunContext, measurements: Sequence[FeedForwardMeasuremen
 
 
 def _on_experts(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
-    """Experts whose channels were judged on nothing, or on little."""
-    experts = [one for one in measurements if one.path[-1:].isdigit() and one.statistics]
-    unseen = [f"{one.block} ({one.path})" for one in experts if one.statistics.unseen]
-    few = [f"{one.block} ({one.path})" for one in experts if not one.statistics.unseen and _few(one)]
+    """Name experts that were scored on few tokens or none."""
+    experts = [measured for measured in measurements if measured.path[-1:].isdigit() and measured.statistics]
+    unseen, few = list[str](), list[str]()
+    for expert in experts:
+        if expert.statistics.unseen:
+            unseen.append(f"{expert.block} ({expert.path})")
+        elif expert.statistics.tokens < expert.width:
+            few.append(f"{expert.block} ({expert.path})")
     notes: list[str] = []
     if unseen:
         notes.append(
-            f"no calibration token reached {len(unseen)} experts, which are judged by weights alone: block {_some(unseen)}"
+            f"no calibration token reached {len(unseen)} experts, which are scored by weights alone: block {_join(unseen)}"
         )
     if few:
-        notes.append(f"fewer calibration tokens than channels reached {len(few)} experts: block {_some(few)}")
+        notes.append(f"fewer calibration tokens than channels reached {len(few)} experts: block {_join(few)}")
     return notes
 
 
-def _few(measured: FeedForwardMeasurement) -> bool:
-    return measured.statistics.tokens < measured.width
-
-
 def _on_channels(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
-    """Channels that never fire, and single channels that carry most of what a feed-forward does."""
+    """Name channels that never fire, and single channels with most of a feed-forward's activation."""
     dead, massive = list[str](), list[str]()
-    for one in measurements:
-        squares = one.statistics.get(DOWN_INPUT_SQUARES)
-        if squares is None or one.statistics.unseen:
+    for measured in measurements:
+        squares = measured.statistics.get(DOWN_INPUT_SQUARES)  # (F,)
+        if squares is None or measured.statistics.unseen:
             continue
         silent = (squares == 0).nonzero()[:, 0].tolist()
         if silent:
-            dead.append(f"{_where(one)}: {len(silent)} (first {silent[0]})")
+            dead.append(f"{_place(measured)}: {len(silent)} (first {silent[0]})")
         share = squares.max() / squares.sum().clamp(min=1e-30)
         if share > _MASSIVE and len(squares) > 2:
-            massive.append(f"{_where(one)} channel {int(squares.argmax())} ({share:.0%})")
-    notes = [f"channels that never fire on the calibration tokens, block {_some(dead)}"] if dead else []
+            massive.append(f"{_place(measured)} channel {int(squares.argmax())} ({share:.0%})")
+    notes = [f"channels that never fire on the calibration tokens, block {_join(dead)}"] if dead else []
     return (
-        [*notes, f"massive activations, more than half of a feed-forward's: block {_some(massive)}"]
+        [*notes, f"massive activations, more than half of a feed-forward's: block {_join(massive)}"]
         if massive
         else notes
     )
 
 
 def _on_blocks(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
-    """Blocks that change nothing."""
+    """Name blocks whose output is their input."""
     still = [
-        str(one.block)
-        for one in measurements
-        for statistic, rounding in _STILL.items()
-        if statistic in one.statistics and one.statistics[statistic].item() <= rounding
+        str(measured.block)
+        for measured in measurements
+        for statistic, rounding in _ROUNDING.items()
+        if statistic in measured.statistics and measured.statistics[statistic].item() <= rounding
     ]
-    return [f"block {_some(list(dict.fromkeys(still)))} does not change its input at all"] if still else []
+    return [f"block {_join(list(dict.fromkeys(still)))} does not change its input at all"] if still else []
 
 
-def _where(one: FeedForwardMeasurement) -> str:
-    return f"{one.block}, {one.path}" if one.path[-1:].isdigit() else str(one.block)
+def _place(measured: FeedForwardMeasurement) -> str:
+    return f"{measured.block}, {measured.path}" if measured.path[-1:].isdigit() else str(measured.block)
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first few, and how many more."""
+def _join(names: Sequence[str]) -> str:
+    """Join the first few names, and count the others."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return "; ".join(names[:_NAMED]) + more
 
 
 def _on_updates(context: RunContext, updates: Mapping[tuple[int, str], Update]) -> list[str]:
-    """Which blocks the compensator's guard left as they were."""
+    """Name the blocks whose update was rejected because it did not help on held-out tokens."""
     refused = [
         str(block) + (f" ({path})" if path[-1:].isdigit() else "")
         for (block, path), update in updates.items()
@@ -157,7 +157,7 @@ def _on_updates(context: RunContext, updates: Mapping[tuple[int, str], Update]) 
 
 
 def _on_time(context: RunContext) -> list[str]:
-    """Whose code took most of the time."""
+    """Name components whose code took most of the time."""
     seconds, share = _LONG
     total = sum(context.progress.seconds.values())
     return [

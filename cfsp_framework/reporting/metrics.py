@@ -1,4 +1,4 @@
-"""What a run tells: ``report.json``, the model card, and the statistics where they were asked for."""
+"""Compute the parts of a run's report: widths of the blocks, peak memory, the sentence on training, statistics."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
     from cfsp_framework.engine.measurements import FeedForwardMeasurement
 
 
-def describe_training(found: RecoveryReport) -> str:
-    """What was trained, in one sentence without its full stop: ``Trained 61,440 parameters for 200 steps ...``."""
-    losses = [point.loss for point in found.curve if point.loss is not None]
-    fell = f"; loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else ""
-    kept = ", kept as an adapter," if found.adapter else ""
+def describe_training(recovery: RecoveryReport) -> str:
+    """Describe a training in one sentence without its full stop: ``Trained 61,440 parameters for 200 steps ...``."""
+    losses = [point.loss for point in recovery.curve if point.loss is not None]
+    change = f"; loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else ""
+    adapter = ", kept as an adapter," if recovery.adapter else ""
     return (
-        f"Trained {found.parameters:,} parameters{kept} for {found.steps} steps, {found.tokens:,} tokens of "
-        f"{found.data}{fell}"
+        f"Trained {recovery.parameters:,} parameters{adapter} for {recovery.steps} steps, {recovery.tokens:,} tokens of "
+        f"{recovery.data}{change}"
     )
 
 
 def is_mixed(blocks: Sequence[BlockReport]) -> bool:
-    """Whether there is more to say of a width than its block: experts, or several feed-forwards."""
-    return any(one.experts > 1 for one in blocks) or len({one.block for one in blocks}) < len(blocks)
+    """Return whether some block has experts or several feed-forwards, so that its index alone does not name a width."""
+    return any(report.experts > 1 for report in blocks) or len({report.block for report in blocks}) < len(blocks)
 
 
-def place(block: BlockReport) -> str:
-    """Which feed-forward of its block this is: ``mlp.experts x 8``."""
+def describe_feed_forward(block: BlockReport) -> str:
+    """Name a feed-forward within its block: ``mlp.experts x 8``."""
     return f"{block.path} x {block.experts}" if block.experts > 1 else block.path
 
 
 def block_reports(
     plan: PruningPlan, updates: Mapping[tuple[int, str], Update] | None = None
 ) -> tuple[BlockReport, ...]:
-    """The plan's widths without the indices, and what compensation was worth; experts of a mixture together."""
+    """Return the widths of a plan and the errors of compensation by feed-forward; experts of a mixture are one entry."""
     updates = updates or {}
     together: dict[tuple[int, str], list[BlockPlan]] = {}
     for entry in plan.blocks:
@@ -70,24 +70,24 @@ def block_reports(
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def peak_memory() -> int:
-    """The most memory this process held, and with a GPU the most tensors took there."""
+    """Return the peak of this process's memory in bytes, plus that of PyTorch's tensors on the GPU where there is one."""
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
 def save_statistics(path: Path, measurements: Sequence[FeedForwardMeasurement], metadata: Mapping[str, str]) -> None:
-    """Light statistics and scores, named ``blocks.INDEX.NAME``, or ``blocks.INDEX.PATH.NAME`` in blocks with several."""
-    several = {block for block, count in Counter(one.block for one in measurements).items() if count > 1}
+    """Write statistics and scores, named ``blocks.INDEX.NAME``, or ``blocks.INDEX.PATH.NAME`` in blocks with several."""
+    several = {block for block, count in Counter(measured.block for measured in measurements).items() if count > 1}
     tensors: dict[str, torch.Tensor] = {}
-    for one in measurements:
-        place = f"blocks.{one.block}.{one.path}" if one.block in several else f"blocks.{one.block}"
-        # Cloned: experts share their block's own, and safetensors refuses to write what is shared.
-        tensors |= {f"{place}.{s.name}": value.clone() for s, value in one.statistics.items()}
-        tensors |= {f"{place}.scores.{label}": value.contiguous() for label, value in one.scores.items()}
+    for measured in measurements:
+        prefix = f"blocks.{measured.block}" + (f".{measured.path}" if measured.block in several else "")
+        # Cloned: experts share the statistics of their block, and safetensors refuses to write shared tensors.
+        tensors |= {f"{prefix}.{s.name}": value.clone() for s, value in measured.statistics.items()}
+        tensors |= {f"{prefix}.scores.{label}": value.contiguous() for label, value in measured.scores.items()}
     save_file(tensors, path, dict(metadata))

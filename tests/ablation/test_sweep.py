@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cfsp_framework import RunConfig
-from cfsp_framework.ablation.agreement import average_ranks, overlaps, rank_correlations
+from cfsp_framework.ablation.agreement import overlaps, rank_correlations
 from cfsp_framework.ablation.cells import Extras, prune_command
 from cfsp_framework.ablation.grid import expand, split_choices
 from cfsp_framework.ablation.results import CellResult, SweepResults
@@ -176,7 +176,7 @@ def test_exclude_leaves_out_what_matches_in_everything_it_names() -> None:
         ({"rows": ["cfsp"]}, "rows: expected options by name"),
         ({"include": {"criterion": "obs"}}, "include: expected a list"),
         ({"exclude": [{"rounding": 2}]}, "exclude: unknown option 'rounding'"),
-        ({"exclude": [{"ratio": "half"}]}, "exclude, ratio: 'half' is no number"),
+        ({"exclude": [{"ratio": "half"}]}, "exclude, ratio: 'half' is not a number"),
         ({"ratio": [0.5, 1.5]}, "ratio: .* less than 1"),
         ({"seeds": "zero"}, "seed: "),
         ({"criterion": 3}, "criterion: expected names of components, not 3"),
@@ -536,12 +536,11 @@ matrices = st.integers(1, 4).flatmap(
 @settings(deadline=None)
 @given(matrices)
 def test_rank_correlations_are_spearmans(scores: list[list[int]]) -> None:
-    from scipy.stats import rankdata, spearmanr
+    from scipy.stats import spearmanr
 
     tensor = torch.tensor(scores, dtype=torch.float64)
     found = rank_correlations(tensor)
     for i, first in enumerate(scores):
-        assert average_ranks(tensor[i]).tolist() == rankdata(first).tolist()
         for j, second in enumerate(scores):
             constant = len({*first}) == 1 or len({*second}) == 1
             found_there: Any = None if constant else spearmanr(first, second)

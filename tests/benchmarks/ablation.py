@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cfsp_framework.ablation.cells import CellRunner, Extras, Job
 from cfsp_framework.ablation.grid import expand
-from cfsp_framework.ablation.measurements import Collection, CollectionFolder, want
+from cfsp_framework.ablation.measurements import Collection, CollectionFolder, request_measurements
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.run.steps import evaluate, make_plan
@@ -55,7 +55,9 @@ def open_collections(runner: CellRunner, jobs: Sequence[Job]) -> dict[str, Colle
         for name, group in groups.items():
             contexts = [runner.context_of(job.config) for job in group]
             folder = CollectionFolder(Path(scratch), contexts[0], contexts[0].windows_to_select)
-            found[name] = folder.open([want(context.selection, context.plugins) for context in contexts])
+            found[name] = folder.open(
+                [request_measurements(context.selection, context.plugins) for context in contexts]
+            )
     return found
 
 
@@ -63,7 +65,9 @@ def make_plans(runner: CellRunner, jobs: Sequence[Job], collections: dict[str, C
     plans: list[PruningPlan] = []
     for job in jobs:
         context = runner.context_of(job.config)
-        measured = collections[job.collection].seen_by(want(context.selection, context.plugins), context.selection)
+        measured = collections[job.collection].select(
+            request_measurements(context.selection, context.plugins), context.selection
+        )
         plans.append(make_plan(context, measured))
     return plans
 
