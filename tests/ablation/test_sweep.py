@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 import shlex
 import signal
@@ -21,7 +20,6 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from cfsp_framework import RunConfig
 from cfsp_framework.ablation.agreement import overlaps, rank_correlations
@@ -38,7 +36,6 @@ from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.prune import prune as prune_command_line
 from cfsp_framework.config import OPTIONS, Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
-from cfsp_framework.runtime.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changed torch's global random numbers")
 """``loose`` does so, and is told to draw from a generator of its own."""
@@ -576,20 +573,6 @@ def test_latency_is_measured_beside_the_dense_model(
     assert cell.latency.tokens == 512
     assert cell.latency.milliseconds > 0
     assert cell.latency.dense_milliseconds > 0
-
-
-def test_a_bar_inside_another_shares_its_display() -> None:
-    progress = Progress(visible=True)
-    progress._console = Console(file=io.StringIO(), force_terminal=True)
-    progress._visible = True
-    with progress.bar("cells", total=2) as step:
-        with progress.bar("collect", total=1) as inner:
-            inner()
-        step()
-        assert progress._bars is not None
-        assert [task.description for task in progress._bars.tasks] == ["cells"]
-        assert progress._bars.tasks[0].completed == 1
-    assert progress._bars is None
 
 
 @pytest.mark.parametrize(
