@@ -1,4 +1,4 @@
-"""Every option of a run, in one frozen model: presets, a YAML file and the command line end up here."""
+"""Options of a run in one frozen model, layered from presets, a YAML file and the command line."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class RecoveryOptions(OptionGroup):
 
 
 class EvaluationOptions(OptionGroup):
-    """What perplexity is reported on."""
+    """Texts that perplexity is reported on."""
 
     data: tuple[str, ...] = Field(
         default=(), validation_alias="evaluate", description="Data SPECs to report perplexity on."
@@ -295,7 +295,7 @@ CFSP on small models, not on every model (docs/quality.md). ``*-released`` repro
 
 
 def parse_choice(text: str) -> dict[str, object]:
-    """``NAME:option=value,option=value`` as a name and options; values are YAML scalars."""
+    """Parse ``NAME:option=value,option=value`` into a name and options; values are YAML scalars."""
     name, _, rest = text.partition(":")
     options: dict[str, object] = {}
     for part in filter(None, rest.split(",")):
@@ -315,7 +315,7 @@ def layered(
     given: Mapping[str, object],
     start: Mapping[str, object] | None = None,
 ) -> RunConfig:
-    """Defaults, then a command's own (``start``), then the preset, the YAML file, and what was given on the command line.
+    """Layer defaults, a command's own (``start``), the preset, the YAML file and the options of the command line.
 
     A component named again under the same name keeps the options it had: ``--preset cfsp-released --allocator
     cfsp:distance=mse`` changes the distance only.
@@ -331,7 +331,11 @@ def layered(
 
 
 def read_yaml(path: Path) -> dict[str, object]:
-    """A YAML file of options."""
+    """Read a YAML file of options.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
         loaded: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -348,7 +352,7 @@ def _preset(name: object) -> Mapping[str, object]:
 
 
 def _merged_choice(before: object, now: object) -> object:
-    """The options of both under one name; what is no choice is left for RunConfig to refuse."""
+    """Merge the options of one component; other values are left for ``RunConfig`` to refuse."""
     old, new = _as_mapping(before), _as_mapping(now)
     old_options, new_options = old.get("options", {}), new.get("options", {})
     same = "name" in new and new["name"] == old.get("name")

@@ -1,4 +1,4 @@
-"""Everything that can go wrong for a user, one family. Anything else that escapes is a bug and keeps its traceback."""
+"""Errors that a user can cause or meet, in one family; any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class CfspError(Exception):
 
 
 class InputError(CfspError):
-    """What the user gave cannot be used; nothing was written."""
+    """An input of the user cannot be used; nothing was written."""
 
     exit_code = 2
 
@@ -40,7 +40,7 @@ class OutputError(InputError):
 
 
 class ResourceError(InputError):
-    """This machine does not have the memory that was asked for."""
+    """The machine has too little memory for the request."""
 
 
 class PluginError(CfspError):
@@ -50,15 +50,18 @@ class PluginError(CfspError):
 
 
 class PluginWarning(UserWarning):
-    """A plugin did what it should not; the run goes on and its result stands."""
+    """A plugin misbehaved in a way that does not affect the result; the run goes on."""
 
 
 class PluginDeprecationWarning(DeprecationWarning):
-    """A plugin uses what a later version takes away. For its author: hidden from users, shown by pytest."""
+    """A plugin uses a part of the API that a later version removes. It is hidden from users and shown by pytest."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this machine's memory ran out, or a GPU's; PyTorch has a class of its own for the one and bare words for the other."""
+    """Return whether the memory of the machine or of a GPU ran out.
+
+    PyTorch raises its own class for GPUs and a plain RuntimeError for the host.
+    """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "can't allocate memory" in str(error)
 
@@ -70,18 +73,18 @@ def one_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the closest known one, and all of them."""
+    """Return the end of a message about an unknown name: the closest known name, and all of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return (f" Did you mean {close[0]!r}?" if close else "") + f" Available: {', '.join(sorted(known)) or 'none'}."
 
 
 def deprecation(what: str, *, since: str, until: str, instead: str) -> PluginDeprecationWarning:
-    """The warning about ``what``, deprecated ``since`` one version of this package and gone in ``until``.
+    """Return the warning about ``what``, deprecated ``since`` one version of this package and removed in ``until``.
 
     Give it to ``warnings.warn`` where the old thing is used. For a hook, give it to ``@hookspec(warn_on_impl=...)``, for
     an argument of one to ``warn_on_impl_args={"argument": ...}``; pluggy then warns at the implementation's own line.
     """
     return PluginDeprecationWarning(
-        f"{what} is deprecated since cfsp-framework {since} and will be gone in {until}: {instead}."
+        f"{what} is deprecated since cfsp-framework {since} and will be removed in {until}: {instead}."
     )

@@ -1,4 +1,4 @@
-"""Where two plans for the same model differ: in what they cut, block by block, and in what led to it."""
+"""Compare two plans for the same model: the channels they keep, block by block, and their settings."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from cfsp_framework.config import FrozenRecord
 from cfsp_framework.errors import PlanError
 
 _DIGITS = 12
-"""Of a hash, as much as tells two apart."""
+"""Digits of a fingerprint that are shown."""
 
 
 class Overlap(FrozenRecord):
-    """How the channels two plans keep overlap, ``first`` in the one and ``second`` in the other."""
+    """Overlap of the channels that two plans keep."""
 
     width: int
     """Channels before the cut."""
     first: int
+    """Channels kept by the first plan."""
     second: int
+    """Channels kept by the second plan."""
     both: int
     only_first: int
     only_second: int
     jaccard: float
-    """Channels both keep, as a share of those that either keeps."""
+    """Channels that both keep, as a share of those that either keeps."""
     chance: float
-    """About what ``jaccard`` would be had each plan drawn its channels at random, block by block."""
+    """Approximate ``jaccard`` of plans that draw their channels at random, block by block."""
 
 
 class BlockComparison(Overlap):
@@ -41,7 +43,7 @@ class BlockComparison(Overlap):
 
 
 class Difference(FrozenRecord):
-    """A setting that is not the same."""
+    """A setting that differs."""
 
     name: str
     first: str | None
@@ -54,8 +56,9 @@ class Comparison(FrozenRecord):
     format: Literal["cfsp-comparison"] = "cfsp-comparison"
     version: Literal[1] = 1
     first: str
-    """Where the plan was read."""
+    """Source of the first plan."""
     second: str
+    """Source of the second plan."""
     same_cut: bool
     """Whether both remove the same channels, and the same attention."""
     blocks: tuple[BlockComparison, ...]
@@ -64,26 +67,26 @@ class Comparison(FrozenRecord):
     notes: tuple[str, ...]
 
     def to_json(self) -> str:
-        """Indented JSON."""
+        """Return indented JSON."""
         return self.model_dump_json(indent=2) + "\n"
 
 
 def compare(first: PruningPlan, second: PruningPlan, names: tuple[str, str], *, experts: bool = False) -> Comparison:
-    """Compare what two plans keep; ``names`` is what they are called.
+    """Compare the channels that two plans keep; ``names`` are their names in the result.
 
-    ``experts`` compares every expert of a mixture by itself; otherwise those of a module are one.
+    With ``experts`` every expert of a mixture is compared by itself; otherwise those of a module are one entry.
 
     Raises:
-        PlanError: they are for different models: not the same feed-forwards, or not of the same widths.
+        PlanError: the plans are for different models: other feed-forwards, or other widths.
     """
     _check_comparable(first, second, names)
-    theirs = {(entry.block, entry.path): entry for entry in second.blocks}
-    pairs = [(entry, theirs[entry.block, entry.path]) for entry in first.blocks]
-    together: dict[tuple[int, str], list[tuple[BlockPlan, BlockPlan]]] = {}
+    entries = {(entry.block, entry.path): entry for entry in second.blocks}
+    pairs = [(entry, entries[entry.block, entry.path]) for entry in first.blocks]
+    grouped: dict[tuple[int, str], list[tuple[BlockPlan, BlockPlan]]] = {}
     for pair in pairs:
         path = pair[0].path if experts else feed_forward_path(pair[0].path)
-        together.setdefault((pair[0].block, path), []).append(pair)
-    same = all(one.kept == other.kept for one, other in pairs) and first.dropped_attention == second.dropped_attention
+        grouped.setdefault((pair[0].block, path), []).append(pair)
+    same = all(a.kept == b.kept for a, b in pairs) and first.dropped_attention == second.dropped_attention
     return Comparison(
         first=names[0],
         second=names[1],
@@ -92,12 +95,12 @@ def compare(first: PruningPlan, second: PruningPlan, names: tuple[str, str], *, 
             BlockComparison(
                 block=block,
                 path=path,
-                experts=len(held),
-                importance_first=held[0][0].importance,
-                importance_second=held[0][1].importance,
-                **_overlap(held).model_dump(),
+                experts=len(members),
+                importance_first=members[0][0].importance,
+                importance_second=members[0][1].importance,
+                **_overlap(members).model_dump(),
             )
-            for (block, path), held in together.items()
+            for (block, path), members in grouped.items()
         ),
         total=_overlap(pairs),
         differences=tuple(_differences(first, second)),
@@ -106,19 +109,19 @@ def compare(first: PruningPlan, second: PruningPlan, names: tuple[str, str], *, 
 
 
 def _overlap(pairs: Sequence[tuple[BlockPlan, BlockPlan]]) -> Overlap:
-    width = sum(one.width for one, _ in pairs)
-    kept, other = sum(len(one.kept) for one, _ in pairs), sum(len(one.kept) for _, one in pairs)
-    both = sum(len({*one.kept} & {*two.kept}) for one, two in pairs)
-    expected = sum(len(one.kept) * len(two.kept) / one.width for one, two in pairs)
+    width = sum(a.width for a, _ in pairs)
+    first, second = sum(len(a.kept) for a, _ in pairs), sum(len(b.kept) for _, b in pairs)
+    both = sum(len({*a.kept} & {*b.kept}) for a, b in pairs)
+    expected = sum(len(a.kept) * len(b.kept) / a.width for a, b in pairs)
     return Overlap(
         width=width,
-        first=kept,
-        second=other,
+        first=first,
+        second=second,
         both=both,
-        only_first=kept - both,
-        only_second=other - both,
-        jaccard=both / (kept + other - both),
-        chance=expected / (kept + other - expected),
+        only_first=first - both,
+        only_second=second - both,
+        jaccard=both / (first + second - both),
+        chance=expected / (first + second - expected),
     )
 
 
@@ -126,13 +129,12 @@ def _check_comparable(first: PruningPlan, second: PruningPlan, names: tuple[str,
     widths = [{(entry.block, entry.path): entry.width for entry in plan.blocks} for plan in (first, second)]
     places = [*widths[0], *(place for place in widths[1] if place not in widths[0])]
     for place in places:
-        mine, other = widths[0].get(place), widths[1].get(place)
-        if mine != other:
-            where = f"block {place[0]}, {place[1]}"
-            told = [f"has {width} channels" if width else "is missing" for width in (mine, other)]
+        pair = [plan_widths.get(place) for plan_widths in widths]
+        if pair[0] != pair[1]:
+            states = [f"has {width} channels" if width else "is missing" for width in pair]
             raise PlanError(
-                f"These plans are for different models: {where} {told[0]} in {names[0]} ({first.model.source}) and "
-                f"{told[1]} in {names[1]} ({second.model.source})."
+                f"These plans are for different models: block {place[0]}, {place[1]} {states[0]} in {names[0]} "
+                f"({first.model.source}) and {states[1]} in {names[1]} ({second.model.source})."
             )
 
 
@@ -140,25 +142,24 @@ def _notes(first: PruningPlan, second: PruningPlan, names: tuple[str, str]) -> l
     notes = []
     if first.model.fingerprint != second.model.fingerprint:
         notes.append(
-            f"the plans are for models of one shape but other weights, {first.model.fingerprint[:_DIGITS]} and "
-            f"{second.model.fingerprint[:_DIGITS]}: their channels need not mean the same"
+            f"the plans are for models of one shape but different weights, {first.model.fingerprint[:_DIGITS]} and "
+            f"{second.model.fingerprint[:_DIGITS]}: their channels may not correspond"
         )
     return notes
 
 
 def _differences(first: PruningPlan, second: PruningPlan) -> list[Difference]:
-    mine, other = _settings(first), _settings(second)
-    names = [*mine, *(name for name in other if name not in mine)]
+    left, right = _settings(first), _settings(second)
     return [
-        Difference(name=name, first=mine.get(name), second=other.get(name))
-        for name in names
-        if mine.get(name) != other.get(name)
+        Difference(name=name, first=left.get(name), second=right.get(name))
+        for name in {**left, **right}
+        if left.get(name) != right.get(name)
     ]
 
 
 def _settings(plan: PruningPlan) -> dict[str, str]:
-    """All that led to a plan, flat and as text."""
-    told = {
+    """Return everything that led to a plan, flat and as text."""
+    settings = {
         "model": plan.model.source,
         "model fingerprint": plan.model.fingerprint,
         "ratio": f"{plan.ratio:g}",
@@ -170,11 +171,11 @@ def _settings(plan: PruningPlan) -> dict[str, str]:
     }
     if plan.calibration is not None:
         calibration = plan.calibration
-        told |= {
+        settings |= {
             "calibration": calibration.spec,
             "calibration samples": str(calibration.samples),
             "calibration seqlen": str(calibration.seqlen),
             "calibration seed": str(calibration.seed),
             "calibration fingerprint": calibration.fingerprint,
         }
-    return told | {f"version of {name}": version for name, version in plan.versions.items()}
+    return settings | {f"version of {name}": version for name, version in plan.versions.items()}

@@ -1,6 +1,6 @@
-"""From summaries and a budget to widths, kept channels and a plan. Pure: no model, no files.
+"""Plan widths and kept channels from summaries and a budget, without a model or files.
 
-The rounding, the exact total and the stable selection serve every allocator and criterion alike (docs/method.md).
+The rounding, the exact total and the stable selection are the same for every allocator and criterion (docs/method.md).
 """
 
 from __future__ import annotations
@@ -21,53 +21,60 @@ if TYPE_CHECKING:
     from cfsp_framework.host.registry import ConfiguredComponent
 
 
-_ENDLESS = 100_000
-"""Numbers taken from an allocator's answer at most, more than any model has blocks."""
+_MOST_VALUES = 100_000
+"""Largest number of values read from an allocator's result, in case it never ends; no model has as many blocks."""
 
 
 def width_step(round_to: int, tensor_parallel: int) -> int:
-    """What widths are multiples of, so that both divide them; a process then gets multiples of ``step / tensor_parallel``."""
+    """Return the least number whose multiples both divide; a process gets multiples of ``step / tensor_parallel``."""
     return math.lcm(round_to, tensor_parallel)
 
 
 def check_shared(widths: Sequence[tuple[int, str, int]], tensor_parallel: int) -> None:
-    """Refuse feed-forwards, each a block, a path and a width, that so many processes cannot share alike.
+    """Refuse feed-forwards, given by block, path and width, that cannot be divided equally among the processes.
 
     Raises:
-        PlanError: the first of them, by name.
+        PlanError: it names the first of them.
     """
     for block, path, width in widths:
         if width % tensor_parallel:
             raise PlanError(
                 f"--tensor-parallel {tensor_parallel}: block {block}, {path or 'the block itself'} has {width} channels, "
-                f"which {tensor_parallel} processes cannot share alike."
+                f"which cannot be divided equally among {tensor_parallel} processes."
             )
 
 
-def channel_ratio(ratio: float, parameters: int, prunable: int, gone: int = 0) -> float:
-    """The share of channels to remove for a share of all ``parameters`` of which ``prunable`` sit in channels.
+def channel_ratio(ratio: float, parameters: int, prunable: int, removed: int = 0) -> float:
+    """Return the share of channels to remove for a share of all ``parameters``, ``prunable`` of which are in channels.
 
-    ``gone`` parameters were removed otherwise and count.
+    ``removed`` parameters, of dropped attentions, count toward the share.
+
+    Raises:
+        ConfigError: the share cannot be met.
     """
-    wanted = ratio * parameters - gone
-    if wanted < 0:
+    remaining = ratio * parameters - removed
+    if remaining < 0:
         raise ConfigError(
-            f"the dropped attention is {gone / parameters:.1%} of all parameters already, more than --ratio {ratio}."
+            f"the dropped attention is {removed / parameters:.1%} of all parameters already, more than --ratio {ratio}."
         )
-    if wanted >= prunable:
+    if remaining >= prunable:
         raise ConfigError(
             f"--ratio {ratio} of all parameters cannot be met: the feed-forward channels hold "
-            f"{prunable / parameters:.1%} of them. Choose less, --budget channels, or --drop-attention."
+            f"{prunable / parameters:.1%} of them. Choose a smaller one, --budget channels, or --drop-attention."
         )
-    return wanted / prunable
+    return remaining / prunable
 
 
 def allocate(
     allocator: ConfiguredComponent[Allocator], summaries: Sequence[BlockSummary], budget: Budget
 ) -> list[float]:
-    """The allocator's shares, checked: one per block, finite, in (0, 1]."""
+    """Return the allocator's shares, checked: one per block, finite, in (0, 1].
+
+    Raises:
+        PluginError: the allocator failed or returned something else.
+    """
     with allocator.call_component("allocate()", _read_only_inputs(summaries)) as component:
-        shares = [float(share) for share in islice(component.allocate(summaries, budget), _ENDLESS)]
+        shares = [float(share) for share in islice(component.allocate(summaries, budget), _MOST_VALUES)]
     _check_count(allocator, "shares", shares, summaries)
     for summary, share in zip(summaries, shares, strict=True):
         if not 0 < share <= 1 + 1e-9:  # also refuses NaN
@@ -78,10 +85,14 @@ def allocate(
 def importance_of(
     allocator: ConfiguredComponent[Allocator], summaries: Sequence[BlockSummary]
 ) -> Sequence[float | None]:
-    """The allocator's coarse importance, checked: one finite number per block, or None for each."""
+    """Return the allocator's coarse importance, checked: one finite number per block, or None for each.
+
+    Raises:
+        PluginError: the allocator failed or returned something else.
+    """
     with allocator.call_component("importance()", _read_only_inputs(summaries)) as component:
-        found = component.importance(summaries)
-        values = None if found is None else [float(value) for value in islice(found, _ENDLESS)]
+        importance = component.importance(summaries)
+        values = None if importance is None else [float(value) for value in islice(importance, _MOST_VALUES)]
     if values is None:
         return [None] * len(summaries)
     _check_count(allocator, "importances", values, summaries)
@@ -99,15 +110,18 @@ def _check_count(
 
 
 def _read_only_inputs(summaries: Sequence[BlockSummary]) -> dict[str, Tensor | None]:
-    """The tensors an allocator sees."""
-    named = {f"block {summary.block} {summary.path} scores": summary.scores for summary in summaries}
-    return {**named, **{f"block {summary.block} {summary.path} curve": summary.curve for summary in summaries}}
+    """Return the tensors that an allocator gets and must not write to, by name."""
+    scores = {f"block {summary.block} {summary.path} scores": summary.scores for summary in summaries}
+    return {**scores, **{f"block {summary.block} {summary.path} curve": summary.curve for summary in summaries}}
 
 
 def total_to_keep(widths: Sequence[int], budget: Budget, counts: Sequence[int] | None = None) -> int:
-    """The number of channels all blocks keep together: the multiple of ``round_to`` nearest to what was asked for.
+    """Return the number of channels all blocks keep together: the multiple of ``round_to`` nearest to the budget.
 
     Width i stands for ``counts[i]`` channels at once, one in each expert of a mixture; by default for one.
+
+    Raises:
+        ConfigError: the budget is below one multiple per block, or would remove nothing.
     """
     counts = counts or [1] * len(widths)
     all_channels = sum(width * count for width, count in zip(widths, counts, strict=True))
@@ -120,7 +134,7 @@ def total_to_keep(widths: Sequence[int], budget: Budget, counts: Sequence[int] |
         raise ConfigError(
             f"a ratio of {budget.ratio:.4g} of the feed-forward channels cannot be met with --round-to "
             f"{budget.round_to}: one multiple a block already keeps {least} of {all_channels}, so at most "
-            f"{1 - least / all_channels:.4g} can go. Choose a smaller ratio or a smaller --round-to."
+            f"{1 - least / all_channels:.4g} can be removed. Choose a smaller ratio or a smaller --round-to."
         )
     if total == all_channels:
         raise ConfigError(
@@ -138,31 +152,31 @@ def round_widths(
     rebalance: bool = True,
     counts: Sequence[int] | None = None,
 ) -> list[int]:
-    """Whole widths for real shares: the nearest allowed one per block, then single steps until the total is exact.
+    """Round shares to widths: the nearest allowed width per block, then single steps until the total is exact.
 
     Allowed are the multiples of ``round_to`` below a block's width, and the width itself; the larger one on a tie. A
-    step is taken by the block furthest beyond its share, the first one on a tie. Where widths are no multiples, or
-    stand for different ``counts`` of channels, and the exact total cannot be reached, the steps end as near as they get.
+    step is taken by the block furthest beyond its share, the first one on a tie. If full widths are not multiples, or
+    stand for different ``counts`` of channels, the steps end at the nearest total.
     """
     if budget.ratio == 0:
         return list(widths)
     counts = counts or [1] * len(widths)
     targets = [width * min(share, 1.0) for width, share in zip(widths, shares, strict=True)]
-    chosen = [_nearest(width, target, budget.round_to) for width, target in zip(widths, targets, strict=True)]
+    rounded = [_nearest(width, target, budget.round_to) for width, target in zip(widths, targets, strict=True)]
     if not rebalance:
-        return chosen
+        return rounded
     total = total_to_keep(widths, budget, counts)
-    while (excess := sum(width * count for width, count in zip(chosen, counts, strict=True)) - total) != 0:
-        step = _best_step(chosen, targets, widths, counts, budget.round_to, excess)
+    while (excess := sum(width * count for width, count in zip(rounded, counts, strict=True)) - total) != 0:
+        step = _best_step(rounded, targets, widths, counts, budget.round_to, excess)
         if step is None:
             break
         block, width = step
-        chosen[block] = width
-    return chosen
+        rounded[block] = width
+    return rounded
 
 
 def keep_highest(scores: Tensor, count: int) -> tuple[int, ...]:
-    """Indices of the ``count`` highest of ``scores (F,)``, ascending; among equals the lower index stays."""
+    """Return the indices of the ``count`` highest ``scores (F,)``, ascending; among equals the lower index stays."""
     order = scores.neg().argsort(stable=True)  # (F,)
     kept = cast("list[int]", order[:count].sort().values.tolist())  # pyright: ignore[reportUnknownMemberType]
     return tuple(kept)
@@ -175,7 +189,7 @@ def plan_blocks(
     *,
     rebalance: bool = True,
 ) -> tuple[BlockPlan, ...]:
-    """Widths by the allocator, channels by the scores; one entry for every feed-forward."""
+    """Choose widths by the allocator and channels by the scores; every feed-forward gets an entry."""
     shares = allocate(allocator, summaries, budget)
     units = [_unit(summary) for summary in summaries]
     counts = [summary.width // unit for summary, unit in zip(summaries, units, strict=True)]
@@ -195,12 +209,12 @@ def plan_blocks(
 
 
 def _unit(summary: BlockSummary) -> int:
-    """The width the configuration gives: of one expert, where shared experts may be several of them wide."""
+    """Return the width that the configuration sets: that of one expert; shared experts may be a multiple of it."""
     return min(summary.members.values(), default=summary.width)
 
 
 def _members(summary: BlockSummary) -> list[tuple[str, Tensor]]:
-    """Path and scores ``(F,)`` of every feed-forward of a summary."""
+    """Return path and scores ``(F,)`` of every feed-forward of a summary."""
     members = summary.members or {summary.path: summary.width}
     ends = accumulate(members.values())
     return [(path, summary.scores[end - members[path] : end]) for path, end in zip(members, ends, strict=True)]
@@ -213,7 +227,7 @@ def _nearest(full: int, target: float, step: int) -> int:
 
 
 def _neighbour(width: int, full: int, step: int, direction: Literal[-1, 1]) -> int | None:
-    """The next allowed width up or down."""
+    """Return the next allowed width up or down; None if there is none."""
     if direction == 1:
         return min(width + step, full) if width < full else None
     below = step * ((width - 1) // step)
@@ -221,21 +235,21 @@ def _neighbour(width: int, full: int, step: int, direction: Literal[-1, 1]) -> i
 
 
 def _best_step(
-    chosen: Sequence[int],
+    rounded: Sequence[int],
     targets: Sequence[float],
     full: Sequence[int],
     counts: Sequence[int],
     step: int,
     excess: int,
 ) -> tuple[int, int] | None:
-    """The block to move by one step toward the total, and its new width; None where no step brings it nearer."""
+    """Return the block to move by one step toward the total, and its new width; None if no step helps."""
     direction: Literal[-1, 1] = -1 if excess > 0 else 1
     steps: list[tuple[float, int, int]] = []
-    for block, width in enumerate(chosen):
-        after = _neighbour(width, full[block], step, direction)
-        if after is not None and abs(excess + (after - width) * counts[block]) < abs(excess):
-            steps.append(((width - targets[block]) * direction, block, after))
+    for block, width in enumerate(rounded):
+        neighbour = _neighbour(width, full[block], step, direction)
+        if neighbour is not None and abs(excess + (neighbour - width) * counts[block]) < abs(excess):
+            steps.append(((width - targets[block]) * direction, block, neighbour))
     if not steps:
         return None
-    _, block, after = min(steps)
-    return block, after
+    _, block, neighbour = min(steps)
+    return block, neighbour

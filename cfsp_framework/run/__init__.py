@@ -1,1 +1,1 @@
-"""What one run works on: components, model, data, and the keys of its caches."""
+"""The open run: components, model, data, and the keys of its caches."""

@@ -1,4 +1,4 @@
-"""Open what one run works on: components, model, data."""
+"""Open everything a run works on: components, model, data."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RunContext:
 
     @property
     def windows_to_compensate(self) -> Tensor | None:
-        """The windows of the second pass; None if there is no second pass."""
+        """The windows of the second pass; None without a second pass."""
         if self.windows is None or not self.selection.second_pass:
             return None
         return self.windows if self.config.calibration.reuse_windows or len(self.windows) < 2 else self.windows[1::2]

@@ -38,6 +38,7 @@ def code(text: object) -> str:
 
 
 def presets() -> str:
+    """Return the table of presets."""
     kinds = ("criterion", "allocator", "compensator")
     rows = [
         [
@@ -51,6 +52,7 @@ def presets() -> str:
 
 
 def components() -> str:
+    """Return the table of components that have options."""
     rows = []
     for registry in load_plugins().registries:
         for name, component in registry.items():
@@ -61,6 +63,7 @@ def components() -> str:
 
 
 def describe_option(name: str, field: Any) -> str:
+    """Return `name=default` of a component's option, with its choices."""
     values = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     choices = f" ({', '.join(map(code, values))})" if values else ""
     return code(f"{name}={format_scalar(field.default)}") + choices
@@ -78,6 +81,7 @@ def walk(command: click.Command, context: click.Context) -> Iterator[tuple[click
 
 
 def commands() -> str:
+    """Return a section for every command."""
     sections = []
     for command, context in walk(cli, click.Context(cli, info_name="cfsp")):
         usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
@@ -117,6 +121,7 @@ def update(page: str) -> str:
 
 
 def main() -> None:
+    """Rewrite docs/cli.md, or with `--check` exit with 1 if it differs."""
     page = PAGE.read_text(encoding="utf-8")
     updated = update(page)
     if "--check" in sys.argv:

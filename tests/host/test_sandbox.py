@@ -549,10 +549,10 @@ def test_deprecations_name_the_versions_and_what_to_do_instead() -> None:
     manager = pluggy.PluginManager(hookspecs.NAMESPACE)
     manager.add_hookspecs(Specs)
     plugins = {
-        r"^cfsp_old\(\) is deprecated since cfsp-framework 0\.2 and will be gone in 0\.4: offer cfsp_new\(\)\.$": (
+        r"^cfsp_old\(\) is deprecated since cfsp-framework 0\.2 and will be removed in 0\.4: offer cfsp_new\(\)\.$": (
             SimpleNamespace(cfsp_old=hookspecs.hookimpl(lambda: None))
         ),
-        r"^the argument `text` is deprecated since cfsp-framework 0\.2 and will be gone in 0\.4: read `value`\.$": (
+        r"^the argument `text` is deprecated since cfsp-framework 0\.2 and will be removed in 0\.4: read `value`\.$": (
             SimpleNamespace(cfsp_both=hookspecs.hookimpl(lambda text: None))
         ),
     }
