@@ -18,7 +18,7 @@ from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.measurements import summarise
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.registry import Plugins
-from cfsp_framework.host.selection import curve_of, select
+from cfsp_framework.host.selection import get_curve_kind, select
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.loading import (
     build_from_config,
@@ -149,7 +149,7 @@ def _plan(
     selection = select(settings, plugins)
     draw = torch.Generator().manual_seed(config.run.seed)
     windows = torch.randint(decoder.config.vocab_size, (_WINDOWS, _TOKENS), generator=draw)  # (N, T)
-    curve = curve_of(selection.allocator)
+    curve = get_curve_kind(selection.allocator)
     measured = collect(
         decoder,
         windows,
