@@ -20,7 +20,7 @@ from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import Batch, ForwardOptions, embed, pass_block
 from cfsp_framework.errors import CfspError, PluginError
 from cfsp_framework.host.registry import ConfiguredComponent
-from cfsp_framework.host.sandbox import tensor_problem
+from cfsp_framework.host.sandbox import find_tensor_problem
 from cfsp_framework.linalg import compensated_curve, damped_inverse, plain_curve
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.progress import Progress
@@ -154,7 +154,7 @@ def score(criterion: ConfiguredComponent[Criterion], feed_forward: FeedForward, 
         criterion.call_component(f"score() at {place}", read_only_inputs(feed_forward, required)) as component,
     ):
         scores: object = component.score(feed_forward, required)
-    problem = tensor_problem(scores, (feed_forward.width,), torch.float32)
+    problem = find_tensor_problem(scores, (feed_forward.width,), torch.float32)
     if problem is not None:
         raise PluginError(f"{criterion}: the result of score() at {place} {problem}.")
     assert isinstance(scores, Tensor)

@@ -14,7 +14,7 @@ from cfsp_framework.api.data import BlockStatistics, FeedForward, Site, Statisti
 from cfsp_framework.engine.replay import Batch, run_block
 from cfsp_framework.errors import ModelError, PluginError
 from cfsp_framework.host.registry import ConfiguredComponent
-from cfsp_framework.host.sandbox import tensor_problem
+from cfsp_framework.host.sandbox import find_tensor_problem
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward, FeedForwardIO
 from cfsp_framework.runtime.distributed import SOLO, Ranks
@@ -104,7 +104,7 @@ class CollectorState:
         with self.collector.call_component(action) as component:
             value: object = self.accumulator.value(max(tokens.of(component.windows), 1))
         statistic = component.provides
-        problem = tensor_problem(value, _expected_shape(statistic.shape, self._sizes), finite=False)
+        problem = find_tensor_problem(value, _expected_shape(statistic.shape, self._sizes), finite=False)
         if problem is not None:
             raise PluginError(
                 f"{self.collector}: {action} {problem}; {statistic.name} has the shape {statistic.shape}."

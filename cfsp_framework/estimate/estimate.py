@@ -15,7 +15,7 @@ from cfsp_framework.api.data import HELD_OUT_EVERY, Site, Stream
 from cfsp_framework.benchmark.hardware import BATCH_TOKENS, NOMINAL, Hardware, this_machine
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.estimate.model_shape import BlockShape, ModelShape, measure_shape
-from cfsp_framework.host.selection import curve_of, stream_of, target_mix_of
+from cfsp_framework.host.selection import get_curve_kind, get_stream, get_target_mix
 
 if TYPE_CHECKING:
     from cfsp_framework.config import RunConfig
@@ -149,7 +149,7 @@ def _first_pass(selection: Selection, windows: int) -> Pass:
     forwards = BACKWARD * backward + any(site is not Site.GRADIENT for site in sites)
     readers = [selection.criterion.required(), selection.allocator.required()]
     ranking = sum(any(s.shape == "(F, F)" for s in read) for read in readers)
-    ranking += curve_of(selection.allocator) is not None
+    ranking += get_curve_kind(selection.allocator) is not None
     return _pass(selection.collectors, windows if sites else 0, forwards, cubes=RANK * ranking)
 
 
@@ -159,7 +159,7 @@ def _second_pass(selection: Selection, windows: int) -> Pass:
     On the pruned stream a block runs dense and cut, and dense on the other stream if targets mix in its outputs.
     """
     compensator = selection.compensator
-    pruned, teacher = stream_of(compensator) is Stream.PRUNED, target_mix_of(compensator) > 0
+    pruned, teacher = get_stream(compensator) is Stream.PRUNED, get_target_mix(compensator) > 0
     cubes = REFIT * any(s.shape == "(F, F)" for s in compensator.required())
     forwards, streams = (2.0 + teacher, 1 + teacher) if pruned else (1.0, 1)
     return _pass(selection.second_pass, windows, forwards, streams=streams, cubes=cubes)

@@ -255,10 +255,9 @@ def _check_class(offered: object, base: type[C], hook: str, origin: Origin) -> t
     for statistic in cast("AbstractSet[object]", offered.requires):
         if not isinstance(statistic, Statistic):
             raise PluginError(f"{subject} requires {statistic!r}, which is not a Statistic.")
-    abstract = ", ".join(sorted(offered.__abstractmethods__))
     if getattr(offered, "start", None) is Collector.start and not hasattr(offered, "accumulator"):
-        abstract = "start"
-    if abstract:
+        raise PluginError(f"{subject} neither sets `accumulator` nor defines start().")
+    if abstract := ", ".join(sorted(offered.__abstractmethods__)):
         raise PluginError(f"{subject} does not define {abstract}().")
     return offered
 

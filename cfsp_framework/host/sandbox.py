@@ -99,7 +99,7 @@ def warn_on_error(usage: PluginUsage | None = None) -> Generator[None]:
             warnings.warn(PluginWarning(f"{error} The run goes on."), stacklevel=3)
 
 
-def tensor_problem(
+def find_tensor_problem(
     value: object, shape: tuple[int | None, ...], dtype: torch.dtype | None = None, *, finite: bool = True
 ) -> str | None:
     """Return why ``value`` is not a finite dense tensor of this shape, or None if it is one.

@@ -91,14 +91,14 @@ def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Sel
     required: set[Statistic] = set() if twice else set(compensator_statistics)
     if not planned:
         required |= criterion.required() | allocator.required() | recovery.required()
-        required |= {DOWN_INPUT_GRAM} if curve_of(allocator) else set()
+        required |= {DOWN_INPUT_GRAM} if get_curve_kind(allocator) else set()
     second_pass = plugins.collectors_for(compensator_statistics) if twice else ()
     observers = tuple(create(plugins.observers, choice) for choice in config.run.observers)
     first_pass = plugins.collectors_for(required)
     return Selection(criterion, allocator, compensator, recovery, first_pass, second_pass, observers)
 
 
-def curve_of(allocator: ConfiguredComponent[Allocator]) -> Literal["plain", "compensated"] | None:
+def get_curve_kind(allocator: ConfiguredComponent[Allocator]) -> Literal["plain", "compensated"] | None:
     """Return the kind of removal-error curve that the allocator asks for.
 
     Raises:
@@ -111,7 +111,7 @@ def curve_of(allocator: ConfiguredComponent[Allocator]) -> Literal["plain", "com
     return curve
 
 
-def stream_of(compensator: ConfiguredComponent[Compensator]) -> Stream:
+def get_stream(compensator: ConfiguredComponent[Compensator]) -> Stream:
     """Return the stream that the compensator's statistics come from.
 
     Raises:
@@ -124,7 +124,7 @@ def stream_of(compensator: ConfiguredComponent[Compensator]) -> Stream:
     return stream
 
 
-def target_mix_of(compensator: ConfiguredComponent[Compensator]) -> float:
+def get_target_mix(compensator: ConfiguredComponent[Compensator]) -> float:
     """Return how far the compensator's target leans to the dense block's output.
 
     Raises:

@@ -18,8 +18,8 @@ from cfsp_framework.engine.measure import DenseStream, measure_block, read_only_
 from cfsp_framework.engine.replay import ForwardOptions, embed, pass_block
 from cfsp_framework.errors import PluginError
 from cfsp_framework.host.registry import ConfiguredComponent
-from cfsp_framework.host.sandbox import tensor_problem
-from cfsp_framework.host.selection import stream_of, target_mix_of
+from cfsp_framework.host.sandbox import find_tensor_problem
+from cfsp_framework.host.selection import get_stream, get_target_mix
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.atomic_files import save_tensors
 
@@ -84,9 +84,9 @@ class SecondPassCompensation(Compensation):
         self._cache = cache
         self._seed = seed
         self._ranks = (forward_options or ForwardOptions()).ranks
-        self._pruned = stream_of(compensator) is Stream.PRUNED
+        self._pruned = get_stream(compensator) is Stream.PRUNED
         additive = all(layout.additive and not layout.experts for layout in decoder.architecture.feed_forwards)
-        mix = target_mix_of(compensator) if additive else 0.0
+        mix = get_target_mix(compensator) if additive else 0.0
         self._batches = embed(decoder, windows, forward_options)
         self._dense = DenseStream(embed(decoder, windows, forward_options), mix) if self._pruned and mix else None
         self._measured = False
@@ -164,7 +164,7 @@ def _check_update(
     }
     for name, shape in shapes.items():
         value: object = getattr(update, name)
-        problem = None if value is None else tensor_problem(value, shape, feed_forward.down.dtype)
+        problem = None if value is None else find_tensor_problem(value, shape, feed_forward.down.dtype)
         if value is not None and name.startswith("gate") and feed_forward.gate is None:
             problem = "is for a gate, which this feed-forward does not have; leave it None"
         if problem:

@@ -18,7 +18,7 @@ from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.measurements import FeedForwardMeasurement, summarise
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.evaluation.perplexity import perplexity
-from cfsp_framework.host.selection import curve_of
+from cfsp_framework.host.selection import get_curve_kind
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.modeling.streaming import ShardWriter
@@ -75,7 +75,7 @@ def drop_attention(context: RunContext, plan: PruningPlan | None = None) -> None
 def measure(context: RunContext, *, planned: bool = False) -> tuple[FeedForwardMeasurement, ...]:
     """Run each block once over the calibration windows and score its channels; with a plan nothing is scored."""
     selection, run = context.selection, context.config.run
-    curve = None if planned else curve_of(selection.allocator)
+    curve = None if planned else get_curve_kind(selection.allocator)
     cached = run.resume is not None and not planned
     with context.progress.phase("collect"):
         return collect(

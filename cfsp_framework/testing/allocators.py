@@ -12,7 +12,7 @@ import torch
 from cfsp_framework.api.components import Allocator
 from cfsp_framework.api.data import BlockSummary, Budget, Statistic
 from cfsp_framework.host.registry import ConfiguredComponent
-from cfsp_framework.host.selection import curve_of
+from cfsp_framework.host.selection import get_curve_kind
 from cfsp_framework.pruning.planning import allocate, importance_of, round_widths, total_to_keep
 from cfsp_framework.testing.contract import ComponentContract, checked_by_host, configure, explore, run_twice
 from cfsp_framework.testing.errors import ContractError, NotApplicable
@@ -65,7 +65,7 @@ class AllocatorContract(ComponentContract):
         """Make summaries with the statistics that the allocator requires, and the curve that it asks for."""
         draw = torch.Generator().manual_seed(case.seed)
         with checked_by_host():
-            required, curve = sorted(configure(component).required()), curve_of(configure(component))
+            required, curve = sorted(configure(component).required()), get_curve_kind(configure(component))
         summaries: list[BlockSummary] = []
         for block, width in enumerate(case.widths):
             if case.alike:

@@ -13,7 +13,7 @@ from cfsp_framework.api.components import Collector
 from cfsp_framework.api.data import Site
 from cfsp_framework.engine.measure import CollectorState, TokenCounts, WindowRows
 from cfsp_framework.host.registry import ConfiguredComponent
-from cfsp_framework.host.sandbox import tensor_problem
+from cfsp_framework.host.sandbox import find_tensor_problem
 from cfsp_framework.runtime.distributed import SOLO
 from cfsp_framework.testing import models
 from cfsp_framework.testing.contract import (
@@ -231,7 +231,7 @@ class _Run:
     def value(self) -> Tensor:
         """Return the statistic and require that it is finite, as the host does of a measured block."""
         value = self.raw_value()
-        if problem := tensor_problem(value, tuple(value.shape)):
+        if problem := find_tensor_problem(value, tuple(value.shape)):
             raise ContractError(f"value() {problem}, for finite activations; guard what may be zero before dividing.")
         return value
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cfsp_framework.api.components import Compensator
 from cfsp_framework.api.data import BlockStatistics, FeedForward, Statistic, Update
 from cfsp_framework.host.registry import ConfiguredComponent
-from cfsp_framework.host.selection import stream_of, target_mix_of
+from cfsp_framework.host.selection import get_stream, get_target_mix
 from cfsp_framework.pruning.compensation import compensate
 from cfsp_framework.testing import models
 from cfsp_framework.testing.contract import (
@@ -160,8 +160,8 @@ class CompensatorContract(ComponentContract):
     def test_stream_and_target_are_possible(self, component: Compensator) -> None:
         """``stream()`` and ``target_mix()`` return what the host can use."""
         with checked_by_host():
-            stream_of(configure(component))
-            mix = target_mix_of(configure(component))
+            get_stream(configure(component))
+            mix = get_target_mix(configure(component))
         if not 0 <= mix <= 1:
             raise ContractError(f"target_mix() returned {mix}; it is a share, in [0, 1].")
 

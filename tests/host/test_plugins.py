@@ -308,12 +308,15 @@ def test_a_criterion_that_is_not_finished(body: str, message: str, tmp_path: Pat
         ("    provides = Statistic('x')\n", "which does not set `site`."),
         ("    provides = 'x'\n    site = Site.BLOCK\n", "which sets `provides` to 'x', not to a Statistic."),
         ("    provides = Statistic('x')\n    site = 'block'\n", "which sets `site` to 'block', not to a Site."),
+        (
+            "    provides = Statistic('x')\n    site = Site.BLOCK\n",
+            "which neither sets `accumulator` nor defines start().",
+        ),
     ],
 )
 def test_a_collector_that_is_not_finished(body: str, message: str, tmp_path: Path) -> None:
     source = (
-        f"{HEAD}class Mine(Collector):\n    name = 'mine'\n{body}    def start(self):\n        return None\n"
-        "@hookimpl\ndef cfsp_collectors():\n    return [Mine]\n"
+        f"{HEAD}class Mine(Collector):\n    name = 'mine'\n{body}@hookimpl\ndef cfsp_collectors():\n    return [Mine]\n"
     )
     assert f"cfsp_collectors() offered Mine, {message}" in refused_message(source, tmp_path)
 

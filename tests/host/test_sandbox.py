@@ -30,7 +30,7 @@ from cfsp_framework.errors import (
     deprecation,
 )
 from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.host.sandbox import PluginUsage, sandboxed, tensor_problem, warn_on_error
+from cfsp_framework.host.sandbox import PluginUsage, find_tensor_problem, sandboxed, warn_on_error
 from helpers.plugins import install_distribution
 
 ORIGIN = "plugin 'acme' of acme-pruning 1.0"
@@ -500,7 +500,7 @@ def test_a_tolerated_failure_is_warned_about_once() -> None:
     ],
 )
 def test_what_is_wrong_with_a_tensor(value: object, shape: tuple[int | None, ...], problem: str | None) -> None:
-    assert tensor_problem(value, shape) == problem
+    assert find_tensor_problem(value, shape) == problem
 
 
 # --- the version of the plugin API -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from cfsp_framework import (
@@ -24,18 +25,6 @@ PEAK = Statistic("peak", shape="(F,)", summary="largest |h| over tokens", unseen
 """Other packages import it to require it. With `unseen=1`, the weights alone decide in an expert without tokens."""
 
 
-class PeakCollector(Collector):
-    """Largest absolute activation of every channel."""
-
-    name: ClassVar[str] = "peak"
-    provides: ClassVar[Statistic] = PEAK
-    site: ClassVar[Site] = Site.DOWN_PROJECTION
-    ordered: ClassVar[bool] = True  # a maximum does not add up, so that processes cannot share windows
-
-    def start(self) -> Accumulator:
-        return _Peak()
-
-
 class _Peak:
     """The maximum so far, ``(F,)`` float32."""
 
@@ -52,6 +41,16 @@ class _Peak:
     def value(self, tokens: int) -> Tensor:
         assert self.peak is not None  # there is at least one update
         return self.peak
+
+
+class PeakCollector(Collector):
+    """Largest absolute activation of every channel."""
+
+    name: ClassVar[str] = "peak"
+    provides: ClassVar[Statistic] = PEAK
+    site: ClassVar[Site] = Site.DOWN_PROJECTION
+    ordered: ClassVar[bool] = True  # a maximum does not add up, so that processes cannot share windows
+    accumulator: ClassVar[Callable[[], Accumulator]] = _Peak
 
 
 class PeakCriterion(Criterion):
