@@ -13,20 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cfsp_framework.api.records import PruningPlan
-from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.options import is_first
 from cfsp_framework.engine.replay import ForwardOptions
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
 from cfsp_framework.runtime.distributed import SOLO, Ranks, join_ranks
 from cfsp_framework.runtime.progress import Progress
+from helpers.runs import run_command
+from helpers.types import MakeModel
 
-MakeModel = Callable[..., Path]
 WORLD = 2
 
 # Every process runs all commands and prints the outcome of each, with the files it wrote itself.
@@ -122,7 +121,7 @@ def torchrun(*words: object, timeout: float = 240) -> subprocess.CompletedProces
 
 def run(*words: object) -> str:
     """Run the command line in this process alone; return its stdout."""
-    result = CliRunner().invoke(cli, [str(word) for word in words])
+    result = run_command(*words)
     assert result.exit_code == 0, result.output
     return result.stdout
 
