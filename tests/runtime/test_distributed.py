@@ -360,7 +360,7 @@ from cfsp_framework.runtime.distributed import join_ranks
 
 def work(rank, folder, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    ranks._ROWS = 7  # several parts
+    ranks.VALUES_AT_ONCE = 7  # several parts
     us = join_ranks("cpu")
     assert (us.rank, us.world, us.first, is_first()) == (rank, 3, rank == 0, rank == 0)
     assert join_ranks("cpu") == us
