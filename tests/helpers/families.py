@@ -235,8 +235,8 @@ ALIEN: dict[str, Family] = {
     "gemma3n_text_sparse": Family(
         "gemma3n_text",
         _GEMMA3N | {"activation_sparsity_pattern": [0.9] * 2 + [0.0] * 3},
-        "this Gemma 3n keeps a channel where it exceeds a quantile over all channels of its block, "
-        "which changes for all when some go: it cannot be pruned exactly.",
+        "this Gemma 3n keeps the channels above a quantile over all channels of a block, which changes when some are "
+        "removed: it cannot be pruned exactly.",
     ),
 }
 """Families that are refused, beside those of ``BASE``."""
