@@ -24,6 +24,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from cfsp_framework.config import FrozenRecord, RunConfig
+from cfsp_framework.data.sources import silenced_datasets
 from cfsp_framework.errors import CfspError, ConfigError, DataError, one_line
 from cfsp_framework.modeling.loading import LoadedModel, load_model
 from cfsp_framework.runtime.distributed import join_ranks
@@ -400,22 +401,12 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Metric]:
 @contextmanager
 def _silenced_harness(bars: bool) -> Generator[None]:
     """Hide the harness's output and logs inside the block, except its bars on stderr if ``bars``."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
-    levels, shown = [logger.level for logger in loggers], not datasets.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(redirect_stdout(io.StringIO()))
-            if not bars:
-                stack.enter_context(redirect_stderr(io.StringIO()))
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if shown:
-            datasets.enable_progress_bars()
+    with ExitStack() as stack:
+        stack.enter_context(silenced_datasets(logging.ERROR, "lm_eval", "transformers"))
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        if not bars:
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
 
 
 def _shorten(error: Exception) -> str:

@@ -15,7 +15,7 @@ from cfsp_framework.errors import ConfigError
 
 T = TypeVar("T")
 
-_ROWS = 1 << 22
+VALUES_AT_ONCE = 1 << 22
 """Values of a large sum that are converted to float64 and added at a time."""
 
 
@@ -47,7 +47,7 @@ class Ranks:
             return
         for name in sorted(sums):
             total = sums[name].contiguous()
-            for part in total.view(-1).split(_ROWS):
+            for part in total.view(-1).split(VALUES_AT_ONCE):
                 exact = part.double()
                 distributed.all_reduce(exact)
                 part.copy_(exact)

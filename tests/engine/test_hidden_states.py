@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +18,7 @@ from cfsp_framework.checkpoint.save import PLAN_FILE, REPORT_FILE
 from cfsp_framework.engine.hidden_states import allocate
 from cfsp_framework.errors import OutputError, ResourceError
 from helpers.runs import equal_tensors, prune_small, refuse_small, weights_of
-
-MakeModel = Callable[..., Path]
+from helpers.types import MakeModel
 
 
 @pytest.fixture

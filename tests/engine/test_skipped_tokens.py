@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +15,8 @@ from cfsp_framework.data.windows import PADDING
 from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import ForwardOptions
-from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import ConfiguredComponent, Plugins
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import (
     ANGULAR_DISTANCE,
@@ -28,9 +25,8 @@ from cfsp_framework.statistics import (
     DOWN_INPUT_SQUARES,
     DOWN_INPUT_TAYLOR,
 )
+from helpers.types import MakeModel, OpenTiny
 
-MakeModel = Callable[..., Path]
-Open = Callable[..., tuple[LoadedModel, Decoder]]
 Measured = tuple[Sequence[FeedForwardMeasurement], list[float]]
 BOS = 1
 SKIP_BOS = frozenset({BOS})
@@ -50,13 +46,8 @@ class Flat(Criterion):
         return torch.ones(feed_forward.width)
 
 
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return load_plugins()
-
-
 @pytest.fixture
-def decoder(make_model: MakeModel, open_tiny: Open) -> Decoder:
+def decoder(make_model: MakeModel, open_tiny: OpenTiny) -> Decoder:
     return open_tiny(make_model("llama"))[1]
 
 

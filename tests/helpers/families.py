@@ -46,6 +46,7 @@ from cfsp_framework.recovery.lora import add_adapters, load_adapter, merge_adapt
 from cfsp_framework.recovery.targets import list_trainable_blocks, select_matrices
 from cfsp_framework.testing.models import byte_tokenizer, random_model
 from cfsp_plugins.recovery import unit_of_rank
+from helpers.plans import build_plan
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 CUT_TOLERANCE = 1e-5
@@ -234,8 +235,8 @@ ALIEN: dict[str, Family] = {
     "gemma3n_text_sparse": Family(
         "gemma3n_text",
         _GEMMA3N | {"activation_sparsity_pattern": [0.9] * 2 + [0.0] * 3},
-        "this Gemma 3n keeps a channel where it exceeds a quantile over all channels of its block, "
-        "which changes for all when some go: it cannot be pruned exactly.",
+        "this Gemma 3n keeps the channels above a quantile over all channels of a block, which changes when some are "
+        "removed: it cannot be pruned exactly.",
     ),
 }
 """Families that are refused, beside those of ``BASE``."""
@@ -280,17 +281,7 @@ def run_config(model: Path, **options: Any) -> RunConfig:
 
 def _plan(decoder: Decoder, blocks: Sequence[BlockPlan]) -> PruningPlan:
     family = decoder.architecture.family
-    return PruningPlan(
-        model=ModelIdentity(source="tiny", family=family, fingerprint="", parameters=0),
-        calibration=None,
-        ratio=0.1,
-        budget="channels",
-        round_to=1,
-        seed=0,
-        components={},
-        versions={},
-        blocks=tuple(blocks),
-    )
+    return build_plan(blocks, model=ModelIdentity(source="tiny", family=family, fingerprint="", parameters=0))
 
 
 def _keep(block: int, path: str, width: int, count: int, draw: torch.Generator) -> BlockPlan:

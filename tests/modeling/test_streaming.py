@@ -14,23 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cfsp_framework import PruningPlan
 from cfsp_framework.api.records import RunResult
 from cfsp_framework.checkpoint.save import CODE_FILE, STATISTICS_FILE
-from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ModelError
 from cfsp_framework.modeling.decoder import Decoder
-from cfsp_framework.modeling.loading import LoadedModel
 from cfsp_framework.modeling.streaming import Shards, Streamed
-from helpers.runs import equal_tensors, prune_small, refuse_small, weights_of
+from helpers.runs import equal_tensors, prune_small, refuse_small, run_command, weights_of
+from helpers.types import MakeModel, MakePlan, OpenTiny
 
-MakeModel = Callable[..., Path]
-MakePlan = Callable[..., PruningPlan]
-Open = Callable[..., tuple[LoadedModel, Decoder]]
 INDEX = "model.safetensors.index.json"
 FEW_STEPS = "local-reconstruction:steps=4,batch_tokens=128,check_every=2"
 
@@ -106,7 +100,7 @@ def compare(whole: RunResult, streamed: RunResult) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_streaming_changes_nothing(
-    name: str, make_model: MakeModel, open_tiny: Open, make_plan: MakePlan, calibration_text: Path, tmp_path: Path
+    name: str, make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan, calibration_text: Path, tmp_path: Path
 ) -> None:
     case = CASES[name]
     model = make_model(case.model, **case.settings)
@@ -142,7 +136,7 @@ def check_shards(folder: Path) -> None:
 
 
 def test_biases_of_blocks_that_were_not_cut_are_zeros_in_the_last_shard(
-    make_model: MakeModel, open_tiny: Open, make_plan: MakePlan, calibration_text: Path, tmp_path: Path
+    make_model: MakeModel, open_tiny: OpenTiny, make_plan: MakePlan, calibration_text: Path, tmp_path: Path
 ) -> None:
     model = make_model("llama")
     loaded, decoder = open_tiny(model)
@@ -166,8 +160,8 @@ def test_a_pruned_model_is_streamed(make_model: MakeModel, calibration_text: Pat
 
 @pytest.mark.parametrize("model", ["llama", "llama-tied", "mixtral", "gemma2"])
 def test_evaluation_is_the_same(model: str, make_model: MakeModel, calibration_text: Path) -> None:
-    words = ["evaluate", str(make_model(model)), "--data", str(calibration_text), "--seqlen", "32", "--json"]
-    whole, streamed = (CliRunner().invoke(cli, [*words, *more]) for more in ([], ["--stream"]))
+    words = "evaluate", make_model(model), "--data", calibration_text, "--seqlen", 32, "--json"
+    whole, streamed = run_command(*words), run_command(*words, "--stream")
     assert whole.exit_code == 0, whole.output
     assert streamed.stdout == whole.stdout
 
@@ -251,7 +245,7 @@ def blocks_in_memory(decoder: Decoder) -> list[int]:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_blocks_can_be_loaded_in_any_order(ahead: bool, make_model: MakeModel, open_tiny: Open) -> None:
+def test_blocks_can_be_loaded_in_any_order(ahead: bool, make_model: MakeModel, open_tiny: OpenTiny) -> None:
     folder = make_model("llama", num_hidden_layers=5)
     whole, (loaded, decoder) = open_tiny(folder)[1], open_tiny(folder, stream=True)
     streamed = Streamed(loaded.model, folder, decoder.architecture.blocks, torch.device("cpu"), ahead=ahead)
@@ -266,7 +260,7 @@ def test_blocks_can_be_loaded_in_any_order(ahead: bool, make_model: MakeModel, o
     assert [p.shape for p in decoder.model.parameters()] == [p.shape for p in whole.model.parameters()]
 
 
-def test_a_block_that_fails_is_dropped(make_model: MakeModel, open_tiny: Open) -> None:
+def test_a_block_that_fails_is_dropped(make_model: MakeModel, open_tiny: OpenTiny) -> None:
     folder = make_model("llama")
     loaded, decoder = open_tiny(folder, stream=True)
     streamed = Streamed(loaded.model, folder, decoder.architecture.blocks, torch.device("cpu"))
@@ -337,7 +331,7 @@ def test_an_unexpected_tensor_is_named(refused: Callable[..., str], make_model: 
     bias = {"model.layers.0.mlp.down_proj.bias": torch.ones(32)}
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # of old checkpoints, and computed anew
     save_file(load_file(path) | buffer, path, {"format": "pt"})
-    result = CliRunner().invoke(cli, ["evaluate", str(folder), "--stream", "--evaluate-windows", "1", "--seqlen", "32"])
+    result = run_command("evaluate", folder, "--stream", "--evaluate-windows", 1, "--seqlen", 32)
     assert result.exit_code == 0, result.output
     save_file(load_file(path) | bias, path, {"format": "pt"})
     for words in ([], ["--stream"]):
@@ -359,7 +353,7 @@ def test_a_damaged_file_is_named(
 
 @pytest.fixture
 def no_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Transformers that keeps its conversions elsewhere."""
+    """Hide the conversions of Transformers."""
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
 

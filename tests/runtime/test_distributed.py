@@ -13,20 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cfsp_framework.api.records import PruningPlan
-from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.options import is_first
 from cfsp_framework.engine.replay import ForwardOptions
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
 from cfsp_framework.runtime.distributed import SOLO, Ranks, join_ranks
 from cfsp_framework.runtime.progress import Progress
+from helpers.runs import run_command
+from helpers.types import MakeModel
 
-MakeModel = Callable[..., Path]
 WORLD = 2
 
 # Every process runs all commands and prints the outcome of each, with the files it wrote itself.
@@ -122,7 +121,7 @@ def torchrun(*words: object, timeout: float = 240) -> subprocess.CompletedProces
 
 def run(*words: object) -> str:
     """Run the command line in this process alone; return its stdout."""
-    result = CliRunner().invoke(cli, [str(word) for word in words])
+    result = run_command(*words)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -361,7 +360,7 @@ from cfsp_framework.runtime.distributed import join_ranks
 
 def work(rank, folder, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    ranks._ROWS = 7  # several parts
+    ranks.VALUES_AT_ONCE = 7  # several parts
     us = join_ranks("cpu")
     assert (us.rank, us.world, us.first, is_first()) == (rank, 3, rank == 0, rank == 0)
     assert join_ranks("cpu") == us
