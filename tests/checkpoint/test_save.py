@@ -458,28 +458,6 @@ def test_a_run_that_fails_leaves_everything_as_it_was(
         assert f"{out} cannot be written" in str(caught.value)
 
 
-def test_a_failure_while_the_old_folder_makes_way_brings_it_back(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("{}")
-    before = snapshot(tmp_path)
-    rename = Path.rename
-
-    def fail_for_the_new_folder(self: Path, target: Path) -> Path:
-        if self.suffix == ".partial":
-            assert not out.exists()
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail_for_the_new_folder)
-        with pytest.raises(KeyboardInterrupt):
-            prune(data_free(make_model("llama")), out, overwrite=True)
-    assert snapshot(tmp_path) == before
-
-
 def test_overwriting_replaces_the_whole_folder(make_model: MakeModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
