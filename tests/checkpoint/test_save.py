@@ -380,13 +380,13 @@ def test_generation_settings_and_tokenizer_are_carried_over(make_model: MakeMode
     source.mkdir()
     for path in make_model("llama").iterdir():
         (source / path.name).write_bytes(path.read_bytes())
-    own = json.loads((source / "generation_config.json").read_text())
-    own.update(temperature=0.9, top_p=0.6, repetition_penalty=1.1)  # sampling options without do_sample: published so
-    (source / "generation_config.json").write_text(json.dumps(own))
+    settings = json.loads((source / "generation_config.json").read_text())
+    settings.update(temperature=0.9, top_p=0.6, repetition_penalty=1.1)  # sampling options without do_sample: published so
+    (source / "generation_config.json").write_text(json.dumps(settings))
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     prune(data_free(source), tmp_path / "out")
 
-    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == own
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == settings
     before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "the quick brown fox, ähem, <s> jumps 12 times"
     assert after(text).input_ids == before(text).input_ids
