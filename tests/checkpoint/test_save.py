@@ -380,13 +380,13 @@ def test_generation_settings_and_tokenizer_are_carried_over(make_model: MakeMode
     source.mkdir()
     for path in make_model("llama").iterdir():
         (source / path.name).write_bytes(path.read_bytes())
-    own = json.loads((source / "generation_config.json").read_text())
-    own.update(temperature=0.9, top_p=0.6, repetition_penalty=1.1)  # sampling options without do_sample: published so
-    (source / "generation_config.json").write_text(json.dumps(own))
+    settings = json.loads((source / "generation_config.json").read_text())
+    settings.update(temperature=0.9, top_p=0.6, repetition_penalty=1.1)  # sampling options without do_sample: published so
+    (source / "generation_config.json").write_text(json.dumps(settings))
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     prune(data_free(source), tmp_path / "out")
 
-    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == own
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == settings
     before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "the quick brown fox, ähem, <s> jumps 12 times"
     assert after(text).input_ids == before(text).input_ids
@@ -456,28 +456,6 @@ def test_a_run_that_fails_leaves_everything_as_it_was(
     assert snapshot(tmp_path) == before
     if expected is OutputError:
         assert f"{out} cannot be written" in str(caught.value)
-
-
-def test_a_failure_while_the_old_folder_makes_way_brings_it_back(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("{}")
-    before = snapshot(tmp_path)
-    rename = Path.rename
-
-    def fail_for_the_new_folder(self: Path, target: Path) -> Path:
-        if self.suffix == ".partial":
-            assert not out.exists()
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail_for_the_new_folder)
-        with pytest.raises(KeyboardInterrupt):
-            prune(data_free(make_model("llama")), out, overwrite=True)
-    assert snapshot(tmp_path) == before
 
 
 def test_overwriting_replaces_the_whole_folder(make_model: MakeModel, tmp_path: Path) -> None:

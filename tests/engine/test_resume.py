@@ -31,14 +31,12 @@ from cfsp_framework.engine.cache import MeasurementCache
 from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import Batch, ForwardOptions
-from cfsp_framework.errors import OutputError
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import ConfiguredComponent, Origin
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.pipeline import plan_only, prune
 from cfsp_framework.pruning import compensation
 from cfsp_framework.pruning.compensation import UpdateCache
-from cfsp_framework.runtime.atomic_files import save_tensors, staged_folder
 from cfsp_framework.runtime.progress import Progress
 from cfsp_framework.statistics import ANGULAR_DISTANCE, DOWN_INPUT_GRAM, DOWN_INPUT_SQUARES
 from helpers.families import tensors_of
@@ -852,87 +850,3 @@ def test_the_first_cost_is_estimated_and_the_next_is_that_of_the_last(disk: Disk
     never = MeasurementCache(tmp_path, "key", share=0.0)
     never.load(100)
     assert stored(never, 1e9) == [False]
-
-
-# --- complete files or none -------------------------------------------------------------------------------------------
-
-
-def test_what_is_written_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "block_0.safetensors"
-    save_tensors(path, {"a": torch.ones(3)}, {"told": "first"})
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-    def fail(tensors: Any, aside: Path, *_: object) -> None:
-        assert aside != path
-        aside.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", fail)
-        with pytest.raises(OutputError, match="No space left on device"):
-            save_tensors(path, {"a": torch.zeros(3)}, {"told": "second"})
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert torch.equal(load_file(path)["a"], torch.ones(3))
-    save_tensors(path, {"a": torch.zeros(3)}, {"told": "third"})
-    assert torch.equal(load_file(path)["a"], torch.zeros(3))
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def test_what_the_dead_left_is_removed_and_the_living_are_let_be(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    for name in (".out.abcdefgh.partial", ".out.abcdefgh.old", ".out.v2.abcdefgh.partial", ".other.abcdefgh.partial"):
-        (tmp_path / name / "deep").mkdir(parents=True)
-    (tmp_path / ".out.zyxwvuts.partial").touch()
-    with staged_folder(out) as living:
-        names = {path.name for path in tmp_path.iterdir()} - {living.name, living.with_suffix(".lock").name}
-        assert names == {".out.abcdefgh.old", ".out.v2.abcdefgh.partial", ".other.abcdefgh.partial"}, (
-            "a replaced folder stays as long as its successor is missing"
-        )
-        (living / "weights").write_text("first")
-        with staged_folder(out) as other:
-            assert living.exists()
-            (other / "weights").write_text("second")
-        assert out.exists()
-        assert living.exists()
-    assert (out / "weights").read_text() == "first"
-    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.v2.abcdefgh.partial", ".other.abcdefgh.partial"}
-
-
-def test_files_of_the_dead_are_removed_and_those_of_the_living_are_let_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "hidden_0.safetensors"
-    for name in ("hidden_0", "hidden_1"):
-        (tmp_path / f".{name}.safetensors.abcdefgh.partial").mkdir()
-        (tmp_path / f".{name}.safetensors.abcdefgh.partial" / ".tmpxyz").write_bytes(b"half")
-    own, nested = save_file, list[set[str]]()
-
-    def slow(tensors: Any, aside: Path, metadata: Any) -> None:
-        own(tensors, aside, metadata)
-        if not nested:
-            nested.append({file.name for file in tmp_path.iterdir()})
-            save_tensors(path, {"a": torch.zeros(1)}, {})  # another process, at the same time
-            assert aside.exists()
-
-    monkeypatch.setattr("safetensors.torch.save_file", slow)
-    save_tensors(path, {"a": torch.ones(1)}, {})
-    assert len(nested[0]) == 3, "the other file's, and this process's folder and lock"
-    assert ".hidden_1.safetensors.abcdefgh.partial" in nested[0]
-    assert torch.equal(load_file(path)["a"], torch.ones(1))
-    assert {file.name for file in tmp_path.iterdir()} == {path.name, ".hidden_1.safetensors.abcdefgh.partial"}
-
-
-def test_file_systems_without_locks_keep_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    (tmp_path / ".out.abcdefgh.partial").mkdir()
-    with staged_folder(tmp_path / "out") as aside:
-        (aside / "weights").touch()
-    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.abcdefgh.partial"}

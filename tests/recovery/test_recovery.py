@@ -46,7 +46,7 @@ EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "llama4_text")
 
 @pytest.fixture(scope="session")
 def pruned(make_model: MakeModel, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
-    """``pruned(family)``: a tiny model of blocks of different widths; made once, never change it."""
+    """``pruned(family)``: a tiny model of blocks of different widths; pruned once, never change it."""
     folders: dict[str, Path] = {}
 
     def prune(name: str) -> Path:
