@@ -213,11 +213,7 @@ Rounds = list[list[tuple[float, float]]]
 
 
 def _time_rounds(
-    candidates: Sequence[Candidate],
-    settings: BenchmarkSettings,
-    batch: int,
-    length: int,
-    step: Callable[[], None],
+    candidates: Sequence[Candidate], settings: BenchmarkSettings, batch: int, length: int, step: Callable[[], None]
 ) -> Rounds:
     """Run every model in turn; a first round, which does not count, warms up and decides how often to repeat."""
     prompts = [_draw_prompt(candidate.model, settings, batch, length) for candidate in candidates]  # (B, T) each

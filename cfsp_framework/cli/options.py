@@ -140,10 +140,7 @@ preset_option = click.option(
     "--preset", metavar="NAME", help=f"A named set of components, to start from: {', '.join(PRESETS)}."
 )
 config_option = click.option(
-    "--config",
-    "config_file",
-    type=FILE,
-    help="A YAML file of these options; options on the command line override it.",
+    "--config", "config_file", type=FILE, help="A YAML file of these options; options on the command line override it."
 )
 push_option = click.option(
     "--push-to-hub",

@@ -138,11 +138,7 @@ def run_tasks(
 
 
 def score(
-    config: RunConfig,
-    tasks: Sequence[str],
-    *,
-    progress: Progress | None = None,
-    **settings: Any,
+    config: RunConfig, tasks: Sequence[str], *, progress: Progress | None = None, **settings: Any
 ) -> tuple[LoadedModel, TaskResults]:
     """Open ``config.model.source`` and score it; the names of tasks are checked before the model is read.
 

@@ -68,13 +68,7 @@ class _TensorEntry:
 
 
 def write_gguf(
-    decoder: Decoder,
-    folder: Path,
-    tokenizer: Any,
-    path: Path,
-    *,
-    kind: str = "auto",
-    pre_tokenizer: str | None = None,
+    decoder: Decoder, folder: Path, tokenizer: Any, path: Path, *, kind: str = "auto", pre_tokenizer: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
     """Write the checkpoint in ``folder`` to ``path``; ``decoder`` has its shapes, but no weights.
 

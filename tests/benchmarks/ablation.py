@@ -1,4 +1,4 @@
-"""What a sweep costs: plans against one collection, cells against one evaluation forward, cutting against masking.
+"""Measure the costs of a sweep: plans over one collection, cells over one evaluation, cutting over masking.
 
     python tests/benchmarks/ablation.py MODEL CALIBRATION TEXT [--samples 64] [--seqlen 512] [--windows 30] [--round-to 32]
                                         [--criteria NAMES] [--allocators NAMES] [--ratios NUMBERS] [--cells 8] [--rounds 3]
@@ -9,12 +9,11 @@ are the processor's, which other programs on a shared machine take nothing from.
 * ``collection_default``: seconds of the collection of a plain CFSP run. ``collection_union``: of all the grid's criteria.
 * ``plans``: seconds of all plans of the grid, from the union's measurements.
 * ``cell``: seconds of plan, cut, evaluation and restoring, the mean over some cells. ``forward``: of the dense model's
-  evaluation. ``masked``: of an evaluation where the same channels are zeroed instead of cut.
+  evaluation. ``marguments``: of an evaluation where the same channels are zeroed instead of cut.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -34,6 +33,7 @@ from cfsp_framework.ablation.measurements import Collection, CollectionFolder, r
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.run.steps import evaluate, make_plan
+from common import make_parser
 
 CRITERIA = "cfsp,cfsp:variant=act,wanda-sp,wanda-l2,flap,variance-weighted,magnitude,random"
 ALLOCATORS = "cfsp,uniform,owl,global-zscore"
@@ -41,24 +41,22 @@ ALLOCATORS = "cfsp,uniform,owl,global-zscore"
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
     start = time.process_time()
-    found = action()
-    return time.process_time() - start, found
+    result = action()
+    return time.process_time() - start, result
 
 
 def open_collections(runner: CellRunner, jobs: Sequence[Job]) -> dict[str, Collection]:
-    """Measure what the jobs need, in a folder of its own so that nothing is there already."""
+    """Measure the statistics of the jobs in an empty folder."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.collection, []).append(job)
-    found: dict[str, Collection] = {}
+    collections: dict[str, Collection] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, group in groups.items():
             contexts = [runner.context_of(job.config) for job in group]
             folder = CollectionFolder(Path(scratch), contexts[0], contexts[0].windows_to_select)
-            found[name] = folder.open(
-                [request_measurements(context.selection, context.plugins) for context in contexts]
-            )
-    return found
+            collections[name] = folder.open([request_measurements(context.selection, context.plugins) for context in contexts])
+    return collections
 
 
 def make_plans(runner: CellRunner, jobs: Sequence[Job], collections: dict[str, Collection]) -> list[PruningPlan]:
@@ -73,8 +71,8 @@ def make_plans(runner: CellRunner, jobs: Sequence[Job], collections: dict[str, C
 
 
 @contextmanager
-def masked(decoder: Decoder, plan: PruningPlan) -> Generator[None]:
-    """While open, the channels the plan removes are zero; single feed-forwards only."""
+def marguments(decoder: Decoder, plan: PruningPlan) -> Generator[None]:
+    """Zero the channels that the plan removes inside the block; dense feed-forwards only."""
     hooks = []
     for entry in plan.blocks:
         keep = torch.zeros(entry.width)  # (F,)
@@ -94,29 +92,18 @@ def _mask(keep: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tenso
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("text")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=30)
-    parser.add_argument("--round-to", type=int, default=32)
-    parser.add_argument("--criteria", default=CRITERIA)
-    parser.add_argument("--allocators", default=ALLOCATORS)
-    parser.add_argument("--ratios", default="0.3,0.5,0.8")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cells", type=int, default=8, help="how many cells of the grid are run")
-    parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
+    defaults: dict[str, Any] = {"samples": 64, "seqlen": 512, "windows": 30, "round_to": 32, "dtype": "float32"}
+    defaults |= {"criteria": CRITERIA, "allocators": ALLOCATORS, "ratios": "0.3,0.5,0.8", "cells": 8, "rounds": 3}
+    arguments = make_parser(__doc__, "model", "calibration", "text", **defaults).parse_args()
     options = {
-        **{name: getattr(asked, name) for name in ("calibration", "samples", "seqlen", "round_to", "dtype")},
-        "evaluate": [asked.text],
-        "evaluate_windows": asked.windows,
+        **{name: getattr(arguments, name) for name in ("calibration", "samples", "seqlen", "round_to", "dtype")},
+        "evaluate": [arguments.text],
+        "evaluate_windows": arguments.windows,
     }
-    default = expand(asked.model, options)
+    default = expand(arguments.model, options)
     cells = expand(
-        asked.model, {**options, "criterion": asked.criteria, "allocator": asked.allocators, "ratio": asked.ratios}
+        arguments.model,
+        {**options, "criterion": arguments.criteria, "allocator": arguments.allocators, "ratio": arguments.ratios},
     )
     runner = CellRunner(default[0].config, Extras())
 
@@ -125,31 +112,31 @@ def main() -> None:
         return Job("", row, config, CollectionFolder(Path(), context, context.windows_to_select).key, "")
 
     plain, grid = [[job(cell.config, cell.row) for cell in some] for some in (default, cells)]
-    some = grid[:: max(1, len(grid) // asked.cells)]
+    some = grid[:: max(1, len(grid) // arguments.cells)]
     rounds: dict[str, list[float]] = {}
-    for number in range(asked.rounds + 1):
-        found: dict[str, float] = {}
-        found["collection_default"], _ = timed(lambda: open_collections(runner, plain))
-        found["collection_union"], collections = timed(lambda: open_collections(runner, grid))
-        found["plans"], plans = timed(partial(make_plans, runner, grid, collections))
+    for number in range(arguments.rounds + 1):
+        seconds: dict[str, float] = {}
+        seconds["collection_default"], _ = timed(lambda: open_collections(runner, plain))
+        seconds["collection_union"], collections = timed(lambda: open_collections(runner, grid))
+        seconds["plans"], plans = timed(partial(make_plans, runner, grid, collections))
         cell_seconds, forward, mask = list[float](), list[float](), list[float]()
-        for one in some:
-            cell_seconds.append(timed(partial(runner.run, one, collections[one.collection]))[0])
+        for cell_job in some:
+            cell_seconds.append(timed(partial(runner.run, cell_job, collections[cell_job.collection]))[0])
             forward.append(timed(lambda: evaluate(runner.context, runner.context.decoder))[0])
-            with masked(runner.context.decoder, plans[grid.index(one)]):
+            with marguments(runner.context.decoder, plans[grid.index(cell_job)]):
                 mask.append(timed(lambda: evaluate(runner.context, runner.context.decoder))[0])
-        found |= {
+        seconds |= {
             "cell": statistics.mean(cell_seconds),
             "forward": statistics.mean(forward),
-            "masked": statistics.mean(mask),
+            "marguments": statistics.mean(mask),
         }
-        for name, seconds in found.items() if number else ():  # the first round warms up
-            rounds.setdefault(name, []).append(seconds)
-    print(json.dumps({"threads": torch.get_num_threads(), "cells": len(grid), **told(rounds)}, indent=2))
+        for name, value in seconds.items() if number else ():  # the first round warms up
+            rounds.setdefault(name, []).append(value)
+    print(json.dumps({"threads": torch.get_num_threads(), "cells": len(grid), **summarise(rounds)}, indent=2))
 
 
-def told(rounds: dict[str, list[float]]) -> dict[str, float]:
-    """Medians of the seconds and of the ratios."""
+def summarise(rounds: dict[str, list[float]]) -> dict[str, float]:
+    """Return the medians of the seconds and of the ratios."""
 
     def ratio(over: Callable[[int], float], under: str) -> float:
         return round(statistics.median(over(i) / rounds[under][i] for i in range(len(rounds[under]))), 3)
@@ -164,7 +151,7 @@ def told(rounds: dict[str, list[float]]) -> dict[str, float]:
             lambda i: rounds["collection_union"][i] + rounds["plans"][i], "collection_union"
         ),
         "cell_over_forward": ratio(both["cell"], "forward"),
-        "masked_over_forward": ratio(both["masked"], "forward"),
+        "marguments_over_forward": ratio(both["marguments"], "forward"),
     }
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/ablations.md: a row a method, a column for each ratio and text, from what ``cfsp ablate --json`` printed.
+"""Print the tables of docs/ablations.md, a row per method and a column per ratio and text, from ``cfsp ablate --json``.
 
 cfsp ablate MODEL OUT --config docs/ablations.yaml --calibration TEXT --evaluate TEXT --round-to N --json > sweep.json
 python tests/benchmarks/ablation_table.py sweep.json
@@ -17,13 +17,17 @@ from cfsp_framework.data.sources import shorten_spec
 def main() -> None:
     results = SweepResults.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     grids = [grid(results, measure) for measure in measures(results)]
-    heads = [f"{100 * ratio:g} %, {shorten_spec(one.data)}" for one in results.dense for ratio in grids[0].ratios]
+    heads = [
+        f"{100 * ratio:g} %, {shorten_spec(evaluation.data)}"
+        for evaluation in results.dense
+        for ratio in grids[0].ratios
+    ]
     print(f"{spread_note(results)}\n\n| method | {' | '.join(heads)} |\n|---|{'---:|' * len(heads)}")
-    dense = [f"{made.measure.dense:.2f}" for made in grids for _ in made.ratios]
+    dense = [f"{each.measure.dense:.2f}" for each in grids for _ in each.ratios]
     print(f"| dense | {' | '.join(dense)} |")
     for number, (label, _) in enumerate(grids[0].rows):
-        entries = [entry for made in grids for entry in made.rows[number][1]]
-        words = ["" if one is None else f"**{one.text(2)}**" if one.best else one.text(2) for one in entries]
+        entries = [entry for each in grids for entry in each.rows[number][1]]
+        words = ["" if entry is None else f"**{entry.text(2)}**" if entry.best else entry.text(2) for entry in entries]
         print(f"| {label} | {' | '.join(words)} |")
 
 

@@ -1,4 +1,4 @@
-"""What a run costs beside a plain forward: seconds and memory of collect + plan + cut, and the ratio to it.
+"""Compare a run with a plain forward: seconds and memory of collect + plan + cut, and their ratio.
 
     python tests/benchmarks/collection.py MODEL DATA [--samples 64] [--seqlen 512] [--rounds 5] [--dtype float32] [--preset cfsp]
 
@@ -9,10 +9,7 @@ held when everything but the model and the windows was imported.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
@@ -29,11 +26,12 @@ from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.run import steps
 from cfsp_framework.run.context import RunContext, sequence_length, set_up
 from cfsp_framework.runtime.progress import Progress
+from common import make_parser, reset_peak, status_bytes
 
 
 @torch.no_grad()
 def plain_forward(context: RunContext, batch_size: int) -> float:
-    """Seconds of the base model over the calibration windows."""
+    """Return the seconds of the base model over the calibration windows."""
     assert context.windows is not None
     start = time.perf_counter()
     for ids in context.windows.split(batch_size):  # (B, T)
@@ -42,7 +40,7 @@ def plain_forward(context: RunContext, batch_size: int) -> float:
 
 
 def run(context: RunContext) -> float:
-    """Seconds of collect + plan + cut, compensation included, on a copy of the model."""
+    """Return the seconds of collect + plan + cut, compensation included, on a copy of the model."""
     model = copy.deepcopy(context.decoder.model)
     context = replace(context, decoder=Decoder(model, context.decoder.architecture))
     start = time.perf_counter()
@@ -75,7 +73,7 @@ def measure_time(config: RunConfig, rounds: int) -> dict[str, float]:
 
 
 def measure_memory(config: RunConfig) -> dict[str, float]:
-    """Peak of one run over the interpreter's own memory, beside the model and the hidden states."""
+    """Measure the peak of one run over the interpreter's memory, beside the model and the hidden states."""
     context = set_up(config.replace(samples=1), Progress())  # imports, the tokenizer, the text
     vocabulary = context.decoder.config.vocab_size
     seqlen = sequence_length(config, context.loaded)
@@ -87,44 +85,26 @@ def measure_memory(config: RunConfig) -> dict[str, float]:
         vocabulary, (config.calibration.samples, seqlen), generator=torch.Generator().manual_seed(0)
     )
     context = replace(context, windows=windows)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and kept by the allocator would hide what the run takes
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of tokenising the text
-    before = _status("VmRSS") - model
+    reset_peak()  # freed memory would hide what the run takes
+    before = status_bytes("VmRSS") - model
     run_in_place(context)
-    peak = _status("VmHWM") - before
+    peak = status_bytes("VmHWM") - before
     return {"model_bytes": model, "hidden_bytes": hidden, "peak_bytes": peak, "peak_over_both": peak / (model + hidden)}
 
 
-def _status(key: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{key}:")[1].split()[0]) * 1024
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("data")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--preset", default="cfsp")
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    defaults = {"samples": 64, "seqlen": 512, "rounds": 5, "dtype": "auto", "preset": "cfsp", "memory": False}
+    options = make_parser(__doc__, "model", "data", **defaults).parse_args()
     given = {name: getattr(options, name) for name in ("model", "samples", "seqlen", "dtype")}
     config = layered(options.preset, None, {**given, "calibration": options.data})
     if options.memory:
         print(json.dumps(measure_memory(config)))
         return
-    found = measure_time(config, options.rounds)
+    figures = measure_time(config, options.rounds)
     child = subprocess.run([sys.executable, *sys.argv, "--memory"], capture_output=True, text=True, check=True)
-    found |= json.loads(child.stdout)
-    print(
-        json.dumps(
-            {"threads": torch.get_num_threads(), "preset": options.preset, "dtype": options.dtype, **found}, indent=2
-        )
-    )
+    figures |= json.loads(child.stdout)
+    settings = {"threads": torch.get_num_threads(), "preset": options.preset, "dtype": options.dtype}
+    print(json.dumps({**settings, **figures}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Exported GGUF files in llama.cpp itself: are logits, tokens and generated text those of Transformers?
+"""Run exported GGUF files in llama.cpp and compare logits, tokens and generated text with Transformers.
 
     pip install --no-binary llama-cpp-python llama-cpp-python    # builds llama.cpp, some minutes
     python tests/benchmarks/gguf_llama_cpp.py [MODEL ...] [--text FILE]
 
-Tiny random models show every form that can be exported. Every MODEL, a folder, is pruned with widths that differ between
-blocks, exported in all types, compared on random tokens and on lines of the text, and asked to go on with a sentence.
+Tiny random models cover every form that can be exported. Every MODEL, a folder, is pruned to widths that differ between
+blocks, exported in all types, and compared on random tokens, on lines of the text and on a generated continuation.
 """
 
 from __future__ import annotations
@@ -25,18 +25,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cfsp_framework import RunConfig, prune
-from cfsp_framework.checkpoint.save import save_model
 from cfsp_framework.export.export import Exported, export_gguf
-from cfsp_framework.host.manager import load_plugins
-from cfsp_framework.modeling.decoder import open_decoder
-from cfsp_framework.modeling.loading import load_model, open_model, silence_transformers
-from cfsp_framework.pruning.cut import cut_model
-from cfsp_framework.pruning.surgery import drop_attention
-from cfsp_framework.runtime.atomic_files import staged_folder
-from helpers.compensation import GivenUpdates
+from cfsp_framework.modeling.loading import open_model, silence_transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import families
+from helpers.pruned_checkpoints import write_pruned
 
 PROMPT = "Once upon a time"
 LENGTH = 30
@@ -91,7 +85,7 @@ PATTERNS = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-"""What byte-level tokenizers of these names split text with, as their tokenizer.json has it."""
+"""Patterns with which byte-level tokenizers of these names split text."""
 ODD_LINES = (
     "  two spaces\n\nand\tmore  ",
     "naïve café — ☃ 日本語, ÉCOLE Straße ИВАН",
@@ -103,37 +97,38 @@ ODD_LINES = (
 )
 
 
-def trained(kind: str, lines: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A small tokenizer of one kind: one of PATTERNS, ``gpt-2``, ``digits``, ``metaspace``."""
+def train_tokenizer(kind: str, lines: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Train a small tokenizer of one kind: one of PATTERNS, ``gpt-2``, ``digits``, ``metaspace``."""
     specials = ["<unk>", "<s>", "</s>"]
     if kind == "metaspace":
-        made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=True)
-        made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+        model = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        model.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=True)
+        model.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
         specials += [f"<0x{byte:02X}>" for byte in range(256)]
         alphabet: list[str] = []
     else:
-        made = Tokenizer(models.BPE(ignore_merges=kind in ("llama 3", "tekken")))
+        model = Tokenizer(models.BPE(ignore_merges=kind in ("llama 3", "tekken")))
         first: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if kind == "digits" else []
         if kind in PATTERNS:
             first = [pre_tokenizers.Split(Regex(PATTERNS[kind]), behavior="isolated")]
         bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in PATTERNS)
-        made.pre_tokenizer = pre_tokenizers.Sequence([*first, bytes_]) if first else bytes_
-        made.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+        model.pre_tokenizer = pre_tokenizers.Sequence([*first, bytes_]) if first else bytes_
+        model.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=1000, special_tokens=specials, show_progress=False, initial_alphabet=alphabet
     )
-    made.train_from_iterator(lines, trainer)
-    told = json.loads(made.to_str())
-    told["model"]["merges"] = in_spm_order(told["model"]) if kind == "metaspace" else told["model"]["merges"]
-    told["added_tokens"] = [added for added in told["added_tokens"] if not added["content"].startswith("<0x")]
+    model.train_from_iterator(lines, trainer)
+    settings = json.loads(model.to_str())
+    if kind == "metaspace":
+        settings["model"]["merges"] = in_spm_order(settings["model"])
+    settings["added_tokens"] = [added for added in settings["added_tokens"] if not added["content"].startswith("<0x")]
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(told)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=Tokenizer.from_str(json.dumps(settings)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
 
 
 def in_spm_order(model: Mapping[str, Any]) -> list[list[str]]:
-    """All ways to make each token, the tokens in the order they were found: the merges of a SentencePiece model."""
+    """Return all ways to form each token, in the order of the tokens: the merges of a SentencePiece model."""
     order = dict.fromkeys(left + right for left, right in model["merges"])
     reachable = {character for token in order for character in token} | {*order}
     return [
@@ -148,48 +143,41 @@ def examine_tokenizers(lines: Sequence[str]) -> None:
     """Train a tokenizer of every kind that can be named, and compare it with llama.cpp's of that name."""
     for kind in (*PATTERNS, "gpt-2", "digits", "metaspace"):
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer = trained(kind, lines)
+            tokenizer = train_tokenizer(kind, lines)
             place = families.write(families.build("llama", vocab_size=len(tokenizer)), Path(folder, "tiny"))
             tokenizer.save_pretrained(place)
-            made = export(place, Path(folder, "tiny.gguf"), "f32")
+            exported = export(place, Path(folder, "tiny.gguf"), "f32")
             all_lines = [*lines, *ODD_LINES]
             wrong = compare_tokens(place, Path(folder, "tiny.gguf"), all_lines)
-            notes = f"; {made.notes}" if made.notes else ""
-            print(f"tokenizer {kind}: {wrong} of {len(all_lines)} texts are tokenised otherwise{notes}", flush=True)
+            notes = f"; {exported.notes}" if exported.notes else ""
+            print(f"tokenizer {kind}: {wrong} of {len(all_lines)} texts are tokenised differently{notes}", flush=True)
 
 
 def write_tiny(case: Case, place: Path) -> Path:
-    """The pruned checkpoint of a case."""
+    """Write the pruned checkpoint of a case."""
     model = families.build(case.family, **case.settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-    dense, pruned = families.write(model, place / "dense"), place / "pruned"
-    loaded = load_model(RunConfig.build(model=str(dense), device="cpu"))
-    decoder = open_decoder(loaded.model, load_plugins())
-    plan = families.plan_of(decoder, case.kept)
-    drop_attention(decoder, case.dropped)
-    cut_model(decoder, plan, GivenUpdates(families.add_biases(decoder, case.biases)))
-    with staged_folder(pruned) as folder:
-        save_model(decoder, loaded, folder)
-    return pruned
+    dense = families.write(model, place / "dense")
+    return write_pruned(dense, place / "pruned", case.kept, dropped=case.dropped, biases=case.biases)
 
 
 def compare_logits(pruned: Path, path: Path, length: int = 90) -> float:
-    """The largest difference of a logit between Transformers in float32 and llama.cpp with a float32 cache."""
+    """Return the largest difference of a logit between Transformers in float32 and llama.cpp with a float32 cache."""
     model: Any = open_model(pruned, "float32")
     size = model.config.vocab_size
     ids = torch.randint(3, size, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(ids).logits[0].numpy()  # (T, V)
-    found = open_llama(path, length)
-    found.eval(ids[0].tolist())
-    return float(np.abs(np.array(found.scores)[:length] - expected).max())
+    llama = open_llama(path, length)
+    llama.eval(ids[0].tolist())
+    return float(np.abs(np.array(llama.scores)[:length] - expected).max())
 
 
 def open_llama(path: Path, length: int) -> Any:
-    """llama.cpp with the file."""
+    """Open a file in llama.cpp."""
     llama_cpp: Any = importlib.import_module("llama_cpp")
     room = length + 8
     return llama_cpp.Llama(
@@ -198,33 +186,33 @@ def open_llama(path: Path, length: int) -> Any:
 
 
 def compare_tokens(pruned: Path, path: Path, lines: Sequence[str]) -> int:
-    """How many lines the tokenizer in the file splits otherwise than the checkpoint's."""
-    tokenizer, found = AutoTokenizer.from_pretrained(pruned), open_llama(path, 8)
-    wrong = [line for line in lines if found.tokenize(line.encode(), True, True) != tokenizer(line).input_ids]
+    """Count the lines that the file's tokenizer splits differently from the checkpoint's."""
+    tokenizer, llama = AutoTokenizer.from_pretrained(pruned), open_llama(path, 8)
+    wrong = [line for line in lines if llama.tokenize(line.encode(), True, True) != tokenizer(line).input_ids]
     for line in wrong[:2]:
-        print(f"    {line!r}: {found.tokenize(line.encode(), True, True)} against {tokenizer(line).input_ids}")
+        print(f"    {line!r}: {llama.tokenize(line.encode(), True, True)} against {tokenizer(line).input_ids}")
     return len(wrong)
 
 
 def compare_text(pruned: Path, path: Path) -> tuple[str, str]:
-    """What both write after the same words, taking the likeliest token each time."""
-    tokenizer, model, found = AutoTokenizer.from_pretrained(pruned), open_model(pruned, "float32"), open_llama(path, 99)
+    """Generate greedily with both after the same words."""
+    tokenizer, model, llama = AutoTokenizer.from_pretrained(pruned), open_model(pruned, "float32"), open_llama(path, 99)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
         written = model.generate(ids, max_new_tokens=LENGTH, do_sample=False)  # type: ignore[operator]
     expected = str(tokenizer.decode(written[0, ids.shape[1] :]))
-    answer = found.create_completion(PROMPT, max_tokens=LENGTH, temperature=0.0)
-    return expected.strip(), answer["choices"][0]["text"].strip()
+    completion = llama.create_completion(PROMPT, max_tokens=LENGTH, temperature=0.0)
+    return expected.strip(), completion["choices"][0]["text"].strip()
 
 
 def read_lines(text: Path | None) -> list[str]:
-    """Lines to compare tokenizers on."""
+    """Return the lines to compare tokenizers on."""
     read = text.read_text(encoding="utf-8") if text else __doc__ or ""
     return [line.strip() for line in read.splitlines() if line.strip()][:500]
 
 
 def export(pruned: Path, path: Path, kind: str) -> Exported:
-    """The file of one type."""
+    """Export a file of one type."""
     return export_gguf(RunConfig.build(model=str(pruned), device="cpu"), path, kind=kind, overwrite=True)
 
 
@@ -237,14 +225,17 @@ def examine(source: Path, place: Path, text: Path | None) -> None:
     prune(config, place / "pruned")
     lines = [*read_lines(text), *ODD_LINES]
     for kind in ("f32", "f16", "bf16", "q8_0"):
-        made = export(place / "pruned", place / f"{kind}.gguf", kind)
+        exported = export(place / "pruned", place / f"{kind}.gguf", kind)
         difference = compare_logits(place / "pruned", place / f"{kind}.gguf", 200)
-        print(f"{source.name}, {kind} ({made.architecture}, {made.bytes / 1e6:.2f} MB): {difference:.2g}", flush=True)
+        print(
+            f"{source.name}, {kind} ({exported.architecture}, {exported.bytes / 1e6:.2f} MB): {difference:.2g}",
+            flush=True,
+        )
         if kind == "f32":
             wrong = compare_tokens(place / "pruned", place / "f32.gguf", lines)
-            expected, found = compare_text(place / "pruned", place / "f32.gguf")
-            print(f"{source.name}: {wrong} of {len(lines)} texts are tokenised otherwise")
-            print(f"{source.name}: {'the same' if expected == found else 'another'} continuation: {found!r}")
+            expected, generated = compare_text(place / "pruned", place / "f32.gguf")
+            print(f"{source.name}: {wrong} of {len(lines)} texts are tokenised differently")
+            print(f"{source.name}: {'the same' if expected == generated else 'another'} continuation: {generated!r}")
 
 
 def main() -> None:
@@ -259,10 +250,10 @@ def main() -> None:
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             pruned = write_tiny(case, Path(folder))
-            made = export(pruned, Path(folder, "tiny.gguf"), "f32")
+            exported = export(pruned, Path(folder, "tiny.gguf"), "f32")
             difference = compare_logits(pruned, Path(folder, "tiny.gguf"))
             worst = max(worst, difference)
-            print(f"{name} ({made.architecture}): {difference:.2g}", flush=True)
+            print(f"{name} ({exported.architecture}): {difference:.2g}", flush=True)
     examine_tokenizers(read_lines(given.text))
     for source in given.models:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The quality ladder: what each step beyond released CFSP is worth, at exactly equal parameter counts.
+"""Run the quality ladder: the gain of each step beyond released CFSP, at exactly equal parameter counts.
 
     python tests/benchmarks/ladder.py run tests/benchmarks/ladder.yaml results.jsonl      # resumable: finished cells are skipped
     python tests/benchmarks/ladder.py table results.jsonl                # Markdown on stdout
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import statistics
@@ -39,39 +38,39 @@ from cfsp_framework.run import steps
 from cfsp_framework.run.context import RunContext, set_up
 from cfsp_framework.run.steps import CRITERION
 from cfsp_framework.runtime.progress import Progress
+from common import append_cell, format_spread, read_cells, reset_peak, status_bytes
 
 Row = Mapping[str, str]
 Cell = dict[str, Any]
 
 
 def run(ladder: Mapping[str, Any], results: Path) -> None:
-    """Every cell of the ladder that ``results`` does not hold yet, seed by seed, a line of JSON each."""
+    """Run every cell of the ladder that ``results`` does not hold yet, seed by seed, a line of JSON each."""
     done = {key(cell) for cell in read(results)}
     for seed in ladder["seeds"]:
         for name, options in ladder["models"].items():
-            wanted = [
+            missing = [
                 (row, ratio)
                 for ratio in ladder["ratios"]
                 for row in ladder["rows"]
                 if (name, row, ratio, seed) not in done
             ]
-            if wanted:
-                for cell in run_model(name, seed, options, ladder["rows"], wanted):
-                    with results.open("a") as file:
-                        file.write(json.dumps(cell) + "\n")
+            if missing:
+                for cell in run_model(name, seed, options, ladder["rows"], missing):
+                    append_cell(results, cell)
 
 
 def run_model(
-    name: str, seed: int, options: Mapping[str, Any], rows: Mapping[str, Row], wanted: list[tuple[str, float]]
+    name: str, seed: int, options: Mapping[str, Any], rows: Mapping[str, Row], cells: list[tuple[str, float]]
 ) -> Iterator[Cell]:
-    """The wanted cells of one model and seed, from one collection."""
+    """Yield the cells of one model and seed, from one collection."""
     context = set_up(RunConfig.build(seed=seed, **options), Progress())
-    selections = {row: select(RunConfig.build(model=name, **rows[row]), context.plugins) for row, _ in wanted}
+    selections = {row: select(RunConfig.build(model=name, **rows[row]), context.plugins) for row, _ in cells}
     start = time.perf_counter()
     measurements = collect_all(context, selections)
     collected = time.perf_counter() - start
     dense = [perplexity(context.decoder.model, data, Progress()) for data in context.evaluation_sets]
-    for row, ratio in wanted:
+    for row, ratio in cells:
         base = {"model": name, "row": row, "ratio": ratio, "seed": seed, "collect_seconds": round(collected, 2)}
         cell = run_cell(context, selections[row], only(measurements, row), ratio)
         pruned = cell.pop("perplexities")
@@ -79,12 +78,11 @@ def run_model(
             label = Path(data.spec).stem
             cell |= {f"dense:{label}": before.perplexity, f"pruned:{label}": after.perplexity}
             cell |= {f"excess:{label}": after.nll - before.nll}
-        print({**base, **cell}, flush=True)
         yield {**base, **cell}
 
 
 def collect_all(context: RunContext, selections: Mapping[str, Selection]) -> tuple[FeedForwardMeasurement, ...]:
-    """One pass that serves every row: the union of what they need, every criterion scored."""
+    """Collect the statistics of all rows in one pass, and score every criterion."""
     collectors = {c.component.name: c for selection in selections.values() for c in selection.collectors}
     criteria: dict[str, ConfiguredComponent[Criterion]] = {
         row: selection.criterion for row, selection in selections.items()
@@ -101,7 +99,7 @@ def collect_all(context: RunContext, selections: Mapping[str, Selection]) -> tup
 
 
 def only(measurements: Iterable[FeedForwardMeasurement], row: str) -> list[FeedForwardMeasurement]:
-    """The measurements as a run of one criterion has them."""
+    """Return the measurements as in a run of one criterion."""
     return [
         replace(m, scores={CRITERION: m.scores[row]}, curves={CRITERION: m.curves[row]} if m.curves else {})
         for m in measurements
@@ -115,12 +113,13 @@ def run_cell(
     decoder = Decoder(copy.deepcopy(context.decoder.model), context.decoder.architecture)
     config = context.config.replace(ratio=ratio)
     context = replace(context, config=config, selection=selection, decoder=decoder, progress=Progress())
-    held = forget_peak()
+    reset_peak()
+    held = status_bytes("VmRSS")
     start = time.perf_counter()
     plan = steps.make_plan(context, measurements)
     updates = steps.cut(context, plan, measurements, folder=Path()).updates  # nothing is written
     seconds = time.perf_counter() - start
-    peak = status("VmHWM") - held
+    peak = status_bytes("VmHWM") - held
     refused = [block for (block, _), update in updates.items() if update.error is not None and update.down is None]
     return {
         "widths": plan.widths,
@@ -134,18 +133,18 @@ def run_cell(
 
 
 def table(cells: list[Cell]) -> str:
-    """Per model and evaluation text: excess NLL of every row and ratio, mean and spread over seeds, beside row one's."""
+    """Format, per model and evaluation text, the excess NLL of every row and ratio: mean and spread over seeds."""
     blocks: list[str] = []
     for name in unique(cell["model"] for cell in cells):
         of_model = [cell for cell in cells if cell["model"] == name]
         for label in [k.removeprefix("excess:") for k in of_model[0] if k.startswith("excess:")]:
             blocks.append(f"**{name}, evaluated on {label}** (dense perplexity {of_model[0][f'dense:{label}']:.3f})\n")
-            blocks.append(one_table(of_model, f"excess:{label}") + "\n")
+            blocks.append(format_rows(of_model, f"excess:{label}") + "\n")
     return "\n".join(blocks)
 
 
-def one_table(cells: list[Cell], column: str) -> str:
-    """Rows by ratios."""
+def format_rows(cells: list[Cell], column: str) -> str:
+    """Format a table of rows by ratios."""
     ratios = sorted({cell["ratio"] for cell in cells})
     by = group(cells)
     rows = unique(cell["row"] for cell in cells)
@@ -157,25 +156,25 @@ def one_table(cells: list[Cell], column: str) -> str:
             values = [cell[column] for cell in by[row, ratio]]
             first = [cell[column] for cell in by[rows[0], ratio]]
             shown.append(describe(values, first))
-        own = [cell for cell in cells if cell["row"] == row]
-        seconds = statistics.median(cell["seconds"] for cell in own)
-        memory = statistics.median(cell["peak_bytes"] for cell in own) / 1e6
+        of_row = [cell for cell in cells if cell["row"] == row]
+        seconds = statistics.median(cell["seconds"] for cell in of_row)
+        memory = statistics.median(cell["peak_bytes"] for cell in of_row) / 1e6
         lines.append(f"| {row} | " + " | ".join(shown) + f" | {seconds:.1f} | {memory:.0f} |")
     return "\n".join(lines)
 
 
 def describe(values: list[float], first: list[float]) -> str:
-    """Mean, spread over seeds, and the ratio to the first row's mean."""
+    """Format mean and spread over seeds, and the ratio to the mean of the first row."""
     if not values or not first:
         return ""
-    mean, start = statistics.fmean(values), statistics.fmean(first)
-    spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-    ratio = f" ({mean / start:.2f}x)" if start >= 0.01 else ""  # a ratio to nothing says nothing
-    return f"{mean:.4f}{spread}{ratio}" if start < 0.01 else f"{mean:.3f}{spread}{ratio}"
+    start = statistics.fmean(first)
+    if start < 0.01:  # a ratio to almost nothing is meaningless
+        return format_spread(values, 4)
+    return f"{format_spread(values, 3)} ({statistics.fmean(values) / start:.2f}x)"
 
 
 def plot(cells: list[Cell], picture: Path) -> None:
-    """Excess NLL against ratio, a panel per model, a line per row."""
+    """Plot excess NLL against ratio, a panel per model, a line per row."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -189,7 +188,7 @@ def plot(cells: list[Cell], picture: Path) -> None:
         column = next(k for k in of_model[0] if k.startswith("excess:"))
         by = group(of_model)
         for number, row in enumerate(unique(cell["row"] for cell in of_model)):
-            ratios = sorted(ratio for found, ratio in by if found == row)
+            ratios = sorted(ratio for name, ratio in by if name == row)
             means = [statistics.fmean(cell[column] for cell in by[row, ratio]) for ratio in ratios]
             panel.plot(ratios, means, color=colours[number % 20], marker="os^v"[number % 4], markersize=5, label=row)
         panel.set(
@@ -204,41 +203,28 @@ def plot(cells: list[Cell], picture: Path) -> None:
 
 
 def group(cells: Iterable[Cell]) -> dict[tuple[str, float], list[Cell]]:
-    """Cells by row and ratio."""
-    found: dict[tuple[str, float], list[Cell]] = defaultdict(list)
+    """Group cells by row and ratio."""
+    groups: dict[tuple[str, float], list[Cell]] = defaultdict(list)
     for cell in cells:
-        found[cell["row"], cell["ratio"]].append(cell)
-    return found
+        groups[cell["row"], cell["ratio"]].append(cell)
+    return groups
 
 
 def unique(values: Iterable[str]) -> list[str]:
-    """In order of appearance."""
+    """Return distinct values in order of appearance."""
     return list(dict.fromkeys(values))
 
 
 def key(cell: Mapping[str, Any]) -> tuple[str, str, float, int]:
-    """What makes a cell that cell."""
+    """Return the identity of a cell."""
     return cell["model"], cell["row"], cell["ratio"], cell["seed"]
 
 
 def read(results: Path) -> list[Cell]:
-    """The finished cells."""
-    if not results.exists():
-        return []
-    cells: list[Cell] = [json.loads(line) for line in results.read_text().splitlines()]
+    """Read the finished cells, whose excess NLL must be finite."""
+    cells: list[Cell] = read_cells(results)
     assert all(math.isfinite(value) for cell in cells for k, value in cell.items() if k.startswith("excess:"))
     return cells
-
-
-def forget_peak() -> int:
-    """Start measuring the process's peak memory anew; what it holds now, in bytes (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def status(name: str) -> int:
-    """A memory figure of this process, in bytes (Linux)."""
-    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
 def main() -> None:

@@ -1,23 +1,23 @@
-"""Estimated against measured: two random Llamas, pruned in memory and streamed, on this machine's CPU.
+"""Compare estimates with measurements: two random Llamas, pruned in memory and streamed, on this machine's CPU.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/scale_check.py [--presets cfsp cfsp-closed-form] [--rounds 3]
 
-Every run is a fresh process that works out the estimate, prunes, and works it out again, since a shared machine changes
-its speed: the estimate told is the mean of both. Of the rounds the middle one counts, by the ratio of the two.
-Memory is the peak since the first estimate. Drawing the calibration windows is not part of the estimate and is left out of the measured seconds.
+Every run is a fresh process that estimates, prunes, and estimates again, since the speed of a shared machine changes:
+the estimate shown is the mean of both. The median round counts, by the ratio of the two. Memory is the peak since the
+first estimate. Drawing the calibration windows is part of neither.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from common import make_parser, reset_peak, status_bytes
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -30,7 +30,7 @@ HEADINGS = (
 
 
 def make_model(size: str, folder: Path) -> None:
-    """A random Llama in float32 with the demo's tokenizer."""
+    """Write a random Llama in float32 with the demo's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -43,7 +43,7 @@ def make_model(size: str, folder: Path) -> None:
 
 
 def run_once(folder: Path, preset: str, streamed: bool) -> dict[str, float]:
-    """Seconds and bytes, estimated and measured, of one run in this process."""
+    """Return the seconds and bytes, estimated and measured, of one run in this process."""
     from cfsp_framework.benchmark.hardware import forget, sync
     from cfsp_framework.config import layered
     from cfsp_framework.estimate.estimate import estimate_run
@@ -55,12 +55,10 @@ def run_once(folder: Path, preset: str, streamed: bool) -> dict[str, float]:
         sync(path)
         forget(path)
     before = estimate_run(config)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the estimate
+    reset_peak()  # that of the estimate
     report = prune(config, folder.parent / "out", overwrite=True).report
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    ways = [found.ways[streamed] for found in (before, estimate_run(config))]
+    peak = status_bytes("VmHWM")
+    ways = [costs.ways[streamed] for costs in (before, estimate_run(config))]
     seconds = report.seconds
     return {
         "bytes": before.shape.bytes,
@@ -74,7 +72,7 @@ def run_once(folder: Path, preset: str, streamed: bool) -> dict[str, float]:
 
 
 def measure(folder: Path, preset: str, streamed: bool, rounds: int) -> dict[str, float]:
-    """The middle of some runs, each in a process of its own."""
+    """Return the median of some runs, each in a process of its own."""
     command = [sys.executable, __file__, "--one", str(folder), preset, "stream" if streamed else "memory"]
     texts = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(rounds)]
     runs: list[dict[str, float]] = [json.loads(text.splitlines()[-1]) for text in texts]
@@ -82,9 +80,7 @@ def measure(folder: Path, preset: str, streamed: bool, rounds: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=["cfsp", "cfsp-closed-form"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = make_parser(__doc__, presets=["cfsp", "cfsp-closed-form"], rounds=3)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -98,10 +94,10 @@ def main() -> None:
         for size in SIZES:
             for preset in options.presets:
                 for streamed in (False, True):
-                    found = measure(Path(scratch, size), preset, streamed, options.rounds)
-                    times = [f"{found[k]:.1f} s" for k in ("blocks_estimated", "blocks", "estimated", "measured")]
-                    memory = [f"{found[k] / 1e6:.0f} MB" for k in ("memory_estimated", "memory")]
-                    cells = [f"{found['bytes'] / 1e6:.0f} MB", f"`{preset}`", "streamed" if streamed else "in memory"]
+                    run = measure(Path(scratch, size), preset, streamed, options.rounds)
+                    times = [f"{run[k]:.1f} s" for k in ("blocks_estimated", "blocks", "estimated", "measured")]
+                    memory = [f"{run[k] / 1e6:.0f} MB" for k in ("memory_estimated", "memory")]
+                    cells = [f"{run['bytes'] / 1e6:.0f} MB", f"`{preset}`", "streamed" if streamed else "in memory"]
                     print(f"| {' | '.join([*cells, *times, *memory])} |", flush=True)
 
 

@@ -1,8 +1,8 @@
-"""The read-out tables of docs/scale.md: Llama-3 shapes on machines with GPUs, 128 windows of 2048 tokens.
+"""Print the estimates of docs/scale.md: Llama-3 shapes on machines with GPUs, 128 windows of 2048 tokens.
 
     python tests/benchmarks/scale_table.py
 
-Nothing is measured: every rate is a nominal one times an assumed share (`cfsp_framework/benchmark/hardware.py`).
+Nothing is measured: every rate is nominal, times an assumed efficiency (`cfsp_framework/benchmark/hardware.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HEADINGS = (
 
 
 def open_shape(size: str, preset: str) -> tuple[RunConfig, ModelShape]:
-    """The run's configuration and the shape of a Llama that exists as a configuration only."""
+    """Return a run's configuration and the shape of a Llama of which only the configuration exists."""
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(**SHAPES[size], **COMMON).save_pretrained(folder)
         config = layered(preset, None, {"model": folder, "samples": 128, "seqlen": 2048})
@@ -48,7 +48,7 @@ def open_shape(size: str, preset: str) -> tuple[RunConfig, ModelShape]:
 
 
 def row(size: str, way: Way) -> list[str]:
-    """One way of running it."""
+    """Format one way of running it."""
     seconds = way.seconds
     finish = seconds.get("save", 0) + seconds["verify"]
     times = (seconds["load"], seconds["collect"], seconds["cut"], finish, way.total)
@@ -65,8 +65,8 @@ def print_shapes() -> None:
         block, hidden = shape.blocks[0], 128 * 2048 * shape.hidden * shape.element_size
         written = shape.bytes - sum(f.parameters for b in shape.blocks for f in b.feed_forwards)  # half of two bytes
         counted = [rough_bytes(n) for n in (shape.bytes, block.bytes, hidden, 4 * shape.widest**2, written)]
-        told = [f"{shape.parameters / 1e9:.2f} G", *counted[:2], f"{shape.flops_per_token(2048) / 1e9:.0f} G"]
-        print(f"| {' | '.join([size, *told, *counted[2:]])} |")
+        sizes = [f"{shape.parameters / 1e9:.2f} G", *counted[:2], f"{shape.flops_per_token(2048) / 1e9:.0f} G"]
+        print(f"| {' | '.join([size, *sizes, *counted[2:]])} |")
 
 
 def print_ways(preset: str) -> None:

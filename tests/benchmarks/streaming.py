@@ -1,17 +1,15 @@
-"""What --stream saves in memory and costs in time: one random sharded Llama, pruned with and without it.
+"""Compare memory and time with and without --stream: one random sharded Llama is pruned both ways.
 
     python tests/benchmarks/streaming.py [--gigabytes 1.3] [--samples 16] [--seqlen 256] [--dtype float32] [--rounds 1]
 
-Each run is a fresh process that first prunes the demo model, so that what the interpreter and its libraries hold is
-known; printed is the peak of anonymous memory (which, unlike file pages, the system cannot drop) over that. The two
+Each run is a fresh process that first prunes the demo model, so that the memory of the interpreter and its libraries
+is known; printed is the peak of anonymous memory (which, unlike file pages, the system cannot drop) over that. The two
 plans and every tensor of the two checkpoints have to be the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
@@ -28,12 +26,13 @@ from cfsp_framework import pipeline
 from cfsp_framework.config import RunConfig
 from cfsp_framework.data.demo import MODEL_FOLDER
 from cfsp_framework.modeling.streaming import Shards
+from common import make_parser, reset_peak, status_bytes
 
 BLOCKS = 16
 
 
 def make_model(folder: Path, gigabytes: float, dtype: torch.dtype) -> int:
-    """A random Llama with the demo model's tokenizer, in shards; its bytes."""
+    """Write a random sharded Llama with the demo model's tokenizer and return its bytes."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     weights = gigabytes * 1e9 / dtype.itemsize / BLOCKS  # of a block: about 11 D² with F = 8/3 D and 8 of 32 kv heads
     hidden = max(256, round((weights / 10.5) ** 0.5 / 256) * 256)
@@ -54,13 +53,13 @@ def make_model(folder: Path, gigabytes: float, dtype: torch.dtype) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-class Watch:
-    """The peak of this process's anonymous memory, looked at every 5 ms."""
+class MemoryWatch:
+    """Peak of this process's anonymous memory, sampled every 5 ms."""
 
     def __init__(self) -> None:
         self.peak = 0
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
     def stop(self) -> int:
@@ -68,24 +67,18 @@ class Watch:
         self._thread.join()
         return self.peak
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._done.is_set():
-            self.peak = max(self.peak, anonymous())
+            self.peak = max(self.peak, status_bytes("RssAnon"))
             time.sleep(0.005)
 
 
-def anonymous() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-
 def measure(options: argparse.Namespace, model: Path, out: Path) -> dict[str, float]:
-    """Seconds of one run, and what it takes over the interpreter's own memory."""
+    """Measure the seconds of one run, and its memory over the interpreter's."""
     given = {"samples": options.samples, "seqlen": options.seqlen, "device": "cpu", "stream": options.stream}
     pipeline.prune(RunConfig.build(model="demo", **given | {"samples": 2}), out.with_name(f"{out.name}-demo"))
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before, watch, start, busy = anonymous(), Watch(), time.perf_counter(), time.process_time()
+    reset_peak()
+    before, watch, start, busy = status_bytes("RssAnon"), MemoryWatch(), time.perf_counter(), time.process_time()
     result = pipeline.prune(RunConfig.build(model=str(model), ratio=0.5, **given), out)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - busy
     phases = {f"{name}_seconds": value for name, value in result.report.seconds.items()}
@@ -99,7 +92,7 @@ def measure(options: argparse.Namespace, model: Path, out: Path) -> dict[str, fl
 
 
 def same(left: Path, right: Path) -> bool:
-    """Whether two checkpoints hold the same tensors under the same names, and follow the same plan."""
+    """Return whether two checkpoints hold equal tensors under equal names, and follow the same plan."""
     plans = [json.loads((folder / "pruning_plan.json").read_text())["blocks"] for folder in (left, right)]
     first, second = Shards(left), Shards(right)
     return (
@@ -110,14 +103,9 @@ def same(left: Path, right: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=1.3)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=1)
+    defaults = {"gigabytes": 1.3, "samples": 16, "seqlen": 256, "dtype": "float32", "rounds": 1, "stream": False}
+    parser = make_parser(__doc__, **defaults)
     parser.add_argument("--run", nargs=2, type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--stream", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         print(json.dumps(measure(options, *options.run)))
@@ -125,18 +113,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch, "model")
         size = make_model(model, options.gigabytes, getattr(torch, options.dtype))
-        found: dict[str, list[dict[str, float]]] = {"memory": [], "stream": []}
+        runs: dict[str, list[dict[str, float]]] = {"memory": [], "stream": []}
         for number in range(options.rounds):
             for way, flags in (("memory", []), ("stream", ["--stream"])):
                 out = Path(scratch, f"{way}-{number}")
                 command = [sys.executable, *sys.argv, *flags, "--run", str(model), str(out)]
-                found[way].append(
+                runs[way].append(
                     json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
                 )
         middle = {
-            way: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for way, runs in found.items()
+            way: {name: statistics.median(run[name] for run in rounds) for name in rounds[0]}
+            for way, rounds in runs.items()
         }
-        told = {
+        figures = {
             "model_bytes": size,
             "threads": torch.get_num_threads(),
             **middle,
@@ -145,7 +134,7 @@ def main() -> None:
             "time_ratio": middle["stream"]["seconds"] / middle["memory"]["seconds"],
             "cpu_ratio": middle["stream"]["cpu_seconds"] / middle["memory"]["cpu_seconds"],
         }
-        print(json.dumps(told, indent=2))
+        print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

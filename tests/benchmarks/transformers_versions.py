@@ -1,4 +1,4 @@
-"""Which versions of Transformers open what is written, in which way, and whether they compute the same.
+"""Test which versions of Transformers open pruned checkpoints, in which way, and whether the logits are equal.
 
     pip install --no-deps --target tf-5.14.1 transformers==5.14.1 'huggingface_hub<2' 'tokenizers<=0.23.0' httpx httpcore h11
     python tests/benchmarks/transformers_versions.py [--model demo] [--target tf-5.14.1 ...]
@@ -9,7 +9,6 @@ them is tried in a process of its own with each of the folders put first on the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from cfsp_framework import RunConfig, prune
 from cfsp_framework.export.export import export_padded
 from cfsp_framework.modeling.loading import open_model, silence_transformers
+from common import make_parser
 
 WAYS = ("plain", "import", "remote")
 SCRIPT = """
@@ -53,8 +53,8 @@ print(__version__)
 """
 
 
-def make(model: str, place: Path) -> dict[str, Path]:
-    """The checkpoints to open; beside each what it computes."""
+def write_checkpoints(model: str, place: Path) -> dict[str, Path]:
+    """Write the checkpoints to open, and beside each its logits."""
     for name, allocator in (("widths differ", "cfsp"), ("equal widths", "uniform")):
         config = RunConfig.build(
             model=model, allocator=allocator, samples=16, seqlen=128, round_to=16, device="cpu", dtype="float32"
@@ -71,34 +71,33 @@ def make(model: str, place: Path) -> dict[str, Path]:
 
 
 def attempt(way: str, folder: Path, target: Path | None, home: Path) -> tuple[str, str]:
-    """What comes of it, and the version it was."""
+    """Open a checkpoint in another process; return the outcome and the version of Transformers."""
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if target:
         environment["PYTHONPATH"] = str(target.resolve())
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, way, str(folder), f"{folder}.safetensors"]
-    found = subprocess.run(command, check=False, env=environment, cwd=home, capture_output=True, text=True)
-    if found.returncode:
-        return found.stderr.strip().splitlines()[-1][:100], "?"
-    answer, version = found.stdout.strip().splitlines()[-2:]
-    return answer, version
+    done = subprocess.run(command, check=False, env=environment, cwd=home, capture_output=True, text=True)
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1][:100], "?"
+    outcome, version = done.stdout.strip().splitlines()[-2:]
+    return outcome, version
 
 
 def main() -> None:
     """Print a row for each version and checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo")
+    parser = make_parser(__doc__, model="demo")
     parser.add_argument("--target", action="append", type=Path, default=[])
     given = parser.parse_args()
     silence_transformers()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        made = make(given.model, Path(folder))
+        checkpoints = write_checkpoints(given.model, Path(folder))
         for target in (None, *given.target):
-            for name, checkpoint in made.items():
+            for name, checkpoint in checkpoints.items():
                 tried = {way: attempt(way, checkpoint, target, Path(folder)) for way in WAYS}
                 version = next((version for _, version in tried.values() if version != "?"), "?")
-                answers = {way: answer for way, (answer, _) in tried.items()}
-                print(f"{version}, {name}: {json.dumps(answers)}", flush=True)
+                outcomes = {way: outcome for way, (outcome, _) in tried.items()}
+                print(f"{version}, {name}: {json.dumps(outcomes)}", flush=True)
 
 
 if __name__ == "__main__":

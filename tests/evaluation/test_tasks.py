@@ -258,13 +258,13 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *words: object) -> Result:
 def test_evaluate_prints_scores_versions_and_perplexity(
     narrow: tuple[LoadedModel, Path], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = narrow[1], "--tasks", "arc_easy", "--tasks", "winogrande", "--task-data", data, "--limit", 2
-    result = evaluate(monkeypatch, *words, "--data", "demo", "--seqlen", 64, "--evaluate-windows", 1)
+    arguments = narrow[1], "--tasks", "arc_easy", "--tasks", "winogrande", "--task-data", data, "--limit", 2
+    result = evaluate(monkeypatch, *arguments, "--data", "demo", "--seqlen", 64, "--evaluate-windows", 1)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
-    for phrase in ("arc_easy", "winogrande", "acc_norm", "mean", "lm-eval 0.", "first 2 documents", "bits/byte"):
-        assert phrase in result.stdout, phrase
-    report = json.loads(evaluate(monkeypatch, *words, "--json").stdout)
+    for words in ("arc_easy", "winogrande", "acc_norm", "mean", "lm-eval 0.", "first 2 documents", "bits/byte"):
+        assert words in result.stdout, words
+    report = json.loads(evaluate(monkeypatch, *arguments, "--json").stdout)
     assert report["evaluations"] == []
     found = TaskResults.model_validate(report["tasks"])
     assert [task.task for task in found.tasks] == ["arc_easy", "winogrande"]

@@ -27,15 +27,7 @@ from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.export.export import Exported, export_gguf
 from cfsp_framework.export.gguf import interleave
-from cfsp_framework.export.gguf_tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    read_vocabulary,
-)
+from cfsp_framework.export.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
 from helpers import families
 from helpers.pruned_checkpoints import write_pruned
 
