@@ -55,7 +55,9 @@ def open_collections(runner: CellRunner, jobs: Sequence[Job]) -> dict[str, Colle
         for name, group in groups.items():
             contexts = [runner.context_of(job.config) for job in group]
             folder = CollectionFolder(Path(scratch), contexts[0], contexts[0].windows_to_select)
-            collections[name] = folder.open([request_measurements(context.selection, context.plugins) for context in contexts])
+            collections[name] = folder.open(
+                [request_measurements(context.selection, context.plugins) for context in contexts]
+            )
     return collections
 
 

@@ -381,7 +381,9 @@ def test_generation_settings_and_tokenizer_are_carried_over(make_model: MakeMode
     for path in make_model("llama").iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     settings = json.loads((source / "generation_config.json").read_text())
-    settings.update(temperature=0.9, top_p=0.6, repetition_penalty=1.1)  # sampling options without do_sample: published so
+    settings.update(
+        temperature=0.9, top_p=0.6, repetition_penalty=1.1
+    )  # sampling options without do_sample: published so
     (source / "generation_config.json").write_text(json.dumps(settings))
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     prune(data_free(source), tmp_path / "out")

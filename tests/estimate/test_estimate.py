@@ -23,7 +23,7 @@ from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.selection import select
 from cfsp_framework.modeling.loading import build_from_config, load_model
 from helpers import families
-from helpers.runs import run_command
+from helpers.runs import invoke
 from helpers.types import MakeModel
 
 # Families of the helpers, and the configuration's key for the width.
@@ -277,7 +277,7 @@ def bare(make_model: MakeModel, tmp_path: Path) -> Path:
 def test_a_configuration_is_enough(bare: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     files = sorted(bare.iterdir())
-    result = run_command("plan", bare / name, "--estimate")
+    result = invoke("plan", bare / name, "--estimate")
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
     for words in ("4x8 GPUs *", "this CPU", "stream", "not measured"):
@@ -288,7 +288,7 @@ def test_a_configuration_is_enough(bare: Path, name: str, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("quick")
 def test_json_is_one_object_with_all_ways(bare: Path) -> None:
     words = ("--json", "--samples", 10, "--seqlen", 32, "--dtype", "bfloat16", "--preset", "cfsp-closed-form")
-    result = json.loads(run_command("plan", bare, bare / "plan.json", "--estimate", *words).stdout)
+    result = json.loads(invoke("plan", bare, bare / "plan.json", "--estimate", *words).stdout)
     assert not (bare / "plan.json").exists()
     assert [(way["hardware"], way["streamed"]) for way in result["ways"]] == [
         (name, streamed) for name in ("this CPU, 1 thread", "1 GPU", "8 GPUs", "4x8 GPUs") for streamed in (False, True)
@@ -306,7 +306,7 @@ def test_it_measures_this_machine_and_loads_no_weights(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("cfsp_framework.modeling.loading.load_model", refuse)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    ways: list[dict[str, Any]] = json.loads(run_command("plan", "demo", "--estimate", "--json").stdout)["ways"]
+    ways: list[dict[str, Any]] = json.loads(invoke("plan", "demo", "--estimate", "--json").stdout)["ways"]
     assert ways[0]["measured"]
     assert ways[0]["total_seconds"] > 0
 
@@ -331,7 +331,7 @@ def test_models_that_cannot_be_estimated_are_refused_in_a_line(
     (tmp_path / "BROKEN" / "config.json").write_text("{")
     (tmp_path / "FILE").write_text("no settings")
     first = tmp_path / words[0] if words[0].isupper() else words[0]
-    result = run_command("plan", first, *words[1:])
+    result = invoke("plan", first, *words[1:])
     assert result.exit_code == 2
     assert result.stdout == ""
     lines = result.stderr.splitlines()

@@ -22,7 +22,7 @@ from cfsp_framework.checkpoint.save import CODE_FILE, STATISTICS_FILE
 from cfsp_framework.errors import ModelError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.streaming import Shards, Streamed
-from helpers.runs import equal_tensors, prune_small, refuse_small, run_command, weights_of
+from helpers.runs import equal_tensors, prune_small, refuse_small, invoke, weights_of
 from helpers.types import MakeModel, MakePlan, OpenTiny
 
 INDEX = "model.safetensors.index.json"
@@ -161,7 +161,7 @@ def test_a_pruned_model_is_streamed(make_model: MakeModel, calibration_text: Pat
 @pytest.mark.parametrize("model", ["llama", "llama-tied", "mixtral", "gemma2"])
 def test_evaluation_is_the_same(model: str, make_model: MakeModel, calibration_text: Path) -> None:
     words = "evaluate", make_model(model), "--data", calibration_text, "--seqlen", 32, "--json"
-    whole, streamed = run_command(*words), run_command(*words, "--stream")
+    whole, streamed = invoke(*words), invoke(*words, "--stream")
     assert whole.exit_code == 0, whole.output
     assert streamed.stdout == whole.stdout
 
@@ -331,7 +331,7 @@ def test_an_unexpected_tensor_is_named(refused: Callable[..., str], make_model: 
     bias = {"model.layers.0.mlp.down_proj.bias": torch.ones(32)}
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # of old checkpoints, and computed anew
     save_file(load_file(path) | buffer, path, {"format": "pt"})
-    result = run_command("evaluate", folder, "--stream", "--evaluate-windows", 1, "--seqlen", 32)
+    result = invoke("evaluate", folder, "--stream", "--evaluate-windows", 1, "--seqlen", 32)
     assert result.exit_code == 0, result.output
     save_file(load_file(path) | bias, path, {"format": "pt"})
     for words in ([], ["--stream"]):

@@ -23,7 +23,7 @@ from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, perplexity
 from cfsp_framework.runtime.distributed import SOLO, Ranks, join_ranks
 from cfsp_framework.runtime.progress import Progress
-from helpers.runs import run_command
+from helpers.runs import invoke
 from helpers.types import MakeModel
 
 WORLD = 2
@@ -121,7 +121,7 @@ def torchrun(*words: object, timeout: float = 240) -> subprocess.CompletedProces
 
 def run(*words: object) -> str:
     """Run the command line in this process alone; return its stdout."""
-    result = run_command(*words)
+    result = invoke(*words)
     assert result.exit_code == 0, result.output
     return result.stdout
 
