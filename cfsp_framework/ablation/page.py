@@ -39,7 +39,7 @@ from cfsp_framework.ablation.summary import (
     short_labels,
     task_metrics,
 )
-from cfsp_framework.data.sources import short
+from cfsp_framework.data.sources import shorten_spec
 from cfsp_framework.reporting.figures import MUTED, plotly_script, to_fragment
 from cfsp_framework.reporting.html import page_environment
 
@@ -149,7 +149,7 @@ def sweep_page(results: SweepResults) -> str:
             columns=columns,
             rows=_rows(_best_first(members, order, data), columns),
             headings=[(over, len(list(held))) for over, held in groupby(columns, key=lambda column: column.over)],
-            short=short,
+            short=shorten_spec,
             percent=percent,
             number=number,
             clock=clock,
@@ -237,7 +237,7 @@ def _plot_pareto(members: Sequence[Group], results: SweepResults, data: str) -> 
     ]
     dense = dense_quality(results, data)
     figure = figures.plot_quality_by_cost(
-        points, dense.perplexity if dense else None, "latency" if timed else "parameters", short(data)
+        points, dense.perplexity if dense else None, "latency" if timed else "parameters", shorten_spec(data)
     )
     return {"pareto": to_fragment(figure, "pareto"), "front": [points[place] for place in front], "timed": timed}
 
@@ -338,7 +338,7 @@ def _columns(results: SweepResults) -> list[Column]:
     """Return the columns of qualities, tasks and costs that some cell has."""
     columns = []
     for data in data_specs(results):
-        dense, over = dense_quality(results, data), short(data)
+        dense, over = dense_quality(results, data), shorten_spec(data)
         columns += [
             Column(over, "perplexity", f"on {data}", partial(perplexity, data=data), number, min,
                    dense.perplexity if dense else None),

@@ -28,7 +28,7 @@ from cfsp_framework.ablation.summary import (
     relative_latency,
     task_metrics,
 )
-from cfsp_framework.data.sources import short
+from cfsp_framework.data.sources import shorten_spec
 from cfsp_framework.runtime.atomic_files import write_text
 
 PAGE = "report.html"
@@ -128,7 +128,7 @@ def measures(results: SweepResults) -> list[Measure]:
         dense = dense_quality(results, data)
         measured.append(
             Measure(
-                f"Perplexity on {short(data)} (excess, nats per token)",
+                f"Perplexity on {shorten_spec(data)} (excess, nats per token)",
                 partial(perplexity, data=data),
                 dense.perplexity if dense else None,
                 partial(excess_nll, results=results, data=data),
@@ -224,10 +224,10 @@ def spread_note(results: SweepResults) -> str:
 def markdown_tables(results: SweepResults) -> str:
     """Return a table for each measure, and the errors."""
     description = (
-        f"{len(results.cells)} cells; calibrated on {_markdown(short(results.calibration))}, {results.seqlen} tokens per "
+        f"{len(results.cells)} cells; calibrated on {_markdown(shorten_spec(results.calibration))}, {results.seqlen} tokens per "
         f"window; widths are multiples of {results.round_to}. {spread_note(results)} The best of each ratio in bold."
     )
-    lines = [f"# Ablation of {short(results.model)}", "", description, ""]
+    lines = [f"# Ablation of {shorten_spec(results.model)}", "", description, ""]
     for numbers in grids(results):
         lines += [f"## {_markdown(numbers.measure.title)}", ""]
         lines += [_markdown_row("method", *map(_percent, numbers.ratios)), "|---|" + "---:|" * len(numbers.ratios)]

@@ -21,7 +21,6 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from cfsp_framework import RunConfig
 from cfsp_framework.ablation.agreement import overlaps, rank_correlations
@@ -578,18 +577,22 @@ def test_latency_is_measured_beside_the_dense_model(
     assert cell.latency.dense_milliseconds > 0
 
 
-def test_a_bar_inside_another_shares_its_display() -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_inside_another_shares_its_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, hide_cursor = Terminal(), "\x1b[?25l"
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
     progress = Progress(visible=True)
-    progress._console = Console(file=io.StringIO(), force_terminal=True)
-    progress._visible = True
-    with progress.bar("cells", total=2) as step:
-        with progress.bar("collect", total=1) as inner:
-            inner()
-        step()
-        assert progress._bars is not None
-        assert [task.description for task in progress._bars.tasks] == ["cells"]
-        assert progress._bars.tasks[0].completed == 1
-    assert progress._bars is None
+    for displays in (1, 2):
+        with progress.bar("cells", total=2) as step:
+            with progress.bar("collect", total=1) as inner:
+                inner()
+            step()
+        assert terminal.getvalue().count(hide_cursor) == displays
 
 
 @pytest.mark.parametrize(
