@@ -21,8 +21,8 @@ def main() -> None:
     print(f"{spread_note(results)}\n\n| method | {' | '.join(heads)} |\n|---|{'---:|' * len(heads)}")
     dense = [f"{made.measure.dense:.2f}" for made in grids for _ in made.ratios]
     print(f"| dense | {' | '.join(dense)} |")
-    for number, (label, _) in enumerate(grids[0].rows):
-        entries = [entry for made in grids for entry in made.rows[number][1]]
+    for label in grids[0].rows:
+        entries = [entry for made in grids for entry in made.rows[label]]
         words = ["" if one is None else f"**{one.text(2)}**" if one.best else one.text(2) for one in entries]
         print(f"| {label} | {' | '.join(words)} |")
 
