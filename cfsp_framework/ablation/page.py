@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -21,6 +21,7 @@ from cfsp_framework.ablation.summary import (
     Interval,
     Method,
     agreement_pairs,
+    best_means,
     best_per_ratio,
     bits_per_byte,
     by_quality,
@@ -372,27 +373,18 @@ def _best_first(members: Sequence[Group], order: Sequence[Method], data: str) ->
 
 
 def _rows(members: Sequence[Group], columns: Sequence[Column]) -> list[Row]:
-    best = dict(_best_values(members, columns))
+    best = [best_means(members, column.read, column.better) if column.better else {} for column in columns]
     return [
         Row(
             group,
             tuple(
-                _entry(group.interval(column.read), column, best.get((group.ratio, place)))
-                for place, column in enumerate(columns)
+                _entry(group.interval(column.read), column, leading.get(group.ratio))
+                for column, leading in zip(columns, best, strict=True)
             ),
             _words(group),
         )
         for group in members
     ]
-
-
-def _best_values(members: Sequence[Group], columns: Sequence[Column]) -> Iterator[tuple[tuple[float, int], float]]:
-    """Yield the best value of each ratio and column that has several."""
-    for place, column in enumerate(columns):
-        for ratio in {group.ratio for group in members}:
-            means = [mean.mean for g in members if g.ratio == ratio and (mean := g.finite(column.read))]
-            if column.better and len(means) > 1:
-                yield (ratio, place), column.better(means)
 
 
 def _entry(mean: Interval | None, column: Column, best: float | None) -> Entry:

@@ -292,6 +292,17 @@ def ranked(members: Sequence[Group], data: str) -> tuple[Group, ...]:
     return tuple(group for _, group in sorted(finite, key=lambda pair: pair[0]))
 
 
+def best_means(
+    members: Sequence[Group], read: Callable[[CellResult], float | None], better: Callable[[Sequence[float]], float]
+) -> dict[float, float]:
+    """Return the best finite mean of each ratio that has several."""
+    means: dict[float, list[float]] = {}
+    for group in members:
+        if mean := group.finite(read):
+            means.setdefault(group.ratio, []).append(mean.mean)
+    return {ratio: better(values) for ratio, values in means.items() if len(values) > 1}
+
+
 def best_per_ratio(members: Sequence[Group], data: str) -> dict[float, Best]:
     """Return the method of lowest mean loss on ``data`` by ratio, ascending; ratios without a finite loss are left out."""
     best: dict[float, Best] = {}

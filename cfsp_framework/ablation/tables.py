@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from rich.text import Text
 from cfsp_framework.ablation.results import CellResult, CellSpec, SweepResults
 from cfsp_framework.ablation.summary import (
     Interval,
+    best_means,
     data_specs,
     dense_quality,
     excess_nll,
@@ -78,8 +78,8 @@ class Measure:
     excess: Callable[[CellResult], float | None] | None = None
     """A second number, written in brackets with its sign."""
     digits: int = 2
-    lowest: bool = True
-    """Whether lower is better."""
+    better: Callable[[Sequence[float]], float] = min
+    """Selects the best of several values."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,15 @@ class Grid:
 
     measure: Measure
     ratios: tuple[float, ...]
-    rows: tuple[tuple[str, tuple[Entry | None, ...]], ...]
+    rows: dict[str, list[Entry | None]]
+    """By the method's label; None where a method lacks a ratio."""
 
     def write(self, bold: Callable[[str], T], plus: str = " ± ") -> Iterator[tuple[str, list[str | T]]]:
         """Yield each row's label and written numbers, the dense model first; ``bold`` marks the best."""
         digits = self.measure.digits
         if self.measure.dense is not None:
             yield "dense", [f"{self.measure.dense:.{digits}f}"] * len(self.ratios)
-        for label, entries in self.rows:
+        for label, entries in self.rows.items():
             words = [entry.text(digits, plus) if entry else "" for entry in entries]
             yield (
                 label,
@@ -139,13 +140,11 @@ def measures(results: SweepResults) -> list[Measure]:
         metric = next((name for name in ("acc_norm", "acc") if name in known), known[0])
         dense_score = results.dense_tasks.get(task, {}).get(metric)
         measured.append(
-            Measure(f"{metric} on {task}", partial(_task, task=task, metric=metric), dense_score, None, 4, lowest=False)
+            Measure(f"{metric} on {task}", partial(_task, task=task, metric=metric), dense_score, None, 4, better=max)
         )
     if any(cell.latency for cell in results.cells):
         measured.append(Measure("Latency relative to the dense model", relative_latency, 1.0, None, 3))
-    return measured or [
-        Measure("Share of channels removed", lambda cell: cell.channel_ratio, 0.0, None, 4, lowest=False)
-    ]
+    return measured or [Measure("Share of channels removed", lambda cell: cell.channel_ratio, 0.0, None, 4, better=max)]
 
 
 def _task(cell: CellResult, task: str, metric: str) -> float | None:
@@ -162,24 +161,14 @@ def grid(results: SweepResults, measure: Measure) -> Grid:
     """Return one measure of every method at every ratio, averaged over seeds."""
     members = groups(results)
     ratios = tuple(sorted({group.ratio for group in members}))
-    means = {(group.method.label, group.ratio): group.interval(measure.read) for group in members}
-    best = {
-        ratio: _best([means.get((label, ratio)) for label, at in means if at == ratio], measure) for ratio in ratios
-    }
+    best = best_means(members, measure.read, measure.better)
     rows: dict[str, dict[float, Entry]] = {}
     for group in members:
-        mean = means[group.method.label, group.ratio]
+        mean = group.interval(measure.read)
         excess = group.interval(measure.excess) if measure.excess else None
-        leads = mean is not None and mean.mean == best[group.ratio]
+        leads = mean is not None and mean.mean == best.get(group.ratio)
         rows.setdefault(group.method.label, {})[group.ratio] = Entry(mean, excess, len(group.failed), leads)
-    return Grid(
-        measure, ratios, tuple((label, tuple(row.get(ratio) for ratio in ratios)) for label, row in rows.items())
-    )
-
-
-def _best(means: Sequence[Interval | None], measure: Measure) -> float | None:
-    values = [mean.mean for mean in means if mean is not None and math.isfinite(mean.mean)]
-    return (min(values) if measure.lowest else max(values)) if len(values) > 1 else None
+    return Grid(measure, ratios, {label: [row.get(ratio) for ratio in ratios] for label, row in rows.items()})
 
 
 def show_results(results: SweepResults, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cfsp_framework.api.data import Update
 from cfsp_framework.api.records import Evaluation, Perplexity, PruningPlan, Report, Size
@@ -64,10 +65,7 @@ def build_report(
         blocks=block_reports(plan, updates),
         notes=notes,
         reload_difference=difference,
-        seconds=_rounded(context.progress.seconds),
-        component_seconds=_rounded(context.selection.seconds()),
-        peak_memory_bytes=peak_memory(),
-        versions=versions(context.selection),
+        **_costs(context),
     )
 
 
@@ -95,16 +93,18 @@ def update_report(
             ),
             "recovery": recovery,
             "reload_difference": difference,
-            "seconds": _rounded(context.progress.seconds),
-            "component_seconds": _rounded(context.selection.seconds()),
-            "peak_memory_bytes": peak_memory(),
-            "versions": versions(context.selection),
+            **_costs(context),
         }
     )
 
 
-def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(spent, 3) for name, spent in seconds.items()}
+def _costs(context: RunContext) -> dict[str, Any]:
+    return {
+        "seconds": {name: round(seconds, 3) for name, seconds in context.progress.seconds.items()},
+        "component_seconds": {name: round(seconds, 3) for name, seconds in context.selection.seconds().items()},
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(context.selection),
+    }
 
 
 def _evaluation(

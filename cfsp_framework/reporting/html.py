@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import PurePath
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -18,54 +19,45 @@ PLACE = "PATH_OR_REPOSITORY"
 
 def html_report(report: Report) -> str:
     """Return a report as one HTML page with its figures inside; it fetches nothing."""
-    totals = [
-        ("feed-forward channels", report.channels_before, report.channels_after, human_count),
-        ("parameters", report.dense.parameters, report.pruned.parameters, human_count),
-        ("weights", report.dense.bytes, report.pruned.bytes, format_bytes),
-        ("FLOPs per token", report.dense.flops_per_token, report.pruned.flops_per_token, human_count),
-    ]
     losses = plot_losses(report.recovery.curve) if report.recovery else None
-    return (
-        page_environment()
-        .get_template("report.html.j2")
-        .render(
-            report=report,
-            totals=totals,
-            plotly=plotly_script(),
-            widths=to_fragment(plot_widths(report.blocks), "widths"),
-            losses=to_fragment(losses, "losses") if losses else None,
-            compensated=any(block.error is not None for block in report.blocks),
-            ranked=any(block.importance is not None for block in report.blocks),
-            mixed=is_mixed(report.blocks),
-            dense=any(evaluation.dense for evaluation in report.evaluations),
-            training=_describe_recovery(report),
-        )
+    return _render(
+        "report.html.j2",
+        report,
+        human_count,
+        plotly=plotly_script(),
+        widths=to_fragment(plot_widths(report.blocks), "widths"),
+        losses=to_fragment(losses, "losses") if losses else None,
+        compensated=any(block.error is not None for block in report.blocks),
+        ranked=any(block.importance is not None for block in report.blocks),
+        mixed=is_mixed(report.blocks),
     )
 
 
 def model_card(report: Report, *, code: bool, base: BaseModel | None = None) -> str:
     """Return the checkpoint's README.md; ``code`` says whether it brings the code that its widths need."""
     base = base or BaseModel(PurePath(report.model).name)
-    dense, pruned = report.dense, report.pruned
-    totals = [
-        ("feed-forward channels", report.channels_before, report.channels_after, "{:,}".format),
-        ("parameters", dense.parameters, pruned.parameters, "{:,}".format),
-        ("weights", dense.bytes, pruned.bytes, format_bytes),
-        ("FLOPs per token", dense.flops_per_token, pruned.flops_per_token, "{:,}".format),
-    ]
+    metadata = front_matter(report, base, f"{base.name}-pruned", code=code)
+    return _render("card.md.j2", report, "{:,}".format, code=code, base=base, metadata=metadata, place=PLACE)
+
+
+def _render(template: str, report: Report, count: Callable[[int], str], **values: object) -> str:
+    dense, pruned, recovery = report.dense, report.pruned, report.recovery
+    if recovery:
+        recovery = recovery.model_copy(update={"data": PurePath(recovery.data).name})
     return (
         page_environment()
-        .get_template("card.md.j2")
+        .get_template(template)
         .render(
             report=report,
-            code=code,
-            name=base.name,
-            base=base,
-            metadata=front_matter(report, base, f"{base.name}-pruned", code=code),
-            place=PLACE,
-            totals=[(name, form(old), form(new), f"{new / old - 1:+.1%}") for name, old, new, form in totals],
+            totals=[
+                ("feed-forward channels", report.channels_before, report.channels_after, count),
+                ("parameters", dense.parameters, pruned.parameters, count),
+                ("weights", dense.bytes, pruned.bytes, format_bytes),
+                ("FLOPs per token", dense.flops_per_token, pruned.flops_per_token, count),
+            ],
             dense=any(evaluation.dense for evaluation in report.evaluations),
-            training=_describe_recovery(report),
+            training=describe_training(recovery) if recovery else "",
+            **values,
         )
     )
 
@@ -76,12 +68,6 @@ def human_count(value: int) -> str:
         if value >= max(size, 1e7):
             return f"{value / size:.4g} {word}"
     return f"{value:,}"
-
-
-def _describe_recovery(report: Report) -> str:
-    if report.recovery is None:
-        return ""
-    return describe_training(report.recovery.model_copy(update={"data": PurePath(report.recovery.data).name}))
 
 
 def model_title(source: str) -> str:

@@ -575,6 +575,24 @@ def test_latency_is_measured_beside_the_dense_model(
     assert cell.latency.dense_milliseconds > 0
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_inside_another_shares_its_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, hide_cursor = Terminal(), "\x1b[?25l"
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    progress = Progress(visible=True)
+    for displays in (1, 2):
+        with progress.bar("cells", total=2) as step:
+            with progress.bar("collect", total=1) as inner:
+                inner()
+            step()
+        assert terminal.getvalue().count(hide_cursor) == displays
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [([65.884, 65.884], "65.88"), ([65.884], "65.88"), ([1.0, 2.0], "1.50 ± 6.35"), ([], "failed")],

@@ -25,8 +25,8 @@ def main() -> None:
     print(f"{spread_note(results)}\n\n| method | {' | '.join(heads)} |\n|---|{'---:|' * len(heads)}")
     dense = [f"{each.measure.dense:.2f}" for each in grids for _ in each.ratios]
     print(f"| dense | {' | '.join(dense)} |")
-    for number, (label, _) in enumerate(grids[0].rows):
-        entries = [entry for each in grids for entry in each.rows[number][1]]
+    for label in grids[0].rows:
+        entries = [entry for each in grids for entry in each.rows[label]]
         words = ["" if entry is None else f"**{entry.text(2)}**" if entry.best else entry.text(2) for entry in entries]
         print(f"| {label} | {' | '.join(words)} |")
 

@@ -22,7 +22,7 @@ from cfsp_framework.checkpoint.save import CODE_FILE, STATISTICS_FILE
 from cfsp_framework.errors import ModelError
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.streaming import Shards, Streamed
-from helpers.runs import equal_tensors, prune_small, refuse_small, invoke, weights_of
+from helpers.runs import equal_tensors, invoke, prune_small, refuse_small, weights_of
 from helpers.types import MakeModel, MakePlan, OpenTiny
 
 INDEX = "model.safetensors.index.json"
