@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import shlex
 import signal
@@ -36,6 +37,7 @@ from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.prune import prune as prune_command_line
 from cfsp_framework.config import OPTIONS, Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
+from cfsp_framework.runtime.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changed torch's global random numbers")
 """``loose`` does so, and is told to draw from a generator of its own."""
