@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -31,7 +32,7 @@ from cfsp_framework.modeling.loading import LoadedModel, load_model, open_model,
 from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.modeling.streaming import ShardWriter, Streamed
 from cfsp_framework.pruning import surgery
-from cfsp_framework.recovery.plan import RecoveryTask, plan_recovery, require_task
+from cfsp_framework.recovery.plan import RecoveryTask, check_recovery_options, plan_recovery, require_task
 from cfsp_framework.recovery.recover import (
     Training,
     merge_kept_adapter,
@@ -77,7 +78,8 @@ def prune(
     check_output(out, overwrite=overwrite)
     progress, ranks = progress or Progress(), join_ranks(config.model.device)
     with progress.report_failure(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
-        context = set_up(config, progress, planned=plan is not None, ranks=ranks)
+        check = partial(check_recovery_options, plan=plan)
+        context = set_up(config, progress, planned=plan is not None, ranks=ranks, check=check)
         given = adopt_plan(context, plan) if plan else None
         dense, dense_size = evaluate(context, context.decoder), measure_size(context.decoder.model)
         drop_attention(context, given)
@@ -125,7 +127,8 @@ def recover(
     progress, ranks = progress or Progress(), join_ranks(config.model.device)
     with progress.report_failure(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
         plan, pruned_report = read_pruned(resolve(config.model.source))
-        context = set_up(config, progress, planned=True, ranks=ranks)
+        check = None if adapter else partial(check_recovery_options, plan=plan)
+        context = set_up(config, progress, planned=True, ranks=ranks, check=check)
         if adapter is None:
             recovery = context.selection.describe()["recovery"]
             plan = plan.model_copy(update={"components": plan.components | {"recovery": recovery}})

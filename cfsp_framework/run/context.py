@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,10 +65,18 @@ class RunContext:
         return self.windows if self.config.calibration.reuse_windows or len(self.windows) < 2 else self.windows[1::2]
 
 
-def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, ranks: Ranks | None = None) -> RunContext:
+def set_up(
+    config: RunConfig,
+    progress: Progress,
+    *,
+    planned: bool = False,
+    ranks: Ranks | None = None,
+    check: Callable[[RunConfig, Selection], None] | None = None,
+) -> RunContext:
     """Select the components, check every option, start the observers, open the model, read the data.
 
-    With ``planned`` the channels come from a plan, and only what a compensator requires is measured.
+    With ``planned`` the channels come from a plan, and only what a compensator requires is measured. ``check`` refuses
+    options of later steps before the model is opened.
 
     Raises:
         ConfigError: options are unknown or cannot be combined (before the model is opened), or do not fit the model.
@@ -78,6 +87,8 @@ def set_up(config: RunConfig, progress: Progress, *, planned: bool = False, rank
     plugins = load_plugins(config.run.plugins)
     selection = select(config, plugins, planned=planned)
     check_options(config, selection, ranks)
+    if check is not None:
+        check(config, selection)
     if ranks.first:
         progress.notify = start_observing(selection.observers)
     progress.notify(RunStarted(config))
