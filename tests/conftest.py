@@ -90,7 +90,7 @@ def open_tiny(plugins: Plugins) -> Callable[..., tuple[LoadedModel, Decoder]]:
 def make_plan() -> Callable[..., PruningPlan]:
     """``make_plan(decoder, widths, fingerprint="")``: a plan that keeps so many random channels of each feed-forward."""
     from cfsp_framework.api.records import BlockPlan, ModelIdentity
-    from helpers.plans import build_plan
+    from cfsp_framework.testing import build_plan
 
     def make(decoder: Decoder, widths: Sequence[int], fingerprint: str = "") -> PruningPlan:
         draw = torch.Generator().manual_seed(sum(widths))

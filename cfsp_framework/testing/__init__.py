@@ -21,7 +21,7 @@ from cfsp_framework.testing.criteria import CriterionContract
 from cfsp_framework.testing.errors import ContractError, NotApplicable
 from cfsp_framework.testing.models import calibration_windows, tiny_decoder, tiny_model, write_checkpoint
 from cfsp_framework.testing.observers import ObserverContract
-from cfsp_framework.testing.recovery import RecoverySchedulerContract
+from cfsp_framework.testing.recovery import RecoverySchedulerContract, build_plan
 from cfsp_framework.testing.samples import Case, Sample, make_sample, only
 
 pytest_plugins = ("cfsp_framework.testing.fixtures",)
@@ -53,6 +53,7 @@ __all__ = [
     "ObserverContract",
     "RecoverySchedulerContract",
     "Sample",
+    "build_plan",
     "calibration_windows",
     "make_sample",
     "only",

@@ -22,7 +22,7 @@ from cfsp_framework.api.records import BlockPlan
 from cfsp_framework.config import RunConfig
 from cfsp_framework.host.observers import start_observing
 from cfsp_framework.testing.contract import ComponentContract, checked_by_host, configure
-from cfsp_framework.testing.recovery import make_plan
+from cfsp_framework.testing.recovery import build_plan
 
 _BEGINNING: Sequence[Event] = (
     RunStarted(RunConfig.build(model="demo")),
@@ -31,7 +31,7 @@ _BEGINNING: Sequence[Event] = (
     BlockFinished("collect", 1, 2),
     PhaseFinished("collect", 0.5),
 )
-_FINISHED = RunFinished(make_plan([BlockPlan(block=block, path="mlp", width=4, kept=(0, 2)) for block in range(2)]))
+_FINISHED = RunFinished(build_plan([BlockPlan(block=block, path="mlp", width=4, kept=(0, 2)) for block in range(2)]))
 
 
 class ObserverContract(ComponentContract):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -181,19 +181,20 @@ def _make_pruned(label: str, shapes: Shapes, kept: Sequence[int], *, importance:
             )
             for expert in range(4 if mixture else 1)
         ]
-    return Pruned(label, tuple(blocks), make_plan(entries), tuple(summaries) if measured else ())
+    return Pruned(label, tuple(blocks), build_plan(entries), tuple(summaries) if measured else ())
 
 
-def make_plan(blocks: Sequence[BlockPlan]) -> PruningPlan:
-    """Make a plan of a model that does not exist."""
-    return PruningPlan(
-        model=ModelIdentity(source="none", family="none", fingerprint="", parameters=0),
-        calibration=None,
-        ratio=0.5,
-        budget="channels",
-        round_to=1,
-        seed=0,
-        components={},
-        versions={},
-        blocks=tuple(blocks),
-    )
+def build_plan(blocks: Iterable[BlockPlan], **changes: object) -> PruningPlan:
+    """Make a pruning plan of these blocks for a tiny Llama; ``changes`` replace other fields."""
+    values: dict[str, object] = {
+        "model": ModelIdentity(source="tiny", family="llama", fingerprint="", parameters=0),
+        "calibration": None,
+        "ratio": 0.5,
+        "budget": "channels",
+        "round_to": 1,
+        "seed": 0,
+        "components": {},
+        "versions": {},
+        "blocks": tuple(blocks),
+    }
+    return PruningPlan.model_validate(values | changes)

@@ -44,9 +44,9 @@ from cfsp_framework.pipeline import prune
 from cfsp_framework.pruning.cut import cut_model
 from cfsp_framework.recovery.lora import add_adapters, load_adapter, merge_adapters, save_adapter
 from cfsp_framework.recovery.targets import list_trainable_blocks, select_matrices
+from cfsp_framework.testing import build_plan
 from cfsp_framework.testing.models import byte_tokenizer, random_model
 from cfsp_plugins.recovery import unit_of_rank
-from helpers.plans import build_plan
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 CUT_TOLERANCE = 1e-5

@@ -154,7 +154,7 @@ def test_components_of_all_kinds_prune_a_model_together(
 
 def test_the_tests_of_every_package_pass(packages: Mapping[Kind, Path], tmp_path: Path) -> None:
     pytest.importorskip("cfsp_framework.testing")
-    sources = os.pathsep.join(str(folder / "src") for folder in packages.values())
+    sources = os.pathsep.join([*(str(folder / "src") for folder in packages.values()), *sys.path])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-W", "error"]
     tested = subprocess.run(
         [*command, *(str(folder / "tests") for folder in packages.values())],

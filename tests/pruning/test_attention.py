@@ -22,7 +22,7 @@ from cfsp_framework.pipeline import prune
 from cfsp_framework.pruning.attention import choose_attentions, count_to_drop
 from cfsp_framework.pruning.surgery import without_attention
 from cfsp_framework.runtime.progress import Progress
-from helpers.plans import build_plan
+from cfsp_framework.testing import build_plan
 from helpers.types import MakeModel, OpenTiny
 
 IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))

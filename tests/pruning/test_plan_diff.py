@@ -18,7 +18,7 @@ from cfsp_framework.checkpoint.save import PLAN_FILE
 from cfsp_framework.cli.options import read_plan
 from cfsp_framework.errors import PlanError
 from cfsp_framework.pruning.plan_diff import Comparison, compare
-from helpers.plans import build_plan
+from cfsp_framework.testing import build_plan
 from helpers.runs import invoke
 
 NAMES = ("A", "B")

@@ -26,7 +26,7 @@ from cfsp_framework.pruning.planning import (
     round_widths,
     total_to_keep,
 )
-from helpers.plans import build_plan
+from cfsp_framework.testing import build_plan
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from cfsp_framework import PruningPlan, RecoveryPlan, RecoveryScheduler, TrainableBlock
 from cfsp_framework.api.records import BlockPlan
 from cfsp_framework.errors import ConfigError
+from cfsp_framework.testing import build_plan
 from cfsp_plugins.recovery import Full, IgLora, UniformLora, spread_ranks
-from helpers.plans import build_plan
 
 Ranks = tuple[list[float], list[int], list[int], int]
 

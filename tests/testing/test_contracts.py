@@ -137,20 +137,25 @@ def fail_at_third_expert(method: Callable[..., Any], feed_forward: FeedForward, 
     return method(feed_forward, *arguments)
 
 
+def add_squares(inputs: Tensor) -> Tensor:
+    return inputs.double().square().sum(0)  # (F,)
+
+
 class _Sum:
-    """The sum of squares, as a collector should do it."""
+    """Sum a term of each window, the squares of its inputs by default."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, term: Callable[[Tensor], Tensor] = add_squares, finish: Callable[[Tensor], Tensor] = torch.clone
+    ) -> None:
         self.sums: dict[str, Tensor] = {}
-
-    def add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.term, self.finish = term, finish
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        self.add("squares", inputs.double().square().sum(0))
+        term = self.term(inputs)
+        self.sums["squares"] = self.sums["squares"] + term if self.sums else term
 
     def value(self, tokens: int) -> Any:
-        return self.sums["squares"].float()
+        return self.finish(self.sums["squares"].float())
 
 
 class GoodCollector(Collector):
@@ -168,87 +173,44 @@ def collector(accumulator: Callable[[], Any], **attributes: Any) -> Any:
     return planted(GoodCollector, "start", lambda start: accumulator(), **attributes)
 
 
-class _Transposed(_Sum):
-    def value(self, tokens: int) -> Any:
-        return super().value(tokens)[None]
-
-
-class _Matrix(_Sum):
-    def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        self.add("products", inputs.double().mT @ inputs.double())
-
-    def value(self, tokens: int) -> Any:
-        return self.sums["products"].float()
+def summing(*functions: Callable[[Tensor], Tensor], **attributes: Any) -> Any:
+    """Derive a collector that sums another term, or changes its sum."""
+    return collector(lambda: _Sum(*functions), **attributes)
 
 
 class _Beside(_Sum):
-    def __init__(self) -> None:
-        super().__init__()
-        self.more: Any = 0
+    """Keep a sum outside of ``sums``."""
+
+    more: Any = 0
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         super().update(inputs, outputs)
-        self.more = self.more + inputs.double().square().sum(0)
+        self.more = self.more + add_squares(inputs)
 
     def value(self, tokens: int) -> Any:
         return self.more.float()
 
 
-class _PerWindow(_Sum):
-    def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        self.add("squares", inputs.double().sum(0).square())
-
-
 class _NeedsTokens(_Sum):
+    """Skip windows without tokens."""
+
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         if len(inputs):
             super().update(inputs, outputs)
 
 
-class _Largest(_Sum):
-    def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        self.sums["squares"] = inputs.double().abs().amax(0)
-
-
 class _Keeps(_Sum):
+    """Keep the inputs until the end."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Tensor] = []
+        self.inputs: list[Tensor] = []
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        self.seen.append(inputs)
+        self.inputs.append(inputs)
 
     def value(self, tokens: int) -> Any:
-        return torch.cat(self.seen).double().square().sum(0).float()
-
-
-class _WritesInputs(_Sum):
-    def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        super().update(inputs.abs_(), outputs)
-
-
-class _Half(_Sum):
-    def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        self.add("squares", inputs.square().sum(0))
-
-
-class _ByPlace(_Sum):
-    def value(self, tokens: int) -> Any:
-        return super().value(tokens) * torch.arange(1, len(self.sums["squares"]) + 1)
-
-
-class _OnTheCpu(_Sum):
-    def value(self, tokens: int) -> Any:
-        return super().value(tokens) * torch.ones(len(self.sums["squares"]))
-
-
-class _Capped(_Sum):
-    """Fails on 16 tokens, which only the tiny models have."""
-
-    def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        if inputs.shape[1] == 24:
-            raise RuntimeError("too wide")
-        super().update(inputs, outputs)
+        return add_squares(torch.cat(self.inputs)).float()
 
 
 SHARED = _Sum()
@@ -425,22 +387,42 @@ DEFECTS: list[tuple[Any, str, str]] = [
         "works_on_whole_models",
         "RuntimeError: a third expert. Given: a tiny mixtral model",
     ),
-    (collector(_Transposed), "the_value_is_as_the_statistic_says", "has shape (1, 12), not (12,); odd has the shape"),
     (
-        collector(_Matrix, provides=Statistic("matrix", "(F, F)")),
+        summing(add_squares, lambda total: total[None]),
+        "the_value_is_as_the_statistic_says",
+        "has shape (1, 12), not (12,); odd has the shape",
+    ),
+    (
+        summing(lambda x: x.double().mT @ x.double(), provides=Statistic("matrix", "(F, F)")),
         "the_value_is_as_the_statistic_says",
         "Statistic('matrix', ..., heavy=True)",
     ),
     (collector(_Beside), "sums_of_shared_windows_add_up", "or set ordered = True"),
-    (collector(_PerWindow), "the_split_into_windows_changes_nothing", "depends on how tokens are split into windows"),
+    (
+        summing(lambda x: x.double().sum(0).square()),
+        "the_split_into_windows_changes_nothing",
+        "depends on how tokens are split into windows",
+    ),
     (collector(_NeedsTokens), "windows_without_tokens", "value() at block 1, mlp: KeyError: 'squares'"),
     (collector(_Keeps), "inputs_are_left_alone_and_not_kept", "keeps a view"),
-    (collector(_WritesInputs), "inputs_are_left_alone_and_not_kept", "wrote to `inputs` in update()"),
+    (summing(lambda x: add_squares(x.abs_())), "inputs_are_left_alone_and_not_kept", "wrote to `inputs` in update()"),
     (collector(lambda: SHARED), "every_start_is_fresh_and_gives_the_same", "share state"),
-    (collector(_Half), "half_precision_is_added_up_in_full", "`sums['squares']` is torch.bfloat16"),
-    (collector(_ByPlace), "the_value_follows_the_channels", "position of a channel"),
-    (collector(_OnTheCpu), "works_wherever_the_model_is", "does not work where the model is on a GPU"),
-    (collector(_Capped), "works_on_whole_models", "RuntimeError: too wide. Given: a tiny llama model"),
+    (summing(lambda x: x.square().sum(0)), "half_precision_is_added_up_in_full", "`sums['squares']` is torch.bfloat16"),
+    (
+        summing(add_squares, lambda total: total * torch.arange(1, len(total) + 1)),
+        "the_value_follows_the_channels",
+        "position of a channel",
+    ),
+    (
+        summing(add_squares, lambda total: total * torch.ones(len(total))),
+        "works_wherever_the_model_is",
+        "does not work where the model is on a GPU",
+    ),
+    (
+        summing(lambda x: add_squares(x.view(-1, 12)) if x.numel() else add_squares(x)),
+        "works_on_whole_models",
+        "has shape (12,), not (24,)",
+    ),
     (
         planted(GoodAllocator, "allocate", lambda _, s, b: [1 - b.ratio]),
         "one_share_in_range_per_block",
