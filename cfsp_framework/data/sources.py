@@ -139,12 +139,12 @@ def read_rows(spec: str) -> Sequence[Mapping[str, Any]]:
     """
     if spec.startswith("hf:"):
         corpus = _parse_hub(spec)
-        with _reading(spec, " from the Hub"), _silent_datasets():
+        with _reading(spec, " from the Hub"), silent_datasets("huggingface_hub"):
             return list(_load_hub(corpus, "training"))
     path = Path(spec)
     if not path.exists():
         raise DataError(f"data {spec!r}: no such file or folder.")
-    with _reading(spec, _kind(path)), _silent_datasets():
+    with _reading(spec, _kind(path)), silent_datasets("huggingface_hub"):
         return list(_load_local(path, "training"))
 
 
@@ -164,7 +164,7 @@ def _read(spec: str, role: Role, characters: int | None = None) -> tuple[list[st
     if spec in WELL_KNOWN or spec.startswith("hf:"):
         source = WELL_KNOWN.get(spec) or _parse_hub(spec)
         limit = (characters or STREAM_CHARACTERS) if source.streamed else None
-        with _reading(spec, " from the Hub"), _silent_datasets():
+        with _reading(spec, " from the Hub"), silent_datasets("huggingface_hub"):
             texts = _column_texts(spec, _load_hub(source, role), source.column, limit)
         return texts, source.evaluation_joint if role == "evaluation" else source.calibration_joint
     path, column = Path(spec), "text"
@@ -175,7 +175,7 @@ def _read(spec: str, role: Role, characters: int | None = None) -> tuple[list[st
     with _reading(spec, _kind(path)):
         if path.suffix == ".txt":
             return [path.read_text(encoding="utf-8")], ""
-        with _silent_datasets():
+        with silent_datasets("huggingface_hub"):
             return _column_texts(spec, _load_local(path, role), column), "\n\n"
 
 
@@ -262,19 +262,19 @@ def _kind(path: Path) -> str:
 
 
 @contextmanager
-def _silent_datasets() -> Generator[None]:
-    """Keep the progress bars and messages of ``datasets`` off the terminal; errors still raise."""
+def silent_datasets(*names: str, level: int = logging.CRITICAL) -> Generator[None]:
+    """Hide the progress bars of ``datasets``, and its messages and those of the loggers ``names`` below ``level``."""
     import datasets
 
-    loggers = [logging.getLogger("datasets"), logging.getLogger("huggingface_hub")]
+    loggers = [logging.getLogger(name) for name in ("datasets", *names)]
     levels, shown = [logger.level for logger in loggers], not datasets.are_progress_bars_disabled()
     for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+        logger.setLevel(level)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for logger, previous in zip(loggers, levels, strict=True):
+            logger.setLevel(previous)
         if shown:
             datasets.enable_progress_bars()

@@ -24,6 +24,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from cfsp_framework.config import FrozenRecord, RunConfig
+from cfsp_framework.data.sources import silent_datasets
 from cfsp_framework.errors import CfspError, ConfigError, DataError, one_line
 from cfsp_framework.modeling.loading import LoadedModel, load_model
 from cfsp_framework.runtime.distributed import join_ranks
@@ -137,11 +138,15 @@ def run_tasks(
 
 
 def score(
-    config: RunConfig, tasks: Sequence[str], *, progress: Progress | None = None, **settings: Any
+    config: RunConfig,
+    tasks: Sequence[str],
+    *,
+    task_data: Path | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    progress: Progress | None = None,
 ) -> tuple[LoadedModel, TaskResults]:
     """Open ``config.model.source`` and score it; the names of tasks are checked before the model is read.
-
-    ``settings`` are ``task_data``, ``limit`` and ``fewshot`` of ``run_tasks``.
 
     Raises:
         ConfigError: as in ``run_tasks``, or the model is streamed or distributed.
@@ -155,13 +160,20 @@ def score(
     if ranks.world > 1:
         raise ConfigError("--tasks runs in one process; start cfsp without torchrun.")
     with _silenced_harness(bars=False):
-        check_names(tasks, local=settings.get("task_data") is not None)
+        check_names(tasks, local=task_data is not None)
     with progress.phase("load"):
         loaded = load_model(config, ranks)
     with progress.phase("tasks"):
-        size, seed = config.calibration.batch_size, config.run.seed
         results = run_tasks(
-            loaded.model, loaded.tokenizer, tasks, batch_size=size, seed=seed, bars=progress.visible, **settings
+            loaded.model,
+            loaded.tokenizer,
+            tasks,
+            task_data=task_data,
+            limit=limit,
+            fewshot=fewshot,
+            batch_size=config.calibration.batch_size,
+            seed=config.run.seed,
+            bars=progress.visible,
         )
     return loaded, results
 
@@ -396,22 +408,12 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Metric]:
 @contextmanager
 def _silenced_harness(bars: bool) -> Generator[None]:
     """Hide the harness's output and logs inside the block, except its bars on stderr if ``bars``."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
-    levels, shown = [logger.level for logger in loggers], not datasets.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(redirect_stdout(io.StringIO()))
-            if not bars:
-                stack.enter_context(redirect_stderr(io.StringIO()))
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if shown:
-            datasets.enable_progress_bars()
+    with ExitStack() as stack:
+        stack.enter_context(silent_datasets("lm_eval", "transformers", level=logging.ERROR))
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        if not bars:
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
 
 
 def _shorten(error: Exception) -> str:
