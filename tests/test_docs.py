@@ -28,7 +28,7 @@ from cfsp_framework.ablation.grid import expand
 from cfsp_framework.api import hookspecs
 from cfsp_framework.api.records import PruningPlan, Report
 from cfsp_framework.cli.main import cli
-from cfsp_framework.config import PRESETS, layered
+from cfsp_framework.config import layered
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.testing import CONTRACTS
 
@@ -129,12 +129,6 @@ def commands(command: click.Command = cli, path: str = "cfsp") -> Iterator[tuple
 def flags(command: click.Command) -> set[str]:
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
     return {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
-
-
-def test_presets_are_documented_with_their_components() -> None:
-    documented = {code(row[0])[0]: [code(cell)[0] for cell in row[1:4]] for row in table(read(CLI), "preset")}
-    kinds = ("criterion", "allocator", "compensator")
-    assert documented == {name: [str(preset.get(kind, "none")) for kind in kinds] for name, preset in PRESETS.items()}
 
 
 @pytest.mark.parametrize(("model", "heading"), [(Report, "report.json"), (PruningPlan, "pruning_plan.json")])

@@ -138,11 +138,15 @@ def run_tasks(
 
 
 def score(
-    config: RunConfig, tasks: Sequence[str], *, progress: Progress | None = None, **settings: Any
+    config: RunConfig,
+    tasks: Sequence[str],
+    *,
+    task_data: Path | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    progress: Progress | None = None,
 ) -> tuple[LoadedModel, TaskResults]:
     """Open ``config.model.source`` and score it; the names of tasks are checked before the model is read.
-
-    ``settings`` are ``task_data``, ``limit`` and ``fewshot`` of ``run_tasks``.
 
     Raises:
         ConfigError: as in ``run_tasks``, or the model is streamed or distributed.
@@ -156,13 +160,20 @@ def score(
     if ranks.world > 1:
         raise ConfigError("--tasks runs in one process; start cfsp without torchrun.")
     with _silenced_harness(bars=False):
-        check_names(tasks, local=settings.get("task_data") is not None)
+        check_names(tasks, local=task_data is not None)
     with progress.phase("load"):
         loaded = load_model(config, ranks)
     with progress.phase("tasks"):
-        size, seed = config.calibration.batch_size, config.run.seed
         results = run_tasks(
-            loaded.model, loaded.tokenizer, tasks, batch_size=size, seed=seed, bars=progress.visible, **settings
+            loaded.model,
+            loaded.tokenizer,
+            tasks,
+            task_data=task_data,
+            limit=limit,
+            fewshot=fewshot,
+            batch_size=config.calibration.batch_size,
+            seed=config.run.seed,
+            bars=progress.visible,
         )
     return loaded, results
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,10 +20,10 @@ from cfsp_framework.benchmark.benchmark import run_benchmark, short_names
 from cfsp_framework.benchmark.candidates import Candidate, Cuts, cut_in_memory, open_candidate, random_model
 from cfsp_framework.benchmark.roofline import CallCosts, MachineRates, ModelCosts, count_costs
 from cfsp_framework.benchmark.timing import BenchmarkReport, BenchmarkSettings, Spread, compute_ideal
-from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.manager import load_plugins
 from helpers.pruned_checkpoints import write_pruned
+from helpers.runs import invoke
 
 MakeModel = Callable[..., Path]
 PLUGINS = load_plugins()
@@ -265,16 +265,11 @@ def test_models_that_cannot_be_compared_are_refused(make_model: MakeModel) -> No
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    monkeypatch.setenv("COLUMNS", "80")
-    fast = "--lengths", "8", "--decode-tokens", "2", "--repeats", "2"
-    return lambda *words: CliRunner().invoke(cli, ["benchmark", *map(str, words), *fast])
+def run(*words: object) -> Result:
+    return invoke("benchmark", *words, "--lengths", 8, "--decode-tokens", 2, "--repeats", 2)
 
 
-def test_the_command_prints_plots_and_writes_json(
-    run: Callable[..., Result], make_model: MakeModel, narrow: Path, tmp_path: Path
-) -> None:
+def test_the_command_prints_plots_and_writes_json(make_model: MakeModel, narrow: Path, tmp_path: Path) -> None:
     arguments = make_model("llama"), narrow, "--ratio", 0.5, "--round-to", "8,16", "--allocator", "uniform"
     for name in ("speed.svg", "speed.png"):
         result = run(*arguments, "--allocator", "log-increase", "--plot", tmp_path / name)
@@ -287,7 +282,7 @@ def test_the_command_prints_plots_and_writes_json(
     assert [model["name"] for model in report["models"]] == ["llama", "narrow", "uniform/8", "uniform/16"]
 
 
-def test_one_model_alone_is_timed_too(run: Callable[..., Result], make_model: MakeModel, tmp_path: Path) -> None:
+def test_one_model_alone_is_timed_too(make_model: MakeModel, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text((make_model("llama") / "config.json").read_text())
     result = run(
@@ -311,7 +306,7 @@ def test_one_model_alone_is_timed_too(run: Callable[..., Result], make_model: Ma
         (["demo", "--ratio", "1"], "range"),
     ],
 )
-def test_the_command_refuses(words: list[str], message: str, run: Callable[..., Result]) -> None:
+def test_the_command_refuses(words: list[str], message: str) -> None:
     result = run(*words)
     assert (result.exit_code, result.stdout) == (2, ""), result.output
     assert message in result.stderr

@@ -19,13 +19,14 @@ import click
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.cli.main import COMMANDS, cli
+from helpers.runs import invoke
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "cfsp-peak" / "src" / "cfsp_peak" / "__init__.py"
@@ -56,33 +57,19 @@ def cfsp_criteria():
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """``run(*words)``: the command line in this process; an error that is not shown to the user is raised."""
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def invoke(*words: object) -> Result:
-        result = CliRunner().invoke(cli, list(map(str, words)))
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return invoke
-
-
-@pytest.fixture
-def refused(run: Run, tmp_path: Path) -> Refuse:
+def refused(tmp_path: Path) -> Refuse:
     """``refused(*words, code=2)``: the error, of one or two lines; nothing is printed and nothing left behind."""
 
-    def invoke(*words: object, code: int = 2) -> str:
+    def refuse(*words: object, code: int = 2) -> str:
         before = tree(tmp_path)
-        result = run(*words)
+        result = invoke(*words)
         assert (result.exit_code, result.stdout) == (code, ""), result.output
         assert 1 <= len(result.stderr.splitlines()) <= 2, result.stderr
         assert result.stderr.startswith("Error: ")
         assert tree(tmp_path) == before
         return result.stderr.removeprefix("Error: ").removesuffix("\n")
 
-    return invoke
+    return refuse
 
 
 @pytest.fixture(scope="session")
@@ -110,15 +97,15 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def prune(run: Run, model: Path, out: Path, small: tuple[object, ...]) -> Run:
+def prune(model: Path, out: Path, small: tuple[object, ...]) -> Run:
     """``prune(*words)``: a successful run with further options."""
 
-    def invoke(*words: object) -> Result:
-        result = run("prune", model, out, *small, *words)
+    def succeed(*words: object) -> Result:
+        result = invoke("prune", model, out, *small, *words)
         assert result.exit_code == 0, result.output
         return result
 
-    return invoke
+    return succeed
 
 
 @pytest.fixture
@@ -131,7 +118,7 @@ def refused_prune(refused: Refuse, model: Path, out: Path, small: tuple[object, 
 def pruned(model: Path, small: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint written by the command line."""
     folder = tmp_path_factory.mktemp("pruned") / "out"
-    result = CliRunner().invoke(cli, list(map(str, ["prune", model, folder, "-q", *small])))
+    result = invoke("prune", model, folder, "-q", *small)
     assert result.exit_code == 0, result.output
     return folder
 
@@ -186,12 +173,12 @@ def test_help_imports_nothing_slow(words: list[str], slow: set[str]) -> None:
 
 
 @pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS), ["plugins", "list"], ["plugins", "show"]])
-def test_help_exists_and_fits(words: list[str], run: Run) -> None:
-    result = run(*words, "--help")
+def test_help_exists_and_fits(words: list[str]) -> None:
+    result = invoke(*words, "--help")
     assert result.exit_code == 0
     assert result.stdout.startswith("Usage: ")
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert run(*words, "-h").stdout == result.stdout
+    assert invoke(*words, "-h").stdout == result.stdout
 
 
 def test_the_listed_commands_exist_and_every_option_is_explained() -> None:
@@ -227,20 +214,14 @@ def test_prune_shows_tables_and_writes_a_checkpoint(prune: Run, evaluated: tuple
 
 @pytest.mark.parametrize("columns", [40, 60, 80])
 def test_tables_fit_narrow_terminals(
-    columns: int,
-    run: Run,
-    pruned: Path,
-    small: tuple[object, ...],
-    evaluated: tuple[object, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    columns: int, pruned: Path, small: tuple[object, ...], evaluated: tuple[object, ...], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
-    for result in (
-        run("prune", pruned, tmp_path / "out", *small, "--ratio", 0.2, *evaluated),
-        run("plan", pruned, tmp_path / "plan.json", *small),
-        run("evaluate", pruned, *evaluated, "--seqlen", 32),
+    for words in (
+        ("prune", pruned, tmp_path / "out", *small, "--ratio", 0.2, *evaluated),
+        ("plan", pruned, tmp_path / "plan.json", *small),
+        ("evaluate", pruned, *evaluated, "--seqlen", 32),
     ):
+        result = invoke(*words, columns=columns)
         assert result.exit_code == 0, result.output
         tables = [line for line in result.stdout.splitlines() if line[:1] in "┏┃┡│└"]
         assert tables
@@ -262,8 +243,8 @@ def test_quiet_prints_nothing_and_short_texts_give_fewer_windows(prune: Run, out
     assert (out / "report.json").exists()
 
 
-def test_a_pruned_model_is_pruned_again(run: Run, pruned: Path, small: tuple[object, ...], out: Path) -> None:
-    report = json.loads(run("prune", pruned, out, *small, "--json").stdout)
+def test_a_pruned_model_is_pruned_again(pruned: Path, small: tuple[object, ...], out: Path) -> None:
+    report = json.loads(invoke("prune", pruned, out, *small, "--json").stdout)
     assert (report["channels_before"], report["channels_after"]) == (96, 48)
     assert report["reload_difference"] == 0
 
@@ -317,27 +298,27 @@ def test_overwrite_replaces_a_checkpoint_whole(prune: Run, pruned: Path, out: Pa
 
 
 def test_a_plan_is_written_and_cuts_the_same_without_data(
-    run: Run, model: Path, small: tuple[object, ...], pruned: Path, out: Path, tmp_path: Path
+    model: Path, small: tuple[object, ...], pruned: Path, out: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "plan.json"
-    planned = run("plan", model, path, *small)
+    planned = invoke("plan", model, path, *small)
     assert planned.exit_code == 0, planned.output
     assert f"Written to {path}" in planned.stdout
     assert "50.00% of the feed-forward channels" in planned.stdout
     assert PruningPlan.from_json(path.read_text()) == PruningPlan.from_json((pruned / "pruning_plan.json").read_text())
-    result = run("prune", model, out, "--plan", path, "-q", *NOWHERE)
+    result = invoke("prune", model, out, "--plan", path, "-q", *NOWHERE)
     assert (result.exit_code, result.output) == (0, "")
     assert (out / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
 
 
 def test_an_existing_plan_is_kept_without_overwrite(
-    run: Run, refused: Refuse, model: Path, small: tuple[object, ...], tmp_path: Path
+    refused: Refuse, model: Path, small: tuple[object, ...], tmp_path: Path
 ) -> None:
     path = tmp_path / "plan.json"
     path.write_text("mine")
     assert f"{path} exists" in refused("plan", model, path, *small)
     assert path.read_text() == "mine"
-    result = run("plan", model, path, *small, "--overwrite", "--json")
+    result = invoke("plan", model, path, *small, "--overwrite", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     assert json.loads(result.stdout) == json.loads(path.read_text())
     assert f"{tmp_path / 'no'} is not a writable" in refused("plan", model, tmp_path / "no" / "plan.json", *small)
@@ -393,11 +374,11 @@ def test_a_truncated_plan_is_refused(refused_prune: Refuse, pruned: Path, tmp_pa
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kept=st.lists(st.integers(-3, 70), max_size=6))
 def test_any_hand_edited_channels_are_cut_or_refused(
-    kept: list[int], run: Run, model: Path, pruned: Path, out: Path, tmp_path: Path
+    kept: list[int], model: Path, pruned: Path, out: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "plan.json"
     path.write_text(edited(pruned, set_kept(kept)))
-    result = run("prune", model, out, "--plan", path, "-q", "--overwrite")
+    result = invoke("prune", model, out, "--plan", path, "-q", "--overwrite")
     possible = bool(kept) and kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < 64
     assert result.exit_code == (0 if possible else 2), result.output
     if possible:
@@ -413,16 +394,16 @@ def test_a_plan_for_another_model_is_refused(refused: Refuse, make_model: MakeMo
 # --- evaluate and plugins ---------------------------------------------------------------------------------------------
 
 
-def test_evaluate_reports_every_data_spec(run: Run, pruned: Path, calibration_text: Path, tmp_path: Path) -> None:
+def test_evaluate_reports_every_data_spec(pruned: Path, calibration_text: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text": "some words and some more " * 50}) + "\n")
     words = "evaluate", pruned, "--data", calibration_text, "--data", rows, "--seqlen", 32, "--evaluate-windows", 3
-    result = run(*words)
+    result = invoke(*words)
     assert result.exit_code == 0, result.output
     assert "calibration.txt" in result.stdout
     assert str(calibration_text.parent) not in result.stdout
     assert "3 x 32" in result.stdout
-    as_json = run(*words, "--json")
+    as_json = invoke(*words, "--json")
     assert as_json.stderr == ""
     evaluations = json.loads(as_json.stdout)["evaluations"]
     assert [row["data"] for row in evaluations] == [str(calibration_text), str(rows)]
@@ -430,12 +411,12 @@ def test_evaluate_reports_every_data_spec(run: Run, pruned: Path, calibration_te
     assert f"{evaluations[0]['perplexity']:.3f}" in result.stdout
 
 
-def test_plugins_list_names_every_component(run: Run) -> None:
+def test_plugins_list_names_every_component() -> None:
     words = "plugins", "list", "-p", FIXTURES / "down_norm.py"
-    result = run(*words)
+    result = invoke(*words)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
-    components = json.loads(run(*words, "--json").stdout)["components"]
+    components = json.loads(invoke(*words, "--json").stdout)["components"]
     assert all(row["name"] in result.stdout for row in components)
     rows = {(row["kind"], row["name"]): row for row in components}
     assert rows["criterion", "cfsp"]["plugin"] == "cfsp-criteria"
@@ -445,20 +426,20 @@ def test_plugins_list_names_every_component(run: Run) -> None:
     assert rows["collector", "down-input-squares"]["provides"] == "down_input_squares"
 
 
-def test_plugins_show_explains_options(run: Run) -> None:
-    result = run("plugins", "show", "cfsp")
+def test_plugins_show_explains_options() -> None:
+    result = invoke("plugins", "show", "cfsp")
     assert result.exit_code == 0, result.output
     assert "allocator cfsp, plugin cfsp-allocators of cfsp-framework" in result.stdout
     assert "criterion cfsp, plugin cfsp-criteria of cfsp-framework" in result.stdout
     assert "rel | act | eq8" in result.stdout
-    options = json.loads(run("plugins", "show", "cfsp", "--json").stdout)["components"][1]["options"]
+    options = json.loads(invoke("plugins", "show", "cfsp", "--json").stdout)["components"][1]["options"]
     assert options["variant"]["default"] == "rel"
 
 
-def test_every_component_can_be_shown(run: Run) -> None:
-    rows = json.loads(run("plugins", "list", "--json").stdout)["components"]
+def test_every_component_can_be_shown() -> None:
+    rows = json.loads(invoke("plugins", "list", "--json").stdout)["components"]
     for name in {row["name"] for row in rows}:
-        result = run("plugins", "show", name)
+        result = invoke("plugins", "show", name)
         assert result.exit_code == 0, result.output
         assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("Defined in"))
 
@@ -540,11 +521,11 @@ def test_bad_usage_is_refused(words: list[str], message: str, refused: Refuse) -
     ("--config", "run.yaml", b"preset: cfps", "Unknown preset 'cfps'"),
 ])  # fmt: skip
 def test_bad_files_are_refused(
-    option: str, name: str, content: bytes, message: str, run: Run, model: Path, tmp_path: Path
+    option: str, name: str, content: bytes, message: str, model: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    result = run("prune", model, tmp_path / "out", "--seqlen", 32, "--samples", 4, option, path)
+    result = invoke("prune", model, tmp_path / "out", "--seqlen", 32, "--samples", 4, option, path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
     assert tree(tmp_path) == {path}
@@ -655,7 +636,7 @@ def test_a_model_without_tokenizer_is_refused(broken: Callable[..., Path], refus
 
 @pytest.mark.parametrize("family", ["llama", "mine"])
 def test_code_of_a_checkpoint_runs_only_when_allowed(
-    family: str, broken: Callable[..., Path], run: Run, small: tuple[object, ...], out: Path, tmp_path: Path
+    family: str, broken: Callable[..., Path], small: tuple[object, ...], out: Path, tmp_path: Path
 ) -> None:
     names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     folder, witness = broken(model_type=family, auto_map=names), tmp_path / "witness"
@@ -665,14 +646,14 @@ def test_code_of_a_checkpoint_runs_only_when_allowed(
         "class Config(LlamaConfig): pass\n"
         "class Model(LlamaForCausalLM): pass\n"
     )
-    result = run("prune", folder, out, *small, "-q")
+    result = invoke("prune", folder, out, *small, "-q")
     assert not witness.exists()
     if family == "mine":
         assert result.exit_code == 2
         assert str(folder) in result.stderr
         assert "--trust-remote-code" in result.stderr
         assert not out.exists()
-        run("prune", folder, out, *small, "-q", "--trust-remote-code")
+        invoke("prune", folder, out, *small, "-q", "--trust-remote-code")
         assert witness.exists()
     else:  # Transformers knows the family by itself
         assert result.exit_code == 0, result.output
@@ -709,10 +690,10 @@ def test_a_plugin_that_cannot_be_imported_is_named(refused: Refuse, refused_prun
 
 
 def test_traceback_shows_the_origin_of_an_error(
-    run: Run, refused_prune: Refuse, model: Path, small: tuple[object, ...], out: Path, tmp_path: Path
+    refused_prune: Refuse, model: Path, small: tuple[object, ...], out: Path, tmp_path: Path
 ) -> None:
     words = write_plugin(tmp_path, "raise ValueError('what now')")
-    result = run("prune", model, out, *small, *words, "--traceback")
+    result = invoke("prune", model, out, *small, *words, "--traceback")
     assert (result.exit_code, result.stdout) == (3, "")
     assert "Traceback (most recent call last):" in result.stderr
     assert 'bad_plugin.py", line' in result.stderr
@@ -754,8 +735,8 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(
     assert list(work.iterdir()) == []
 
 
-def test_demo_prunes_the_embedded_model(run: Run, out: Path) -> None:
-    result = run("demo", "--json", "--out", out)
+def test_demo_prunes_the_embedded_model(out: Path) -> None:
+    result = invoke("demo", "--json", "--out", out)
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     report = json.loads(result.stdout)

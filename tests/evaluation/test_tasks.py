@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ConfigError, DataError
 from cfsp_framework.modeling.loading import LoadedModel
 from helpers.pruned_checkpoints import write_pruned
+from helpers.runs import invoke
 
 pytest.importorskip("lm_eval")
 from cfsp_framework.evaluation import tasks
@@ -250,21 +249,14 @@ def test_means_count_every_task_once(values: list[tuple[float, float | None]]) -
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def evaluate(monkeypatch: pytest.MonkeyPatch, *words: object) -> Result:
-    monkeypatch.setenv("COLUMNS", "80")
-    return CliRunner().invoke(cli, ["evaluate", *map(str, words)])
-
-
-def test_evaluate_prints_scores_versions_and_perplexity(
-    narrow: tuple[LoadedModel, Path], data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_prints_scores_versions_and_perplexity(narrow: tuple[LoadedModel, Path], data: Path) -> None:
     arguments = narrow[1], "--tasks", "arc_easy", "--tasks", "winogrande", "--task-data", data, "--limit", 2
-    result = evaluate(monkeypatch, *arguments, "--data", "demo", "--seqlen", 64, "--evaluate-windows", 1)
+    result = invoke("evaluate", *arguments, "--data", "demo", "--seqlen", 64, "--evaluate-windows", 1)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
     for words in ("arc_easy", "winogrande", "acc_norm", "mean", "lm-eval 0.", "first 2 documents", "bits/byte"):
         assert words in result.stdout, words
-    report = json.loads(evaluate(monkeypatch, *arguments, "--json").stdout)
+    report = json.loads(invoke("evaluate", *arguments, "--json").stdout)
     assert report["evaluations"] == []
     found = TaskResults.model_validate(report["tasks"])
     assert [task.task for task in found.tasks] == ["arc_easy", "winogrande"]
@@ -280,7 +272,7 @@ def test_evaluate_prints_scores_versions_and_perplexity(
         (["--tasks", "arc_easi"], "Did you mean 'arc_easy'?"),
     ],
 )
-def test_evaluate_refuses(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = evaluate(monkeypatch, "demo", *words)
+def test_evaluate_refuses(words: list[str], message: str) -> None:
+    result = invoke("evaluate", "demo", *words)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr

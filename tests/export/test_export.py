@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
 
 from cfsp_framework import RunConfig
 from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, PLAN_FILE
-from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, OutputError
 from cfsp_framework.export.export import NOTE_FILE, export_onnx, export_padded
 from cfsp_framework.export.padded import append_zeros
@@ -27,6 +25,7 @@ from cfsp_framework.modeling.loading import open_model
 from helpers import families
 from helpers.families import FAMILIES, IDS, PRUNED, Reader, agree, digest
 from helpers.pruned_checkpoints import write_pruned
+from helpers.runs import invoke
 
 PLUGINS = load_plugins()
 # A product over 8 channels adds up in another order than one over 24: these models have such small shared experts.
@@ -205,15 +204,14 @@ def test_zeros_come_after_every_part(rows: int, columns: int, parts: int, count:
 
 def test_the_command_reports_the_export(tmp_path: Path) -> None:
     pruned = llama(tmp_path)
-    runner = CliRunner()
-    result = runner.invoke(cli, ["export", str(pruned), str(tmp_path / "one"), "--format", "padded", "--json"])
+    result = invoke("export", str(pruned), str(tmp_path / "one"), "--format", "padded", "--json")
     assert result.exit_code == 0, result.output
     exported = json.loads(result.stdout)
     assert (exported["written_widths"], exported["difference"]) == ([56, 56, 56], 0)
-    shown = runner.invoke(cli, ["export", str(pruned), str(tmp_path / "two"), "--format", "padded"])
+    shown = invoke("export", str(pruned), str(tmp_path / "two"), "--format", "padded")
     assert "widths 40 to 56 became 56" in shown.output
     assert "bit-equal" in shown.output
-    assert runner.invoke(cli, ["export", str(pruned), str(tmp_path / "3"), "--format", "padded", "-q"]).output == ""
+    assert invoke("export", str(pruned), str(tmp_path / "3"), "--format", "padded", "-q").output == ""
 
 
 @pytest.mark.parametrize(
@@ -227,7 +225,7 @@ def test_the_command_reports_the_export(tmp_path: Path) -> None:
     ],
 )
 def test_options_of_another_format_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli, ["export", str(tmp_path), str(tmp_path / "out"), *options])
+    result = invoke("export", str(tmp_path), str(tmp_path / "out"), *options)
     assert result.exit_code == 2
     assert message in result.output
 
@@ -272,6 +270,6 @@ def test_a_model_pytorch_cannot_trace_is_refused_and_nothing_is_left(
 
 def test_without_the_packages_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    result = CliRunner().invoke(cli, ["export", str(llama(tmp_path)), str(tmp_path / "out"), "--format", "onnx"])
+    result = invoke("export", str(llama(tmp_path)), str(tmp_path / "out"), "--format", "onnx")
     assert result.exit_code == 2
     assert "pip install 'cfsp-framework[onnx]'" in result.output

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -23,13 +22,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 gguf = pytest.importorskip("gguf")
 
 from cfsp_framework import RunConfig
-from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import ModelError, OutputError
 from cfsp_framework.export.export import Exported, export_gguf
 from cfsp_framework.export.gguf import interleave
 from cfsp_framework.export.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
 from helpers import families
 from helpers.pruned_checkpoints import write_pruned
+from helpers.runs import invoke
 
 WIDTHS = (48, 40, 56)
 LLAMA3 = {
@@ -318,17 +317,17 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_without_the_package_the_extra_is_named(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    found = CliRunner().invoke(cli, ["export", str(write("llama")), str(tmp_path / "x.gguf"), "--format", "gguf"])
+    found = invoke("export", str(write("llama")), str(tmp_path / "x.gguf"), "--format", "gguf")
     assert found.exit_code == 2
     assert "pip install 'cfsp-framework[gguf]'" in found.output
 
 
 def test_the_command_reports_the_architecture(write: Write, tmp_path: Path) -> None:
     command = ["export", str(write("llama")), str(tmp_path / "x.gguf"), "--format", "gguf", "--type", "q8_0"]
-    exported = json.loads(CliRunner().invoke(cli, [*command, "--json"]).stdout)
+    exported = json.loads(invoke(*command, "--json").stdout)
     assert (exported["architecture"], exported["widths"]) == ("deci", list(WIDTHS))
     assert exported["bytes"] == (tmp_path / "x.gguf").stat().st_size
-    shown = CliRunner().invoke(cli, [*command, "--overwrite"])
+    shown = invoke(*command, "--overwrite")
     assert "architecture deci" in shown.output
     assert "Note: 3 matrices" in " ".join(shown.output.split())
 

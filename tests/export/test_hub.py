@@ -11,24 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.cli.main import cli
 from cfsp_framework.errors import CfspError, ConfigError, ModelError
 from cfsp_framework.export import hub as publishing
 from cfsp_framework.export.hub import Upload, check_repository, private_paths, push
+from helpers.runs import invoke
 
 MakeModel = Callable[..., Path]
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("COLUMNS", "80")
-    return lambda *words: CliRunner().invoke(cli, list(map(str, words)))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +44,7 @@ def published(base: Path, calibration_text: Path, tmp_path_factory: pytest.TempP
     """A checkpoint made from absolute paths, with statistics beside it."""
     out = tmp_path_factory.mktemp("made") / "out"
     words = "prune", base, out, *small(calibration_text), "--evaluate", calibration_text, "--evaluate-windows", 1
-    result = CliRunner().invoke(cli, [*map(str, words), "--keep-statistics"])
+    result = invoke(*words, "--keep-statistics")
     assert result.exit_code == 0, result.output
     return out
 
@@ -98,14 +90,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return found
 
 
-def test_a_dry_run_needs_no_network(pruned: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_needs_no_network(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> Any:
         raise AssertionError("a dry run touched the network")
 
     monkeypatch.setattr(publishing, "HfApi", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     before = {path.name: path.read_bytes() for path in pruned.iterdir()}
-    result = run("push", pruned, "me/fox", "--dry-run")
+    result = invoke("push", pruned, "me/fox", "--dry-run")
     assert result.exit_code == 0, result.output
     assert {path.name: path.read_bytes() for path in pruned.iterdir()} == before
     for words in (
@@ -117,7 +109,7 @@ def test_a_dry_run_needs_no_network(pruned: Path, run: Run, monkeypatch: pytest.
     ):
         assert words in result.stdout, words
     assert "Not uploaded: statistics.safetensors." in result.stdout
-    upload = Upload.model_validate_json(run("push", pruned, "me/fox", "--dry-run", "--json").stdout)
+    upload = Upload.model_validate_json(invoke("push", pruned, "me/fox", "--dry-run", "--json").stdout)
     assert {check.outcome for check in upload.checks} == {"passed", "remark"}
     sizes = {file.name: file.bytes for file in upload.files}
     assert sizes["model.safetensors"] == (pruned / "model.safetensors").stat().st_size
@@ -181,11 +173,11 @@ def spoil_card(folder: Path) -> None:
     ],
 )
 def test_a_broken_checkpoint_is_not_published(
-    spoil: Callable[[Path], None], message: str, pruned: Path, hub: Hub, run: Run
+    spoil: Callable[[Path], None], message: str, pruned: Path, hub: Hub
 ) -> None:
     spoil(pruned)
     for words in ([], ["--dry-run"]):
-        result = run("push", pruned, "me/fox", *words)
+        result = invoke("push", pruned, "me/fox", *words)
         assert result.exit_code == 2
         assert message in result.stderr
     assert "failed" in result.stdout
@@ -199,10 +191,10 @@ def test_only_checkpoints_of_this_package_are_published(base: Path, hub: Hub) ->
 
 
 @pytest.mark.parametrize("name", ["fox", "me/fox/small", "me/f x", "/home/me", "me/..fox"])
-def test_names_the_hub_does_not_take_are_refused(name: str, run: Run, published: Path) -> None:
+def test_names_the_hub_does_not_take_are_refused(name: str, published: Path) -> None:
     with pytest.raises(ConfigError, match="USER/NAME"):
         check_repository(name)
-    assert run("push", published, name).exit_code == 2
+    assert invoke("push", published, name).exit_code == 2
 
 
 def test_a_failed_upload_says_how_to_try_again(pruned: Path, hub: Hub) -> None:
@@ -214,28 +206,26 @@ def test_a_failed_upload_says_how_to_try_again(pruned: Path, hub: Hub) -> None:
     assert caught.value.exit_code == 1
 
 
-def test_prune_publishes_when_all_is_done(
-    base: Path, calibration_text: Path, tmp_path: Path, hub: Hub, run: Run
-) -> None:
+def test_prune_publishes_when_all_is_done(base: Path, calibration_text: Path, tmp_path: Path, hub: Hub) -> None:
     words = "prune", base, tmp_path / "out", *small(calibration_text), "--push-to-hub", "me/fox"
-    result = run(*words)
+    result = invoke(*words)
     assert result.exit_code == 0, result.output
     assert [name for name, _ in hub.calls] == ["create_repo", "upload_folder"]
     hub.error = ConnectionError("the line is dead")
-    result = run(*words, "--overwrite")
+    result = invoke(*words, "--overwrite")
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == 2
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_wrong_name_is_refused_before_the_run(
-    base: Path, calibration_text: Path, tmp_path: Path, run: Run, published: Path
+    base: Path, calibration_text: Path, tmp_path: Path, published: Path
 ) -> None:
     for words in (
         ("prune", base, tmp_path / "out", *small(calibration_text)),
         ("recover", published, tmp_path / "out"),
     ):
-        result = run(*words, "--push-to-hub", "fox")
+        result = invoke(*words, "--push-to-hub", "fox")
         assert result.exit_code == 2
         assert "USER/NAME" in result.stderr
     assert not (tmp_path / "out").exists()
