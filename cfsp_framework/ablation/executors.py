@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from cfsp_framework.ablation.cells import CellOutput, CellRunner, Extras, Job
-from cfsp_framework.ablation.measurements import Collection, CollectionFolder
+from cfsp_framework.ablation.measurements import Collection, CollectionFolder, Part
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import CfspError, ConfigError, one_line
 
@@ -86,11 +86,11 @@ def _run_processes(work: Work, executor: Executor, runner: CellRunner, collectio
     places: Queue[str | None] = context.Queue()
     for number in range(executor.jobs):
         places.put(_gpu(number) if runner.context.decoder.device.type == "cuda" else None)
-    pool = ProcessPoolExecutor(executor.jobs, context, _begin, (setting, collections, places))
+    pool = ProcessPoolExecutor(executor.jobs, context, _begin, (places,))
     try:
         yield from _drain(
             work,
-            lambda item: pool.submit(_run_in_process, item[0], item[1].failures),
+            lambda item: pool.submit(_run_in_process, setting, item[0], collections, item[1].failures),
             _wait_for_processes,
             Future[CellOutput].result,
             executor.jobs * _AHEAD,
@@ -116,26 +116,17 @@ def _gpu(number: int) -> str:
     return names[number % len(names)]
 
 
-@dataclass
-class _Worker:
-    """State of a worker process between cells."""
-
-    setting: _Setting
-    collections: Path
-    runner: CellRunner | None = None
-    collection: tuple[str, Collection] | None = None
+_runners: dict[str, CellRunner] = {}
+_parts: dict[str, list[Part]] = {}
+"""A worker's runner, and the measurements of its present collection."""
 
 
-_workers: list[_Worker] = []
-
-
-def _begin(setting: _Setting, collections: Path, places: Queue[str | None]) -> None:
+def _begin(places: Queue[str | None]) -> None:
     """Initialise a worker process; its first cell opens the model, so that an error there is reported."""
     place = places.get()
     if place is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _workers.append(_Worker(setting, collections))
 
 
 def _end_with_parent() -> None:
@@ -146,15 +137,22 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run_in_process(job: Job, failures: Mapping[str, str]) -> CellOutput:
-    [worker] = _workers
-    if worker.runner is None:
-        worker.runner = worker.setting.open()
-    if worker.collection is None or worker.collection[0] != job.collection:
-        context = worker.runner.context_of(job.config)
-        parts = CollectionFolder(worker.collections, context, context.windows_to_select).read()
-        worker.collection = job.collection, Collection(tuple(parts), failures)
-    return worker.runner.run(job, worker.collection[1])
+def _open_runner(setting: _Setting) -> CellRunner:
+    """Return this process's runner; it stays open for the next cell."""
+    name = repr(setting)
+    if name not in _runners:
+        _runners.clear()
+        _runners[name] = setting.open()
+    return _runners[name]
+
+
+def _run_in_process(setting: _Setting, job: Job, collections: Path, failures: Mapping[str, str]) -> CellOutput:
+    runner = _open_runner(setting)
+    if job.collection not in _parts:
+        _parts.clear()
+        context = runner.context_of(job.config)
+        _parts[job.collection] = CollectionFolder(collections, context, context.windows_to_select).read()
+    return runner.run(job, Collection(tuple(_parts[job.collection]), failures))
 
 
 def _run_ray(work: Work, executor: Executor, runner: CellRunner) -> Iterator[CellOutput]:
@@ -198,16 +196,8 @@ def _run_ray(work: Work, executor: Executor, runner: CellRunner) -> Iterator[Cel
             ray.shutdown()
 
 
-_on_ray: dict[str, CellRunner] = {}
-
-
 def _run_on_ray(setting: _Setting, job: Job, collection: Collection) -> CellOutput:
-    """Run one cell; Ray reuses its processes, whose runners stay open."""
-    name = repr(setting)
-    if name not in _on_ray:
-        _on_ray.clear()
-        _on_ray[name] = setting.open()
-    return _on_ray[name].run(job, collection)
+    return _open_runner(setting).run(job, collection)
 
 
 def _drain(

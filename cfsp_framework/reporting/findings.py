@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cfsp_framework.api.data import Update
@@ -36,7 +36,7 @@ def gather_notes(
 ) -> tuple[str, ...]:
     """Return all notes of a run whose model is cut and compensated."""
     return (
-        *_on_attention(plan),
+        *_note("block {} lost its attention", [str(block) for block in plan.dropped_attention], ", "),
         *_on_tokens(context, measurements),
         *_on_experts(measurements),
         *_on_channels(measurements),
@@ -47,80 +47,72 @@ def gather_notes(
     )
 
 
-def _on_attention(plan: PruningPlan) -> list[str]:
-    """Name the blocks that lost their attention."""
-    dropped = ", ".join(map(str, plan.dropped_attention))
-    return [f"block {dropped} lost its attention"] if dropped else []
+def _note(text: str, names: Sequence[str], separator: str = "; ", most: int | None = None) -> Iterator[str]:
+    """Yield a note with the names, at most so many and a count of the others; nothing without names."""
+    if names:
+        more = f" and {len(names) - most} more" if most and len(names) > most else ""
+        yield text.format(separator.join(names[:most]) + more)
 
 
-def _on_biases(context: RunContext, before: Sequence[str]) -> list[str]:
+def _place(block: int, path: str, form: str = "{}, {}") -> str:
+    """Name a block, and the expert in it."""
+    return form.format(block, path) if path[-1:].isdigit() else str(block)
+
+
+def _on_biases(context: RunContext, before: Sequence[str]) -> Iterator[str]:
     """Name biases that the compensator added and the model's family lacks."""
     decoder, name = context.decoder, context.selection.compensator.component.name
-    added = [path for path in surgery.added_biases(decoder.config) if path not in before]
-    return [
-        f"{name} gave {path} of every block a bias the family lacks: "
-        f"{sum(b.get_submodule(path).get_parameter('bias').numel() for b in decoder.blocks)} parameters in all"
-        for path in added
-    ]
+    for path in surgery.added_biases(decoder.config):
+        if path not in before:
+            count = sum(block.get_submodule(path).get_parameter("bias").numel() for block in decoder.blocks)
+            yield f"{name} gave {path} of every block a bias the family lacks: {count} parameters in all"
 
 
-def _on_tokens(context: RunContext, measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
+def _on_tokens(context: RunContext, measurements: Sequence[FeedForwardMeasurement]) -> Iterator[str]:
     """Warn where second moments are fitted on few tokens."""
     chosen = (*context.selection.collectors, *context.selection.second_pass)
     if not measurements or not any(c.component.provides.heavy for c in chosen) or context.windows is None:
-        return []
-    tokens = min(
-        int((w != PADDING).sum()) for w in (context.windows_to_select, context.windows_to_compensate) if w is not None
-    )
+        return
+    windows = (context.windows_to_select, context.windows_to_compensate)  # (N, T) each
+    tokens = min(int((w != PADDING).sum()) for w in windows if w is not None)
     width = max(measured.width for measured in measurements)
-    if tokens >= _ENOUGH_TOKENS * width:
-        return []
-    return [
-        f"{tokens} calibration tokens are few for blocks of {width} channels; {_ENOUGH_TOKENS} a channel are advised"
-    ]
+    if tokens < _ENOUGH_TOKENS * width:
+        yield f"{tokens} calibration tokens are few for blocks of {width} channels; {_ENOUGH_TOKENS} a channel are advised"
 
 
-def _on_experts(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
+def _on_experts(measurements: Sequence[FeedForwardMeasurement]) -> Iterator[str]:
     """Name experts that were scored on few tokens or none."""
-    experts = [measured for measured in measurements if measured.path[-1:].isdigit() and measured.statistics]
     unseen, few = list[str](), list[str]()
-    for expert in experts:
-        if expert.statistics.unseen:
-            unseen.append(f"{expert.block} ({expert.path})")
-        elif expert.statistics.tokens < expert.width:
-            few.append(f"{expert.block} ({expert.path})")
-    notes: list[str] = []
-    if unseen:
-        notes.append(
-            f"no calibration token reached {len(unseen)} experts, which are scored by weights alone: block {_join(unseen)}"
-        )
-    if few:
-        notes.append(f"fewer calibration tokens than channels reached {len(few)} experts: block {_join(few)}")
-    return notes
+    for expert in measurements:
+        if expert.path[-1:].isdigit() and expert.statistics:
+            if expert.statistics.unseen:
+                unseen.append(f"{expert.block} ({expert.path})")
+            elif expert.statistics.tokens < expert.width:
+                few.append(f"{expert.block} ({expert.path})")
+    text = f"no calibration token reached {len(unseen)} experts, which are scored by weights alone: block {{}}"
+    yield from _note(text, unseen, most=_NAMED)
+    yield from _note(f"fewer calibration tokens than channels reached {len(few)} experts: block {{}}", few, most=_NAMED)
 
 
-def _on_channels(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
+def _on_channels(measurements: Sequence[FeedForwardMeasurement]) -> Iterator[str]:
     """Name channels that never fire, and single channels with most of a feed-forward's activation."""
     dead, massive = list[str](), list[str]()
     for measured in measurements:
         squares = measured.statistics.get(DOWN_INPUT_SQUARES)  # (F,)
         if squares is None or measured.statistics.unseen:
             continue
+        place = _place(measured.block, measured.path)
         silent = (squares == 0).nonzero()[:, 0].tolist()
         if silent:
-            dead.append(f"{_place(measured)}: {len(silent)} (first {silent[0]})")
-        share = squares.max() / squares.sum().clamp(min=1e-30)
+            dead.append(f"{place}: {len(silent)} (first {silent[0]})")
+        share = squares.max() / squares.sum().clamp(min=1e-30)  # ()
         if share > _MASSIVE and len(squares) > 2:
-            massive.append(f"{_place(measured)} channel {int(squares.argmax())} ({share:.0%})")
-    notes = [f"channels that never fire on the calibration tokens, block {_join(dead)}"] if dead else []
-    return (
-        [*notes, f"massive activations, more than half of a feed-forward's: block {_join(massive)}"]
-        if massive
-        else notes
-    )
+            massive.append(f"{place} channel {int(squares.argmax())} ({share:.0%})")
+    yield from _note("channels that never fire on the calibration tokens, block {}", dead, most=_NAMED)
+    yield from _note("massive activations, more than half of a feed-forward's: block {}", massive, most=_NAMED)
 
 
-def _on_blocks(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
+def _on_blocks(measurements: Sequence[FeedForwardMeasurement]) -> Iterator[str]:
     """Name blocks whose output is their input."""
     still = [
         str(measured.block)
@@ -128,32 +120,18 @@ def _on_blocks(measurements: Sequence[FeedForwardMeasurement]) -> list[str]:
         for statistic, rounding in _ROUNDING.items()
         if statistic in measured.statistics and measured.statistics[statistic].item() <= rounding
     ]
-    return [f"block {_join(list(dict.fromkeys(still)))} does not change its input at all"] if still else []
+    yield from _note("block {} does not change its input at all", list(dict.fromkeys(still)), most=_NAMED)
 
 
-def _place(measured: FeedForwardMeasurement) -> str:
-    return f"{measured.block}, {measured.path}" if measured.path[-1:].isdigit() else str(measured.block)
-
-
-def _join(names: Sequence[str]) -> str:
-    """Join the first few names, and count the others."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return "; ".join(names[:_NAMED]) + more
-
-
-def _on_updates(context: RunContext, updates: Mapping[tuple[int, str], Update]) -> list[str]:
+def _on_updates(context: RunContext, updates: Mapping[tuple[int, str], Update]) -> Iterator[str]:
     """Name the blocks whose update was rejected because it did not help on held-out tokens."""
     refused = [
-        str(block) + (f" ({path})" if path[-1:].isdigit() else "")
+        _place(block, path, "{} ({})")
         for (block, path), update in updates.items()
         if update.error is not None and update.down is None and update.up is None
     ]
     name = context.selection.compensator.component.name
-    return (
-        [f"{name} did not help on held-out tokens in block {', '.join(refused)}: plain pruning there"]
-        if refused
-        else []
-    )
+    yield from _note(f"{name} did not help on held-out tokens in block {{}}: plain pruning there", refused, ", ")
 
 
 def _on_time(context: RunContext) -> list[str]:

@@ -40,7 +40,7 @@ from cfsp_framework.errors import ConfigError, OutputError
 from cfsp_framework.runtime.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changed torch's global random numbers")
-"""``loose`` does so, and is told to draw from a generator of its own."""
+"""``loose`` does so, and a warning says so."""
 
 MakeModel = Callable[..., Path]
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -48,7 +48,9 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 # --- which cells ------------------------------------------------------------------------------------------------------
 
 names = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
-values = st.one_of(st.integers(0, 99).map(str), st.booleans().map(lambda one: str(one).lower()), names, st.just("a:b"))
+values = st.one_of(
+    st.integers(0, 99).map(str), st.booleans().map(lambda value: str(value).lower()), names, st.just("a:b")
+)
 choices = st.builds(
     lambda name, options: (
         name + (":" + ",".join(f"{key}={value}" for key, value in options.items()) if options else "")
@@ -80,7 +82,7 @@ def test_spaces_around_commas_do_not_matter(wanted: list[str], data: st.DataObje
         ("a,b=2", "'b=2' is an option, but of no NAME"),
     ],
 )
-def test_what_is_no_list_of_choices_is_refused(text: str, problem: str) -> None:
+def test_a_malformed_list_of_choices_is_refused(text: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         split_choices(text)
 
@@ -142,12 +144,12 @@ def test_named_rows_are_presets_with_changes_and_come_first() -> None:
 
 
 def test_included_grids_have_axes_of_their_own_and_take_the_others_amounts() -> None:
-    found = rows(
+    actual = rows(
         rows={"one": {"criterion": "flap"}},
         samples=[8, 16],
         include=[{"criterion": ["magnitude"], "samples": 8, "rebalance": False}, {"allocator": "owl", "ratio": 0.8}],
     )
-    assert found == [
+    assert actual == [
         ("one", 0.5, 8, 0),
         ("one", 0.5, 16, 0),
         ("magnitude + cfsp + rebalance=False", 0.5, 8, 0),
@@ -181,7 +183,7 @@ def test_exclude_leaves_out_what_matches_in_everything_it_names() -> None:
         ({"criterion": 3}, "criterion: expected names of components, not 3"),
     ],
 )
-def test_what_a_sweep_cannot_be_is_told_before_anything_is_opened(options: dict[str, object], problem: str) -> None:
+def test_impossible_sweeps_are_refused(options: dict[str, object], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         expand("demo", options)
 
@@ -257,8 +259,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> t
 
 
 def cell_of(results: SweepResults, row: str, ratio: float = 0.5) -> CellResult:
-    [found] = [cell for cell in results.cells if (cell.spec.row, cell.spec.ratio) == (row, ratio)]
-    return found
+    [match] = [cell for cell in results.cells if (cell.spec.row, cell.spec.ratio) == (row, ratio)]
+    return match
 
 
 @pytest.mark.parametrize(
@@ -338,11 +340,11 @@ def test_a_finished_sweep_holds_a_plan_and_every_table(
 
 def test_criteria_are_compared_on_every_feed_forward(swept: tuple[Path, SweepResults]) -> None:
     _, results = swept
-    pairs = Counter((one.first, one.second) for one in results.agreements if one.seed == 0)
+    pairs = Counter((pair.first, pair.second) for pair in results.agreements if pair.seed == 0)
     names = {cell.spec.criterion for cell in results.cells if cell.spec.seed == 0}
     assert len(pairs) == len(names) * (len(names) - 1) / 2
     assert set(pairs.values()) == {len(results.places)}
-    assert all(set(one.overlap) == {"0.3", "0.5"} for one in results.agreements)
+    assert all(set(pair.overlap) == {"0.3", "0.5"} for pair in results.agreements)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -387,17 +389,17 @@ class Ended:
 
 
 def watched(tmp_path: Path, *words: str, end: str | None = None) -> Ended:
-    """``cfsp ablate``, logging what its plugin does; with ``end`` in a process of its own, ending as told."""
+    """``cfsp ablate``, logging what its plugin does; with ``end`` in a process of its own, killed at that step."""
     arguments = ["ablate", *words, "-p", WATCHED, "--json"]
     environment = {"WATCHED_LOG": str(tmp_path / "log"), "WATCHED_END": end or ""}
     if end is None:
         here = CliRunner().invoke(cli, arguments, env=environment)
         return Ended(here.exit_code, here.stdout, here.stderr)
     command = [sys.executable, "-m", "cfsp_framework", *arguments]
-    found = subprocess.run(
+    ended = subprocess.run(
         command, check=False, env=os.environ | environment, capture_output=True, text=True, timeout=600
     )
-    return Ended(found.returncode, found.stdout, found.stderr)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
 def log(tmp_path: Path) -> Counter[str]:
@@ -448,9 +450,7 @@ def test_a_failed_cell_is_a_row_and_tried_again(tiny_words: list[str], tmp_path:
     results = ended.results
     failed = [cell for cell in results.cells if cell.status == "failed"]
     assert [(cell.spec.row, cell.spec.ratio) for cell in failed] == [("hollow + even", 0.25), ("hollow + even", 0.5)]
-    assert all(
-        "score() returned at block 1, mlp has values that are not finite" in (cell.error or "") for cell in failed
-    )
+    assert all("block 1, mlp has values that are not finite" in (cell.error or "") for cell in failed)
     before = log(tmp_path)
     assert watched(tmp_path, *words).code == 1
     assert log(tmp_path) == before  # hollow fails before anything else is asked; all others are done
@@ -477,7 +477,9 @@ def test_an_impossible_ratio_is_a_row_too(tiny_words: list[str], tmp_path: Path)
         (["-p", "no_such_module"], 3, "no_such_module"),
     ],
 )
-def test_what_cannot_be_is_told_at_once(words: list[str], code: int, problem: str, tmp_path: Path) -> None:
+def test_impossible_options_are_refused_before_the_model_is_opened(
+    words: list[str], code: int, problem: str, tmp_path: Path
+) -> None:
     ended = CliRunner().invoke(cli, ["ablate", "no such model", str(tmp_path / "out"), *words])
     assert (ended.exit_code, problem in ended.stderr) == (code, True), ended.stderr
     assert not (tmp_path / "out").exists()
@@ -519,9 +521,9 @@ def test_other_executors_give_the_same_table(executor: str, tiny_words: list[str
         ended = watched(tmp_path, tiny_words[0], str(tmp_path / kind), *words, *more, end=apart)
         assert ended.code == 1, ended.stderr
         tables.append(ended.results)
-    one, two = ([cell.model_copy(update={"seconds": 0.0}) for cell in table.cells] for table in tables)
-    assert one == two
-    assert [cell.status for cell in one] == ["done"] * 4 + ["failed"] * 2
+    serial, parallel = ([cell.model_copy(update={"seconds": 0.0}) for cell in table.cells] for table in tables)
+    assert serial == parallel
+    assert [cell.status for cell in serial] == ["done"] * 4 + ["failed"] * 2
     assert tables[0].agreements == tables[1].agreements
 
 
@@ -538,13 +540,13 @@ def test_rank_correlations_are_spearmans(scores: list[list[int]]) -> None:
     from scipy.stats import spearmanr
 
     tensor = torch.tensor(scores, dtype=torch.float64)
-    found = rank_correlations(tensor)
+    actual = rank_correlations(tensor)
     for i, first in enumerate(scores):
         for j, second in enumerate(scores):
             constant = len({*first}) == 1 or len({*second}) == 1
-            found_there: Any = None if constant else spearmanr(first, second)
-            expected = 0.0 if constant else found_there.statistic
-            assert found[i, j].item() == pytest.approx(expected, abs=1e-12)
+            result: Any = None if constant else spearmanr(first, second)
+            expected = 0.0 if constant else result.statistic
+            assert actual[i, j].item() == pytest.approx(expected, abs=1e-12)
 
 
 @settings(deadline=None)
@@ -555,7 +557,7 @@ def test_overlaps_are_shares_of_what_both_keep(scores: list[list[int]], ratio: f
     tensor = torch.tensor(scores, dtype=torch.float64)
     count = max(1, round((1 - ratio) * 7))
     kept = [set(keep_highest(row, count)) for row in tensor]
-    expected = [[len(one & other) / count for other in kept] for one in kept]
+    expected = [[len(row & other) / count for other in kept] for row in kept]
     torch.testing.assert_close(overlaps(tensor, ratio), torch.tensor(expected, dtype=torch.float64))
 
 
@@ -599,5 +601,5 @@ def test_a_bar_inside_another_shares_its_display(monkeypatch: pytest.MonkeyPatch
     ("values", "expected"),
     [([65.884, 65.884], "65.88"), ([65.884], "65.88"), ([1.0, 2.0], "1.50 ± 6.35"), ([], "failed")],
 )
-def test_what_no_seed_changes_has_no_spread(values: list[float], expected: str) -> None:
+def test_values_that_all_seeds_share_have_no_spread(values: list[float], expected: str) -> None:
     assert Entry(interval(values), None, failed=0 if values else 2, best=False).text(2) == expected

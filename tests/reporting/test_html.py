@@ -1,4 +1,4 @@
-"""What the pages of a run write, apart from the run."""
+"""Numbers and names on the pages of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cfsp_framework.reporting.html import human_count, page_environment
     [(0, "0"), (4_587_520, "4,587,520"), (123_456_789, "123.5 million"), (15_010_000_000, "15.01 billion"),
      (2_300_000_000_000, "2.3 trillion")],
 )  # fmt: skip
-def test_large_counts_are_told_in_words(value: int, text: str) -> None:
+def test_large_counts_are_written_in_words(value: int, text: str) -> None:
     assert human_count(value) == text
 
 

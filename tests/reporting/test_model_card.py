@@ -31,9 +31,9 @@ def report(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., P
 
 def on(report: Report, data: str, **changes: Any) -> Report:
     """The same run evaluated on other data."""
-    one = Perplexity(perplexity=12.3456789, nll=2.5, bits_per_byte=1.1)
-    found = Evaluation(data=data, seqlen=1024, windows=7, dense=one, pruned=one, excess_nll=0.0)
-    return report.model_copy(update={"evaluations": (found,), **changes})
+    perplexity = Perplexity(perplexity=12.3456789, nll=2.5, bits_per_byte=1.1)
+    evaluation = Evaluation(data=data, seqlen=1024, windows=7, dense=perplexity, pruned=perplexity, excess_nll=0.0)
+    return report.model_copy(update={"evaluations": (evaluation,), **changes})
 
 
 def trained(adapter: bool = False) -> RecoveryReport:
@@ -65,8 +65,8 @@ def test_the_hub_reads_what_the_card_says(report: Report) -> None:
 def test_only_trained_weights_are_a_finetune(report: Report) -> None:
     base = BaseModel("m", "me/m")
     relation = [
-        parsed(report.model_copy(update={"recovery": found}), base).to_dict().get("base_model_relation")
-        for found in (None, trained(), trained(adapter=True))
+        parsed(report.model_copy(update={"recovery": recovery}), base).to_dict().get("base_model_relation")
+        for recovery in (None, trained(), trained(adapter=True))
     ]
     assert relation == [None, "finetune", None]
 
@@ -79,9 +79,9 @@ def test_local_data_stay_out_of_the_metadata(report: Report) -> None:
 
 def test_three_ways_to_load_where_code_is_needed_and_one_where_not(report: Report) -> None:
     special, plain = model_card(report, code=True), model_card(report, code=False)
-    for told in ("trust_remote_code=True", "import cfsp_framework", "--format padded"):
-        assert told in special
-        assert told not in plain
+    for words in ("trust_remote_code=True", "import cfsp_framework", "--format padded"):
+        assert words in special
+        assert words not in plain
     data: Any = ModelCard(plain).data
     assert "custom_code" not in data.tags
 
@@ -122,15 +122,15 @@ def test_a_base_without_a_readable_card_says_nothing(text: str | None, tmp_path:
     ),
 )
 def test_any_words_make_valid_metadata(name: str, metadata: dict[str, Any]) -> None:
-    """Whatever characters a base model's card has, what is written can be read again and says the same."""
+    """With any characters of a base model's card, the written metadata can be read again and are the same."""
     from yaml import safe_load
 
     report = Report.model_construct(calibration=None, recovery=None, evaluations=())
-    told = {key: plain(value) for key, value in metadata.items()}
-    assert {key: plain(value) for key, value in told.items()} == told
-    found = safe_load(front_matter(report, BaseModel(name, None, told), name, code=False))
-    for key, value in told.items():
-        assert found.get(key, []) == value or not value
+    cleaned = {key: plain(value) for key, value in metadata.items()}
+    assert {key: plain(value) for key, value in cleaned.items()} == cleaned
+    read = safe_load(front_matter(report, BaseModel(name, None, cleaned), name, code=False))
+    for key, value in cleaned.items():
+        assert read.get(key, []) == value or not value
 
 
 def test_metadata_keep_their_words_on_one_line() -> None:
