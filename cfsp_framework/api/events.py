@@ -16,6 +16,7 @@ class RunStarted:
     """The components are selected and every option is checked; the model is not open yet."""
 
     config: RunConfig
+    """Options of the run."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class PhaseStarted:
     """A phase begins, one of ``seconds`` in ``report.json``; some phases run several times."""
 
     phase: str
+    """Name of the phase."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class PhaseFinished:
     """A phase ended without an error."""
 
     phase: str
+    """Name of the phase."""
     seconds: float
     """Of this occurrence, not the sum over all."""
 
@@ -39,7 +42,9 @@ class BlockFinished:
     """A block was measured, cut or compensated; blocks from the ``--resume`` folder give no event."""
 
     phase: str
+    """Name of the phase."""
     block: int
+    """Index of the block, from 0."""
     of: int
     """Number of blocks of the model."""
 
@@ -49,6 +54,7 @@ class RunFinished:
     """The output folder, or the plan, is complete."""
 
     plan: PruningPlan
+    """The finished plan."""
     report: Report | None = None
     """None for ``cfsp plan``."""
     folder: Path | None = None
@@ -60,6 +66,7 @@ class RunFailed:
     """The run ends with an error, or with Ctrl-C; nothing was written."""
 
     error: BaseException
+    """Exception that ends the run."""
 
 
 Event = RunStarted | PhaseStarted | PhaseFinished | BlockFinished | RunFinished | RunFailed

@@ -17,26 +17,37 @@ class ModelIdentity(FrozenRecord):
     """Model of a plan; ``fingerprint`` is a hash of its configuration and weights."""
 
     source: str
+    """Hub name or folder of the model."""
     family: str
+    """Model type of its configuration, such as ``llama``."""
     fingerprint: str
+    """Hash of its configuration and weights."""
     parameters: int = Field(ge=0)
+    """Parameters of the dense model."""
 
 
 class CalibrationIdentity(FrozenRecord):
     """Calibration windows of a plan; ``fingerprint`` is a hash of their tokens."""
 
     spec: str
+    """Data SPEC of the calibration text."""
     samples: int = Field(ge=0)
+    """Number of windows."""
     seqlen: int = Field(ge=0)
+    """Tokens of a window."""
     seed: int
+    """Seed of the run."""
     fingerprint: str
+    """Hash of the tokens."""
 
 
 class BlockPlan(FrozenRecord):
     """Channels that one feed-forward keeps; every expert of a mixture has an entry."""
 
     block: int = Field(ge=0)
+    """Index of the block, from 0."""
     path: str
+    """Path of the feed-forward inside the block."""
     width: int = Field(gt=0)
     """Channels before the cut."""
     importance: float | None = None
@@ -152,27 +163,37 @@ class Perplexity(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     perplexity: float
+    """Exponential of ``nll``."""
     nll: float
+    """Mean negative log-likelihood, nats per token."""
     bits_per_byte: float
+    """Negative log-likelihood, bits per byte of the text."""
 
 
 class Size(FrozenRecord):
     """Size of a model. ``flops_per_token`` counts two for each weight of a matrix product, without attention scores."""
 
     parameters: int
+    """Number of parameters."""
     bytes: int
+    """Bytes of the weights."""
     flops_per_token: int
+    """Floating-point operations of a forward pass, per token."""
 
 
 class Evaluation(FrozenRecord):
     """Perplexity on one data SPEC, before and after pruning."""
 
     data: str
+    """Data SPEC of the text."""
     seqlen: int
+    """Tokens of a window."""
     windows: int
+    """Number of windows."""
     dense: Perplexity | None
     """None if the dense model was not evaluated; ``cfsp recover`` takes it from the report of ``cfsp prune``."""
     pruned: Perplexity
+    """Perplexity after pruning, before any training."""
     recovered: Perplexity | None = None
     """After the training, if there was one."""
     excess_nll: float | None
@@ -195,7 +216,9 @@ class LossPoint(FrozenRecord):
     """A point of the loss curve; ``loss`` is the mean since the previous point."""
 
     step: int
+    """Optimizer steps taken so far."""
     loss: float | None = None
+    """Mean training loss since the previous point."""
     held_out: float | None = None
     """Mean cross-entropy of the held-out sequences, nats per token."""
 
@@ -204,8 +227,11 @@ class RecoveryReport(FrozenRecord):
     """Training after the cut."""
 
     data: str
+    """Data SPEC of the training text."""
     sequences: int
+    """Number of training sequences."""
     seqlen: int
+    """Tokens of a sequence."""
     parameters: int
     """Trained parameters."""
     ranks: tuple[int, ...]
@@ -217,18 +243,24 @@ class RecoveryReport(FrozenRecord):
     adapter: bool
     """Whether the result is an adapter beside the pruned weights."""
     curve: tuple[LossPoint, ...]
+    """Loss curve of the training."""
 
 
 class BlockReport(FrozenRecord):
     """Width of a block's feed-forward, or of each expert of a mixture."""
 
     block: int
+    """Index of the block, from 0."""
     path: str
+    """Path of the feed-forward inside the block."""
     experts: int
     """Feed-forwards of this width: the experts of a mixture, or one."""
     importance: float | None
+    """The allocator's coarse importance; None if it has none."""
     width_before: int
+    """Channels before the cut."""
     width_after: int
+    """Channels after the cut."""
     error_plain: float | None = None
     """Relative squared error of the output on held-out tokens by the cut alone, if it was measured."""
     error: float | None = None
@@ -291,6 +323,10 @@ class RunResult:
     """A finished run: its options, plan, report and checkpoint folder."""
 
     config: RunConfig
+    """Options of the run."""
     plan: PruningPlan
+    """The finished plan."""
     report: Report
+    """Results of the run."""
     folder: Path
+    """The checkpoint folder."""

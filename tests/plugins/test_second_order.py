@@ -19,7 +19,6 @@ from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import CollectorState, TokenCounts, WindowRows, measure_block
 from cfsp_framework.engine.measurements import FeedForwardMeasurement, summarise
 from cfsp_framework.engine.replay import ForwardOptions, embed
-from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward
@@ -63,11 +62,6 @@ SECOND_ORDER = frozenset(
         FEED_FORWARD_TARGETS.held_out(),
     }
 )
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return load_plugins()
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-bias", "phi3", "gemma2"])
