@@ -82,7 +82,7 @@ def allocate(
     return shares
 
 
-def importance_of(
+def get_importance(
     allocator: ConfiguredComponent[Allocator], summaries: Sequence[BlockSummary]
 ) -> Sequence[float | None]:
     """Return the allocator's coarse importance, checked: one finite number per block, or None for each.
@@ -194,7 +194,7 @@ def plan_blocks(
     units = [_unit(summary) for summary in summaries]
     counts = [summary.width // unit for summary, unit in zip(summaries, units, strict=True)]
     widths = round_widths(shares, units, budget, rebalance=rebalance, counts=counts)
-    importance = importance_of(allocator, summaries)
+    importance = get_importance(allocator, summaries)
     return tuple(
         BlockPlan(
             block=summary.block,

@@ -13,7 +13,7 @@ from cfsp_framework.api.components import Allocator
 from cfsp_framework.api.data import BlockSummary, Budget, Statistic
 from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.host.selection import get_curve_kind
-from cfsp_framework.pruning.planning import allocate, importance_of, round_widths, total_to_keep
+from cfsp_framework.pruning.planning import allocate, get_importance, round_widths, total_to_keep
 from cfsp_framework.testing.contract import ComponentContract, checked_by_host, configure, explore, run_twice
 from cfsp_framework.testing.errors import ContractError, NotApplicable
 from cfsp_framework.testing.guards import RecordedScalars, check_reads, read_only
@@ -148,7 +148,7 @@ class AllocatorContract(ComponentContract):
         tensors |= {f"summaries[{i}].curve": s.curve for i, s in enumerate(summaries) if s.curve is not None}
         with read_only("allocate() or importance()", tensors), checked_by_host():
             allocate(configure(component), summaries, Budget(0.5))
-            importance_of(configure(component), summaries)
+            get_importance(configure(component), summaries)
 
     def test_reads_what_it_requires_and_nothing_else(self, component: Allocator) -> None:
         """Measuring a statistic takes time in the pass over the data, and a curve needs the Gram matrix."""
@@ -162,7 +162,7 @@ class AllocatorContract(ComponentContract):
                 try:
                     with checked_by_host(case):
                         allocate(configure(component), summaries, Budget(ratio))
-                        importance_of(configure(component), summaries)
+                        get_importance(configure(component), summaries)
                 except ContractError:
                     if not reads <= required:
                         break  # a KeyError, which the next line explains
@@ -182,6 +182,6 @@ class AllocatorContract(ComponentContract):
         """Reports show it, and recovery may depend on it; None if the allocator has none."""
         for case in CASES:
             with checked_by_host(case):
-                importance = importance_of(configure(component), self.summaries(component, case))
+                importance = get_importance(configure(component), self.summaries(component, case))
             if None in importance:
                 raise NotApplicable("it has no importance")

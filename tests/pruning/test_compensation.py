@@ -320,7 +320,7 @@ def checked(update: object, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype 
     """Return the update of a compensator of block 7 once the host has checked it."""
     monkeypatch.setattr(Fixed, "update", update)
     block = sample().block
-    block = replace(block, block=7, down=block.down.to(dtype), up=block.up.to(dtype))
+    block = replace(block, block=7, down=block.down.to(dtype), up=block.up.to(dtype), gate=block.up.to(dtype))
     fixed = ConfiguredComponent(Fixed(), Origin("their-plugin", "their-package", "1.2"))
     return compensate(fixed, block, KEPT, BlockStatistics({}, 0))
 
