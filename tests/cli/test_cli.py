@@ -578,9 +578,9 @@ def refused_model(refused: Refuse, out: Path) -> Refuse:
 
 
 def test_a_missing_model_is_refused(refused_model: Refuse, tmp_path: Path) -> None:
-    assert refused_model("/nowhere/model") == "model '/nowhere/model': there is no such folder."
+    assert refused_model("/nowhere/model").startswith("model '/nowhere/model'")
     message = refused_model("nobody/nothing")
-    assert message.startswith("model 'nobody/nothing': there is no such folder")
+    assert message.startswith("model 'nobody/nothing'")
     assert "Hub" in message
     assert f"{tmp_path} is not a model" in refused_model(tmp_path)
 
