@@ -83,7 +83,7 @@ def walk(command: click.Command, context: click.Context) -> Iterator[tuple[click
 def commands() -> str:
     """Return a section for every command."""
     sections = []
-    for command, context in walk(cli, click.Context(cli, info_name="cfsp")):
+    for command, context in walk(cli, click.Context(cli, info_name="cfsp", **cli.context_settings)):
         usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
         rows = [describe(option, context) for option in command.params if isinstance(option, click.Option)]
         text = inspect.cleandoc(command.help or "")
