@@ -125,7 +125,7 @@ def _describe_details(cls: type[Component], plugins: Plugins) -> Row:
     details: Row = {
         "description": inspect.getdoc(cls) or "",
         "module": cls.__module__,
-        "defined_in": f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}",
+        "defined_in": _find_definition(cls),
         "options": {
             name: {
                 "type": _type_name(field.annotation),
@@ -184,6 +184,16 @@ def _costs(statistic: Statistic, collector: type[Collector]) -> Iterator[str]:
         yield "every tenth window" if collector.windows is Windows.HELD_OUT else "nine windows of ten"
     if collector.ordered:
         yield "one process only"
+
+
+def _find_definition(cls: type[Component]) -> str:
+    """Return file and line of a class; a class made by a function has those of its base."""
+    for base in cls.__mro__:
+        try:
+            return f"{inspect.getsourcefile(base)}:{inspect.getsourcelines(base)[1]}"
+        except (OSError, TypeError):
+            continue
+    return cls.__module__
 
 
 def _type_name(annotation: Any) -> str:
