@@ -27,7 +27,10 @@ class _Rows:
 
 
 class FeedForwardInputs(Collector):
-    """Inputs of the feed-forward, token by token, in windows that are not held out."""
+    """Inputs of the feed-forward, token by token.
+
+    Held-out windows are excluded; the collector for those is separate.
+    """
 
     name: ClassVar[str] = "feed-forward-inputs"
     provides: ClassVar[Statistic] = FEED_FORWARD_INPUTS
@@ -38,7 +41,10 @@ class FeedForwardInputs(Collector):
 
 
 class FeedForwardTargets(Collector):
-    """Target outputs of the feed-forward, token by token, in windows that are not held out."""
+    """Target outputs of the feed-forward, token by token.
+
+    Held-out windows are excluded; the collector for those is separate.
+    """
 
     name: ClassVar[str] = "feed-forward-targets"
     provides: ClassVar[Statistic] = FEED_FORWARD_TARGETS
