@@ -6,14 +6,13 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cfsp_framework.ablation.results import CellResult
 from cfsp_framework.ablation.summary import Grid, Group, Interval, Method, Pair
 from cfsp_framework.reporting.figures import INK, MUTED, SOFT, new_figure, plain_text, set_value_axis, shorten
 
 Read = Callable[[CellResult], float | None]
-Matrix = Sequence[Sequence[float]]
 
 STYLES = (
     ("#0072b2", "circle", "solid"),
@@ -199,47 +198,45 @@ def plot_quality_by_cost(points: Sequence[Point], dense: float | None, cost: str
 # --- heat maps --------------------------------------------------------------------------------------------------------
 
 
+class _Cell(NamedTuple):
+    """A cell of a heat map: its value, the text in it, and the text under the mouse."""
+
+    value: float = math.nan
+    text: str = ""
+    hover: str = ""
+
+
 def _heatmap(
     title: str,
     rows: Sequence[str],
     columns: Sequence[object],
-    values: Matrix,
+    cells: Sequence[Sequence[_Cell]],
     colours: object,
     limits: tuple[float, float],
     *,
-    text: Sequence[Sequence[str]] | None = None,
-    hover: Sequence[Sequence[str]] | None = None,
     scale: bool = False,
 ) -> Any:
-    """Return ``values`` as colours between two ``limits``, with a text in each cell; only finite ones have a colour."""
-    finite = [[value if math.isfinite(value) else None for value in row] for row in values]
+    """Return values as colours between two ``limits``, with their text; only finite values have a colour."""
     figure = new_figure(title, height=max(170, 120 + 27 * len(rows) + (35 if scale else 0)))
     figure.add_heatmap(
-        z=finite,
+        z=[[cell.value if math.isfinite(cell.value) else None for cell in row] for row in cells],
+        text=[[cell.text for cell in row] for row in cells],
+        hovertext=[[cell.hover for cell in row] for row in cells],
+        texttemplate="%{text}",
+        hoverinfo="text",
+        hoverongaps=False,
         colorscale=colours,
         zmin=limits[0],
         zmax=limits[1],
-        text=text,
-        texttemplate="%{text}" if text else None,
-        hovertext=hover,
-        hoverinfo="text" if hover else "z",
-        hoverongaps=False,
         xgap=1,
         ygap=1,
         showscale=scale,
-        colorbar={
-            "orientation": "h",
-            "thickness": 8,
-            "nticks": 5,
-            "outlinewidth": 0,
-            "yref": "container",
-            "y": 0,
-            "yanchor": "bottom",
-        },
+        colorbar={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "thickness": 8, "nticks": 5},
     )
     step = math.ceil(len(columns) / 12) if all(isinstance(column, int) for column in columns) else 1
     shown = [*range(0, len(columns), step)]
-    figure.update_xaxes(tickvals=shown, ticktext=[columns[place] for place in shown], showgrid=False)
+    figure.update_xaxes(tickvals=shown, ticktext=[columns[place] for place in shown], ticklabeloverflow="allow")
+    figure.update_xaxes(showgrid=False)
     figure.update_yaxes(tickvals=[*range(len(rows))], ticktext=rows, showgrid=False, range=(len(rows) - 0.5, -0.5))
     return figure
 
@@ -250,37 +247,26 @@ def plot_grid(grid: Grid, ratio: float, read: Read, finite: Sequence[float]) -> 
     The colours are logarithmic where the losses span a factor of 4 or more; the lowest is bold.
     """
     low, high = min(finite), max(finite)
-    logarithmic = low > 0 and high / low >= 4
-    scale = math.log if logarithmic else float
-    values: list[list[float]] = []
-    text: list[list[str]] = []
-    hover: list[list[str]] = []
-    for row in grid.groups[ratio]:
-        means = [group.interval(read) if group else None for group in row]
-        values.append([scale(mean.mean) if mean and math.isfinite(mean.mean) else math.nan for mean in means])
-        text.append([_cell_text(group, mean, low) for group, mean in zip(row, means, strict=True)])
-        hover.append([
-            describe(group.method.label, ratio, format_interval(mean, ".4f")) if group and mean else ""
-            for group, mean in zip(row, means, strict=True)
-        ])  # fmt: skip
+    scale = math.log if low > 0 and high / low >= 4 else float
+
+    def to_cell(group: Group | None) -> _Cell:
+        mean = group.interval(read) if group else None
+        if group is None or mean is None:
+            return _Cell(text="failed" if group and group.failed else "")
+        hover = describe(group.method.label, ratio, format_interval(mean, ".4f"))
+        if not math.isfinite(mean.mean):
+            return _Cell(text="NaN" if math.isnan(mean.mean) else "∞", hover=hover)
+        text = f"{mean.mean:.3f}"
+        return _Cell(scale(mean.mean), f"<b>{text}</b>" if mean.mean == low else text, hover)
+
     return _heatmap(
         ", ".join([f"{percent(ratio)} to remove", *map(plain_text, grid.fixed)]),
         [*map(label, grid.rows)],
         [label(name).replace(":", ":<br>") for name in grid.columns],
-        values,
+        [[to_cell(group) for group in row] for row in grid.groups[ratio]],
         _LOSS_COLOURS,
         (scale(low), scale(high) if high > low else scale(low) + 1),
-        text=text,
-        hover=hover,
     )
-
-
-def _cell_text(group: Group | None, mean: Interval | None, best: float) -> str:
-    if mean is None:
-        return "failed" if group and group.failed else ""
-    if not math.isfinite(mean.mean):
-        return "NaN" if math.isnan(mean.mean) else "∞"
-    return f"<b>{mean.mean:.3f}</b>" if mean.mean == best else f"{mean.mean:.3f}"
 
 
 def plot_kept_widths(rows: Sequence[WidthRow], ratio: float, reach: float) -> Any:
@@ -289,51 +275,45 @@ def plot_kept_widths(rows: Sequence[WidthRow], ratio: float, reach: float) -> An
     ``reach`` is the distance, a share of the channels, that has the darkest colour.
     """
     blocks = [*rows[0].kept]
-    averages = [statistics.fmean(row.kept.values()) for row in rows]
-    return _heatmap(
-        f"{percent(ratio)} to remove",
-        [label(row.label) for row in rows],
-        blocks,
-        [[100 * (row.kept[b] - mean) for b in blocks] for row, mean in zip(rows, averages, strict=True)],
-        "PuOr",
-        (-100 * reach, 100 * reach),
-        text=[[f"{100 * row.kept[block]:.0f}" for block in blocks] for row in rows]
-        if len(blocks) <= _FEW_BLOCKS
-        else None,
-        hover=[[f"{plain_text(row.label)}<br>block {b} keeps {percent(row.kept[b])}" for b in blocks] for row in rows],
-        scale=True,
-    ).update_xaxes(title="block")
+
+    def to_cells(row: WidthRow) -> list[_Cell]:
+        mean = statistics.fmean(row.kept.values())
+        return [
+            _Cell(
+                100 * (share - mean),
+                f"{100 * share:.0f}" if len(blocks) <= _FEW_BLOCKS else "",
+                f"{plain_text(row.label)}<br>block {block} keeps {percent(share)}",
+            )
+            for block, share in row.kept.items()
+        ]
+
+    cells = [to_cells(row) for row in rows]
+    labels, limits = [label(row.label) for row in rows], (-100 * reach, 100 * reach)
+    figure = _heatmap(f"{percent(ratio)} to remove", labels, blocks, cells, "PuOr", limits, scale=True)
+    return figure.update_xaxes(title="block")
 
 
 def plot_agreement(
-    criteria: Sequence[str], names: Mapping[str, str], values: Mapping[tuple[str, str], float], title: str
+    criteria: Sequence[str], names: Mapping[str, str], values: Mapping[tuple[str, str], float], ratio: str | None
 ) -> Any:
-    """Return every two criteria against each other; correlations have two colours, shares have one."""
-    signed = any(value < 0 for value in values.values()) or "correlation" in title
+    """Return every two criteria against each other: overlaps at ``ratio``, or without one rank correlations."""
     rows, columns = criteria[1:], criteria[:-1]
-    matrix = [
-        [_lookup(values, row, column) if place <= number else math.nan for place, column in enumerate(columns)]
-        for number, row in enumerate(rows)
-    ]
+
+    def to_cell(row: str, column: str) -> _Cell:
+        value = _lookup(values, row, column)
+        text = ">.99" if 0.995 <= value < 1 else f"{value:.2f}"  # not quite 1
+        return _Cell(value, text, f"{plain_text(names[row])}<br>{plain_text(names[column])}<br>{value:.3f}")
+
     return _heatmap(
-        title,
+        agreement_title(ratio),
         [label(names[name]) for name in rows],
         [label(names[name]).replace(":", ":<br>") for name in columns],
-        matrix,
-        "RdBu" if signed else _SHARE_COLOURS,
-        (-1.0 if signed else 0.0, 1.0),
-        text=[["" if math.isnan(value) else _decimals(value) for value in row] for row in matrix],
-        hover=[
-            [f"{plain_text(names[row])}<br>{plain_text(names[column])}<br>{value:.3f}"
-             for column, value in zip(columns, line, strict=True)]
-            for row, line in zip(rows, matrix, strict=True)
+        [
+            [to_cell(row, column) if place <= number else _Cell() for place, column in enumerate(columns)]
+            for number, row in enumerate(rows)
         ],
-    )  # fmt: skip
-
-
-def _decimals(value: float) -> str:
-    """Write two decimals; ``>.99`` for what is not quite 1."""
-    return ">.99" if 0.995 <= value < 1 else f"{value:.2f}"
+        *_agreement_colours(ratio),
+    )
 
 
 def plot_agreement_by_block(pairs: Sequence[Pair], names: Mapping[str, str], ratio: str | None) -> Any:
@@ -344,26 +324,20 @@ def plot_agreement_by_block(pairs: Sequence[Pair], names: Mapping[str, str], rat
     blocks = sorted({block for pair in pairs for block in pair.correlation})
     rows = _pair_rows(pairs, names)
 
-    def value(pair: Pair, block: int) -> float | None:
-        return (pair.correlation if ratio is None else pair.overlap.get(ratio, {})).get(block)
+    def to_cell(name: str, held: Sequence[Pair], block: int) -> _Cell:
+        by_block = [pair.correlation if ratio is None else pair.overlap.get(ratio, {}) for pair in held]
+        values = [values[block] for values in by_block if math.isfinite(values.get(block, math.nan))]
+        mean = statistics.fmean(values) if values else math.nan
+        return _Cell(mean, hover=f"{name}<br>block {block}<br>{mean:.3f}")
 
-    matrix = [
-        [_average([v for pair in held if (v := value(pair, block)) is not None]) for block in blocks]
-        for _, held in rows
-    ]
-    return _heatmap(
-        agreement_title(ratio),
-        [name for name, _ in rows],
-        blocks,
-        matrix,
-        "RdBu" if ratio is None else _SHARE_COLOURS,
-        (-1.0 if ratio is None else 0.0, 1.0),
-        hover=[
-            [f"{name}<br>block {block}<br>{cell:.3f}" for block, cell in zip(blocks, line, strict=True)]
-            for (name, _), line in zip(rows, matrix, strict=True)
-        ],
-        scale=True,
-    ).update_xaxes(title="block")
+    labels, cells = [name for name, _ in rows], [[to_cell(*row, block) for block in blocks] for row in rows]
+    figure = _heatmap(agreement_title(ratio), labels, blocks, cells, *_agreement_colours(ratio), scale=True)
+    return figure.update_xaxes(title="block")
+
+
+def _agreement_colours(ratio: str | None) -> tuple[object, tuple[float, float]]:
+    """Return the colours and limits of correlations, or of shares at a ratio."""
+    return ("RdBu", (-1.0, 1.0)) if ratio is None else (_SHARE_COLOURS, (0.0, 1.0))
 
 
 def agreement_title(ratio: str | None) -> str:
@@ -400,8 +374,3 @@ def order_by_similarity(pairs: Sequence[Pair]) -> list[str]:
 
 def _lookup(values: Mapping[tuple[str, str], float], first: str, second: str) -> float:
     return values.get((first, second), values.get((second, first), math.nan))
-
-
-def _average(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return statistics.fmean(finite) if finite else math.nan

@@ -304,7 +304,7 @@ def _plot_agreement(results: SweepResults) -> dict[str, list[Markup]]:
             for pair in pairs
         }
         known: Mapping[tuple[str, str], float] = {key: mean for key, mean in means.items() if mean is not None}
-        figure = figures.plot_agreement(criteria, names, known, figures.agreement_title(ratio))
+        figure = figures.plot_agreement(criteria, names, known, ratio)
         drawn["agreement"].append(to_fragment(figure, f"agreement-{place}"))
         if several:
             figure = figures.plot_agreement_by_block(pairs, names, ratio)

@@ -17,7 +17,7 @@ from cfsp_framework.errors import OutputError
 FILE = "results.sqlite"
 PLANS = "plans"
 COLLECTIONS = "collections"
-_LOCK = "results.lock"
+_LOCK = ".lock"
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS cells (

@@ -61,16 +61,9 @@ choices = st.builds(
 
 
 @settings(deadline=None)
-@given(st.lists(choices, min_size=1, max_size=5))
-def test_choices_between_commas_come_apart_where_a_name_begins(wanted: list[str]) -> None:
-    assert split_choices(",".join(wanted)) == wanted
-
-
-@settings(deadline=None)
-@given(st.lists(choices, min_size=1, max_size=5), st.data())
-def test_spaces_around_commas_do_not_matter(wanted: list[str], data: st.DataObject) -> None:
-    text = ",".join(wanted).replace(",", data.draw(st.sampled_from([", ", " ,", " , "])))
-    assert split_choices(text) == wanted
+@given(st.lists(choices, min_size=1, max_size=5), st.sampled_from([",", ", ", " ,", " , "]))
+def test_choices_between_commas_come_apart_where_a_name_begins(specs: list[str], comma: str) -> None:
+    assert split_choices(",".join(specs).replace(",", comma)) == specs
 
 
 @pytest.mark.parametrize(
@@ -98,21 +91,7 @@ def test_a_grid_crosses_every_component_with_every_other_at_every_amount() -> No
         "demo",
         {"criterion": "cfsp:variant=act,b=2,obs", "allocator": ["uniform", "owl"], "ratio": "0.2,0.5", "seeds": [0, 1]},
     )
-    assert len(cells) == 2 * 2 * 2 * 2
-    assert (
-        len(
-            {
-                (
-                    str(c.config.components.criterion),
-                    str(c.config.components.allocator),
-                    c.config.budget.ratio,
-                    c.config.run.seed,
-                )
-                for c in cells
-            }
-        )
-        == 16
-    )
+    assert len(cells) == len({cell.config.model_dump_json() for cell in cells}) == 2 * 2 * 2 * 2
     assert cells[0].config.components.criterion == Choice(name="cfsp", options={"variant": "act", "b": 2})
     assert {c.row for c in cells} == {f"{c} + {a}" for c in ("cfsp:variant=act,b=2", "obs") for a in ("uniform", "owl")}
 
