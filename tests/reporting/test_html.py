@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp_framework.reporting.html import human_count, page_environment
+from cfsp_framework.api.records import LossPoint, RecoveryReport, Report
+from cfsp_framework.reporting.figures import plotly_script
+from cfsp_framework.reporting.html import html_report, human_count, page_environment
 
 
 @pytest.mark.parametrize(
@@ -36,3 +40,16 @@ def test_files_go_by_their_names_and_repositories_by_their_specs(spec: str, name
 )
 def test_a_page_is_headed_by_a_folders_name_or_a_hub_id(model: str, name: str) -> None:
     assert page_environment().filters["model"](model) == name
+
+
+def test_the_page_of_a_run_is_one_file_with_its_figures(report: Report) -> None:
+    recovery = RecoveryReport(
+        data="c4", sequences=8, seqlen=32, parameters=100, ranks=(), steps=2, tokens=512, adapter=False,
+        curve=(LossPoint(step=1, loss=2.0, held_out=2.1), LossPoint(step=2, loss=1.5)),
+    )  # fmt: skip
+    page = html_report(report.model_copy(update={"model": "</script><script>x", "recovery": recovery}))
+    assert page.count(plotly_script()) == 1
+    body = page.replace(plotly_script(), "")
+    assert re.findall(r'Plotly.newPlot\(\s*"([^"]+)"', body) == ["widths", "losses"]
+    assert "<script>x" not in body
+    assert re.findall(r'(?:src|href)="', body) == []

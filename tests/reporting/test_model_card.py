@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp_framework.api.records import Evaluation, LossPoint, Perplexity, RecoveryReport, Report
-from cfsp_framework.cli.main import cli
 from cfsp_framework.reporting.html import model_card
 from cfsp_framework.reporting.model_card import BaseModel, front_matter, hub_data_sets, plain, read_base
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path], calibration_text: Path) -> Report:
-    """Of a real run, on a local text."""
-    out = tmp_path_factory.mktemp("cards") / "out"
-    words = ["prune", make_model("llama"), out, "--calibration", calibration_text, "--samples", 4, "--seqlen", 32]
-    words += ["--round-to", 8, "--evaluate", calibration_text, "--evaluate-windows", 2, "-q"]
-    result = CliRunner().invoke(cli, list(map(str, words)))
-    assert result.exit_code == 0, result.output
-    return Report.model_validate_json((out / "report.json").read_text())
 
 
 def on(report: Report, data: str, **changes: Any) -> Report:
