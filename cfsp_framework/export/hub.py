@@ -35,6 +35,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _NOT_UPLOADED = (STATISTICS_FILE,)  # engines read every *.safetensors of a repository as weights
 _EDITED = (CARD_FILE, REPORT_FILE, PAGE_FILE, PLAN_FILE, "recovery_plan.json", "adapter/adapter_config.json")
 _PATH = re.compile(r"(?<![\w.:/<~-])(?:[A-Za-z]:\\|/)(?:[\w.+@ -]+[/\\])+[\w.+@-]+")
+_SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 
 
 class UploadedFile(FrozenRecord):
@@ -191,27 +192,29 @@ def _read_card(path: Path) -> dict[str, Any]:
 
 def _stage(folder: Path, staged: Path, repository: str) -> dict[str, str]:
     """Link the files to upload into ``staged``, edit the texts, and return the paths replaced in them."""
-    replaced: dict[str, str] = {}
-    for name in _list_files(folder):
-        if name in _NOT_UPLOADED:
-            continue
+    names = [name for name in _list_files(folder) if name not in _NOT_UPLOADED]
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in names if name in _EDITED}
+    paths = {path: last for text in texts.values() for path, last in private_paths(text).items()}
+    for name in names:
         target = staged / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name not in _EDITED:
+        if name not in texts:
             os.symlink((folder / name).absolute(), target)
             continue
-        text = (folder / name).read_text(encoding="utf-8")
-        paths = private_paths(text)
+        text = texts[name]
         for path in sorted(paths, key=len, reverse=True):
             text = text.replace(path, paths[path])
-        replaced |= paths
         target.write_text(text.replace(PLACE, repository), encoding="utf-8")
-    return replaced
+    return paths
 
 
 def private_paths(text: str) -> dict[str, str]:
-    """Return the absolute paths in a text, each with its last part."""
-    return {path: PurePath(path.replace("\\", "/")).name for path in _PATH.findall(text)}
+    """Return the absolute paths in a text, each with its last part.
+
+    Scripts of a page are not searched: their regular expressions and divisions look like paths.
+    """
+    paths = _PATH.findall(_SCRIPT.sub("", text))
+    return {path: PurePath(path.replace("\\", "/")).name for path in paths}
 
 
 def _list_files(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -245,10 +246,31 @@ def test_absolute_paths_are_found_wherever_they_stand(parts: list[str], around: 
 
 
 @pytest.mark.parametrize(
-    "text", ["https://huggingface.co/a/b", "</td></tr>", "1/2/3", "me/fox/x", "14px/1.5 x", "../data/x", "~/data/x"]
+    "text",
+    [
+        "https://huggingface.co/a/b",
+        "</td></tr>",
+        "1/2/3",
+        "me/fox/x",
+        "14px/1.5 x",
+        "../data/x",
+        "~/data/x",
+        "<script>x = (a) /b/2;\ny.test(/MSIE/.test)</script>",
+    ],
 )
 def test_other_texts_are_not_paths(text: str) -> None:
     assert private_paths(text) == {}
+
+
+def test_the_scripts_of_the_page_are_uploaded_unchanged(pruned: Path, hub: Hub) -> None:
+    push(pruned, "me/fox")
+    library = max(_scripts((pruned / "report.html").read_text(encoding="utf-8")), key=len)
+    assert len(library) > 1_000_000  # plotly.js
+    assert library in _scripts(hub.texts["report.html"])
+
+
+def _scripts(page: str) -> list[str]:
+    return re.findall(r"<script\b.*?</script>", page, re.DOTALL)
 
 
 def test_the_card_that_is_uploaded_is_one_the_hub_reads(pruned: Path, hub: Hub) -> None:
