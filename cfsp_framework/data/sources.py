@@ -174,6 +174,8 @@ def _read(spec: str, role: Role, characters: int | None = None) -> tuple[list[st
         raise DataError(f"data {spec!r}: no such file or name.{did_you_mean(spec, ['demo', *WELL_KNOWN])}")
     with _reading(spec, _kind(path)):
         if path.suffix == ".txt":
+            if column != "text":
+                raise DataError(f"data {spec!r}: a .txt file has no columns; give {path}.")
             return [path.read_text(encoding="utf-8")], ""
         with silenced_datasets():
             return _column_texts(spec, _load_local(path, role), column), "\n\n"

@@ -103,6 +103,7 @@ def test_the_demo_has_a_split_for_every_role() -> None:
     (b"", ".txt", "", "holds no text"),
     (b" \n ", ".txt", "", "holds no text"),
     (b"caf\xe9", ".txt", "", "is not UTF-8 text: byte 3"),
+    (b"text", ".txt", ":story", "a .txt file has no columns"),
     (b'{"text": "a"}\n{broken', ".jsonl", "", "cannot be read: ArrowInvalid: "),
     (b'{"text": "a"}\n', ".jsonl", ":texts", "has no column 'texts'. Did you mean 'text'? Available: text."),
     (b'{"text": 3}\n', ".jsonl", "", "column 'text' holds int, not text"),
