@@ -50,6 +50,11 @@ class Progress:
             self.notify(RunFailed(error))
             raise
 
+    def note(self, text: str) -> None:
+        """Print a sentence where the bars are drawn."""
+        if self.visible:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     @contextmanager
     def bar(self, description: str, total: int) -> Generator[Callable[[], None]]:
         """Yield a function to call after each of ``total`` steps; the bar appears once a second has passed.

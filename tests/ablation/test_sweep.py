@@ -563,11 +563,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_inside_another_shares_its_display(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_and_bars_share_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, hide_cursor = Terminal(), "\x1b[?25l"
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     progress = Progress(visible=True)
+    progress.note("out [1] has 2 of 4 cells")
+    assert terminal.getvalue() == "out [1] has 2 of 4 cells\n"
     for displays in (1, 2):
         with progress.bar("cells", total=2) as step:
             with progress.bar("collect", total=1) as inner:
