@@ -322,6 +322,9 @@ def layered(
     """
     from_file = read_yaml(config_file) if config_file else {}
     own_preset = from_file.pop("preset", None)
+    for name in from_file:
+        if name not in OPTIONS:
+            raise ConfigError(f"{config_file}: Unknown option {name!r}.{did_you_mean(name, OPTIONS)}")
     chosen = preset if preset is not None else own_preset
     merged: dict[str, object] = {}
     for layer in (start or {}, _preset(chosen) if chosen is not None else {}, from_file, given):
