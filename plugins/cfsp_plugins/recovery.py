@@ -45,17 +45,19 @@ class Training(RecoveryScheduler):
     """Default learning rate, as a multiple of the one for all weights."""
 
     learning_rate: float | None = Field(
-        default=None, gt=0, description="the highest, of AdamW; null: by the hidden size, docs/recovery.md"
+        default=None, gt=0, description="highest learning rate of AdamW; null: by the hidden size, docs/recovery.md"
     )
-    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps in which it rises from 0")
+    warmup: float = Field(
+        default=0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises from 0"
+    )
     decay: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="how it falls to 0, if it does"
+        default="cosine", description="how the learning rate falls to 0 after the warmup; constant: it does not"
     )
     batch_tokens: int = Field(default=8192, ge=1, description="tokens of one step, over all processes")
     distillation: float = Field(
         default=0.0, ge=0, le=1, description="share of the loss that is the divergence from the dense model"
     )
-    temperature: float = Field(default=1.0, gt=0, description="of that divergence")
+    temperature: float = Field(default=1.0, gt=0, description="softmax temperature of the divergence")
     gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time")
 
     def plan_for(
@@ -155,8 +157,8 @@ class IgLora(LowRank):
     direction: Literal["importance", "removed"] = Field(
         default="importance", description="more rank where the coarse importance is high, or where more was removed"
     )
-    min_rank: int = Field(default=1, ge=0, description="of a block; 0 lets blocks go untrained")
-    max_rank: int | None = Field(default=None, ge=1, description="of a block")
+    min_rank: int = Field(default=1, ge=0, description="least rank of a block; 0 lets blocks go untrained")
+    max_rank: int | None = Field(default=None, ge=1, description="largest rank of a block")
 
     def weights(self, plan: PruningPlan, blocks: Sequence[TrainableBlock]) -> list[float]:
         entries = [[entry for entry in plan.blocks if entry.block == block.block] for block in blocks]
