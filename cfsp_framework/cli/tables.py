@@ -116,7 +116,7 @@ def show_report(report: Report, out: Path | None) -> None:
         _block_table(report.blocks),
         _total_table(report),
         *([_evaluation_table(report.evaluations)] if report.evaluations else []),
-        f"Used: {used}; {'no data' if report.calibration is None else data}.",
+        f"Used: {used}; {'no calibration data' if report.calibration is None else data}.",
         *(
             [f"{describe_training(recovery.model_copy(update={'data': shorten_spec(recovery.data)}))}."]
             if recovery
@@ -146,7 +146,9 @@ def _block_table(blocks: Sequence[BlockReport]) -> Table:
         24, console.width - 52 - (3 + max(len(describe_feed_forward(block)) for block in blocks) if mixed else 0)
     )
     drawn = length >= 8 and console.encoding.startswith("utf")
-    headings = ["block", *(["feed-forward"] if mixed else []), "importance", "width", "kept", "share"]
+    ranked = any(block.importance is not None for block in blocks)
+    names = (["feed-forward"] if mixed else []) + (["importance"] if ranked else [])
+    headings = ["block", *names, "width", "kept", "share"]
     rows = []
     for block in blocks:
         share = block.width_after / block.width_before
@@ -157,7 +159,7 @@ def _block_table(blocks: Sequence[BlockReport]) -> Table:
             [
                 str(block.block),
                 *([describe_feed_forward(block)] if mixed else []),
-                importance,
+                *([importance] if ranked else []),
                 *widths,
                 *([bar] if drawn else []),
             ]

@@ -109,7 +109,11 @@ def _on_channels(measurements: Sequence[FeedForwardMeasurement]) -> Iterator[str
         if share > _MASSIVE and len(squares) > 2:
             massive.append(f"{place} channel {int(squares.argmax())} ({share:.0%})")
     yield from _note("channels that never fire on the calibration tokens, block {}", dead, most=_NAMED)
-    yield from _note("massive activations, more than half of a feed-forward's: block {}", massive, most=_NAMED)
+    yield from _note(
+        "massive activations, one channel with more than half of the squares of its feed-forward: block {}",
+        massive,
+        most=_NAMED,
+    )
 
 
 def _on_blocks(measurements: Sequence[FeedForwardMeasurement]) -> Iterator[str]:
