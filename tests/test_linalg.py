@@ -165,7 +165,7 @@ def test_greedy_removal_is_a_permutation_whose_error_grows_to_the_whole_output(
     assert errors[0] == 0
     assert all(before <= after for before, after in pairwise(errors.tolist()))
     whole = output_square(case.weight, damped(case.gram, damping))
-    assert errors[-1].item() == pytest.approx(whole, rel=1e-9)
+    assert errors[-1].item() == pytest.approx(whole, rel=1e-7)  # the damped Gram may have a condition of 1e6
 
 
 @untimed
