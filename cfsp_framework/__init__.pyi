@@ -1,6 +1,7 @@
 from .api.components import (
     API_VERSION,
     Accumulator,
+    AccumulatorFactory,
     Allocator,
     Collector,
     Compensator,
@@ -38,6 +39,7 @@ __all__ = [
     "API_VERSION",
     "HELD_OUT_EVERY",
     "Accumulator",
+    "AccumulatorFactory",
     "Allocator",
     "Architecture",
     "BlockFinished",

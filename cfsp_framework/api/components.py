@@ -75,6 +75,14 @@ class Accumulator(Protocol):
         ...
 
 
+class AccumulatorFactory(Protocol):
+    """Anything that makes an accumulator without arguments: its class, or a partial call of the class."""
+
+    def __call__(self) -> Accumulator:
+        """Return a fresh accumulator."""
+        ...
+
+
 class Collector(Component):
     """Measure one statistic at one site of every block."""
 
@@ -87,7 +95,7 @@ class Collector(Component):
     """The calibration windows it gets."""
     ordered: ClassVar[bool] = False
     """Whether its state is more than sums, so that windows cannot be distributed over processes."""
-    accumulator: ClassVar[Callable[[], Accumulator]]
+    accumulator: ClassVar[AccumulatorFactory]
     """Class of the accumulator, without required arguments; a collector with options overrides ``start`` instead."""
 
     def start(self) -> Accumulator:

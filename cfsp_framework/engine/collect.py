@@ -128,7 +128,9 @@ def score_block(
                 if failures is None:
                     raise
                 failures[label] = error
-        orders = {label: (scores[order], kind) for label, (order, kind) in curves.items() if order in scores}
+        orders: dict[str, tuple[Tensor, CurveKind]] = {
+            label: (scores[order], kind) for label, (order, kind) in curves.items() if order in scores
+        }
         drawn = error_curves(feed_forward, measured, orders)
         measurements.append(
             FeedForwardMeasurement(

@@ -272,7 +272,11 @@ def test_biases_that_are_added_one_after_another_are_all_configured(
 def record_output(decoder: Decoder, index: int) -> Tensor:
     """Return the output of block ``index``'s feed-forward on the windows, ``(N, T, D)``."""
     outputs: list[Tensor] = []
-    handle = module_of(decoder, index).down.register_forward_hook(lambda _, __, output: outputs.append(output))
+
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    handle = module_of(decoder, index).down.register_forward_hook(keep)
     logits(decoder)
     handle.remove()
     return outputs[0]

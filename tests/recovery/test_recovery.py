@@ -495,7 +495,7 @@ def test_a_recovery_plan_that_does_not_fit_is_blamed_on_the_scheduler(
     blocks = list_trainable_blocks(context.decoder, plan)
 
     class Misfit(UniformLora):
-        def schedule(self, *arguments: Any) -> RecoveryPlan | None:
+        def schedule(self, *arguments: Any) -> RecoveryPlan | None:  # pyright: ignore[reportIncompatibleMethodOverride]
             recovery = super().schedule(*arguments)
             assert recovery is not None
             return recovery.model_copy(update=dict(changes))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from cfsp_framework import Accumulator, Collector, Site, Statistic
+from cfsp_framework import AccumulatorFactory, Collector, Site, Statistic
 from cfsp_framework.statistics import DOWN_INPUT_MEAN, DOWN_INPUT_SQUARES, DOWN_INPUT_VARIANCE
 
 from .sums import Sums
@@ -45,7 +44,7 @@ class DownInputSquares(Collector):
     name: ClassVar[str] = "down-input-squares"
     provides: ClassVar[Statistic] = DOWN_INPUT_SQUARES
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    accumulator: ClassVar[Callable[[], Accumulator]] = _Squares
+    accumulator: ClassVar[AccumulatorFactory] = _Squares
 
 
 class DownInputMean(Collector):
@@ -54,7 +53,7 @@ class DownInputMean(Collector):
     name: ClassVar[str] = "down-input-mean"
     provides: ClassVar[Statistic] = DOWN_INPUT_MEAN
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    accumulator: ClassVar[Callable[[], Accumulator]] = _Mean
+    accumulator: ClassVar[AccumulatorFactory] = _Mean
 
 
 class DownInputVariance(Collector):
@@ -63,4 +62,4 @@ class DownInputVariance(Collector):
     name: ClassVar[str] = "down-input-variance"
     provides: ClassVar[Statistic] = DOWN_INPUT_VARIANCE
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    accumulator: ClassVar[Callable[[], Accumulator]] = _Variance
+    accumulator: ClassVar[AccumulatorFactory] = _Variance

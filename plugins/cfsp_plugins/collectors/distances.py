@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cfsp_framework import Accumulator, Collector, Site, Statistic
+from cfsp_framework import AccumulatorFactory, Collector, Site, Statistic
 from cfsp_framework.statistics import ANGULAR_DISTANCE, COSINE_DISTANCE, MAE_DISTANCE, MSE_DISTANCE
 
 from .sums import Sums
@@ -67,7 +67,7 @@ class AngularDistance(Collector):
     name: ClassVar[str] = "angular-distance"
     provides: ClassVar[Statistic] = ANGULAR_DISTANCE
     site: ClassVar[Site] = Site.BLOCK
-    accumulator: ClassVar[Callable[[], Accumulator]] = partial(_TokenMean, angular_distance)
+    accumulator: ClassVar[AccumulatorFactory] = partial(_TokenMean, angular_distance)
 
 
 class CosineDistance(Collector):
@@ -76,7 +76,7 @@ class CosineDistance(Collector):
     name: ClassVar[str] = "cosine-distance"
     provides: ClassVar[Statistic] = COSINE_DISTANCE
     site: ClassVar[Site] = Site.BLOCK
-    accumulator: ClassVar[Callable[[], Accumulator]] = partial(_TokenMean, cosine_distance)
+    accumulator: ClassVar[AccumulatorFactory] = partial(_TokenMean, cosine_distance)
 
 
 class MseDistance(Collector):
@@ -85,7 +85,7 @@ class MseDistance(Collector):
     name: ClassVar[str] = "mse-distance"
     provides: ClassVar[Statistic] = MSE_DISTANCE
     site: ClassVar[Site] = Site.BLOCK
-    accumulator: ClassVar[Callable[[], Accumulator]] = partial(_TokenMean, mse_distance)
+    accumulator: ClassVar[AccumulatorFactory] = partial(_TokenMean, mse_distance)
 
 
 class MaeDistance(Collector):
@@ -94,4 +94,4 @@ class MaeDistance(Collector):
     name: ClassVar[str] = "mae-distance"
     provides: ClassVar[Statistic] = MAE_DISTANCE
     site: ClassVar[Site] = Site.BLOCK
-    accumulator: ClassVar[Callable[[], Accumulator]] = partial(_TokenMean, mae_distance)
+    accumulator: ClassVar[AccumulatorFactory] = partial(_TokenMean, mae_distance)

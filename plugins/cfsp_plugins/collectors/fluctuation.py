@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
 
-from cfsp_framework import Accumulator, Collector, Site, Statistic
+from cfsp_framework import AccumulatorFactory, Collector, Site, Statistic
 from cfsp_framework.statistics import DOWN_INPUT_FLUCTUATION
 
 from .sums import Sums
@@ -43,4 +42,4 @@ class DownInputFluctuation(Collector):
     provides: ClassVar[Statistic] = DOWN_INPUT_FLUCTUATION
     site: ClassVar[Site] = Site.DOWN_PROJECTION
     ordered: ClassVar[bool] = True
-    accumulator: ClassVar[Callable[[], Accumulator]] = _Fluctuation
+    accumulator: ClassVar[AccumulatorFactory] = _Fluctuation

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from cfsp_framework import Accumulator, Collector, Site, Statistic
+from cfsp_framework import AccumulatorFactory, Collector, Site, Statistic
 from cfsp_framework.statistics import BLOCK_OUTPUT_SQUARES, DOWN_CROSS, DOWN_INPUT_GRAM, DOWN_TARGET_SQUARES
 
 from .sums import OutputSquares
@@ -60,7 +59,7 @@ class DownInputGram(Collector):
     name: ClassVar[str] = "down-input-gram"
     provides: ClassVar[Statistic] = DOWN_INPUT_GRAM
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    accumulator: ClassVar[Callable[[], Accumulator]] = _Gram
+    accumulator: ClassVar[AccumulatorFactory] = _Gram
 
 
 class DownCross(Collector):
@@ -69,7 +68,7 @@ class DownCross(Collector):
     name: ClassVar[str] = "down-cross"
     provides: ClassVar[Statistic] = DOWN_CROSS
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    accumulator: ClassVar[Callable[[], Accumulator]] = _Cross
+    accumulator: ClassVar[AccumulatorFactory] = _Cross
 
 
 class DownTargetSquares(Collector):
@@ -78,7 +77,7 @@ class DownTargetSquares(Collector):
     name: ClassVar[str] = "down-target-squares"
     provides: ClassVar[Statistic] = DOWN_TARGET_SQUARES
     site: ClassVar[Site] = Site.DOWN_PROJECTION
-    accumulator: ClassVar[Callable[[], Accumulator]] = OutputSquares
+    accumulator: ClassVar[AccumulatorFactory] = OutputSquares
 
 
 class BlockOutputSquares(Collector):
@@ -87,4 +86,4 @@ class BlockOutputSquares(Collector):
     name: ClassVar[str] = "block-output-squares"
     provides: ClassVar[Statistic] = BLOCK_OUTPUT_SQUARES
     site: ClassVar[Site] = Site.BLOCK
-    accumulator: ClassVar[Callable[[], Accumulator]] = OutputSquares
+    accumulator: ClassVar[AccumulatorFactory] = OutputSquares

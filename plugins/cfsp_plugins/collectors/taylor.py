@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
-from cfsp_framework import Accumulator, Collector, Site, Statistic
+from cfsp_framework import AccumulatorFactory, Collector, Site, Statistic
 from cfsp_framework.statistics import DOWN_INPUT_TAYLOR, DOWN_INPUT_TAYLOR_SQUARED
 
 from .sums import Sums
@@ -29,7 +28,7 @@ class DownInputTaylor(Collector):
     name: ClassVar[str] = "down-input-taylor"
     provides: ClassVar[Statistic] = DOWN_INPUT_TAYLOR
     site: ClassVar[Site] = Site.GRADIENT
-    accumulator: ClassVar[Callable[[], Accumulator]] = partial(_Effect, power=1)
+    accumulator: ClassVar[AccumulatorFactory] = partial(_Effect, power=1)
 
 
 class DownInputTaylorSquared(Collector):
@@ -38,4 +37,4 @@ class DownInputTaylorSquared(Collector):
     name: ClassVar[str] = "down-input-taylor-squared"
     provides: ClassVar[Statistic] = DOWN_INPUT_TAYLOR_SQUARED
     site: ClassVar[Site] = Site.GRADIENT
-    accumulator: ClassVar[Callable[[], Accumulator]] = partial(_Effect, power=2)
+    accumulator: ClassVar[AccumulatorFactory] = partial(_Effect, power=2)

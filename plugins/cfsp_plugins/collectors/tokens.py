@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from cfsp_framework import Accumulator, Collector, Site, Statistic, Windows
+from cfsp_framework import AccumulatorFactory, Collector, Site, Statistic, Windows
 from cfsp_framework.statistics import FEED_FORWARD_INPUTS, FEED_FORWARD_TARGETS
 
 
@@ -37,7 +36,7 @@ class FeedForwardInputs(Collector):
     site: ClassVar[Site] = Site.FEED_FORWARD
     windows: ClassVar[Windows] = Windows.FITTED
     ordered: ClassVar[bool] = True
-    accumulator: ClassVar[Callable[[], Accumulator]] = partial(_Rows, outputs=False)
+    accumulator: ClassVar[AccumulatorFactory] = partial(_Rows, outputs=False)
 
 
 class FeedForwardTargets(Collector):
@@ -51,4 +50,4 @@ class FeedForwardTargets(Collector):
     site: ClassVar[Site] = Site.FEED_FORWARD
     windows: ClassVar[Windows] = Windows.FITTED
     ordered: ClassVar[bool] = True
-    accumulator: ClassVar[Callable[[], Accumulator]] = partial(_Rows, outputs=True)
+    accumulator: ClassVar[AccumulatorFactory] = partial(_Rows, outputs=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 from cfsp_framework import (
-    Accumulator,
+    AccumulatorFactory,
     BlockStatistics,
     Collector,
     Criterion,
@@ -50,7 +49,7 @@ class PeakCollector(Collector):
     provides: ClassVar[Statistic] = PEAK
     site: ClassVar[Site] = Site.DOWN_PROJECTION
     ordered: ClassVar[bool] = True  # a maximum does not add up, so that processes cannot share windows
-    accumulator: ClassVar[Callable[[], Accumulator]] = _Peak
+    accumulator: ClassVar[AccumulatorFactory] = _Peak
 
 
 class PeakCriterion(Criterion):
