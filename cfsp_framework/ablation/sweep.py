@@ -75,7 +75,9 @@ def ablate(
         dense = evaluate_dense(runner, store)
         pending = [job for job in jobs if (known := store.get(job.key)) is None or known.status == "failed"]
         if len(pending) < len(jobs):
-            progress.note(f"{out} has {len(jobs) - len(pending)} of {len(jobs)} cells; {len(pending)} are run.")
+            progress.note(
+                f"{out} has {len(jobs) - len(pending)} of {len(jobs)} cells already; {len(pending)} are left."
+            )
         work = with_collections(pending, runner, out)
         with progress.bar("cells", total=len(pending)) as step:
             for output in executor.run(work, runner, out / COLLECTIONS):

@@ -226,7 +226,20 @@ def show_estimate(estimate: Estimate) -> None:
     )
 
 
+_LABELS = {
+    "read_bytes_per_block": "stored weights per block",
+    "flops_per_token": "FLOPs per token in the blocks, with attention",
+    "hidden_state_bytes": "hidden states of all windows",
+    "activation_bytes_cpu": "activations of a batch, CPU",
+    "activation_bytes_gpu": "activations of a batch, GPU",
+    "gram_bytes": "Gram matrices of a block",
+    "written_bytes": "weights written",
+}
+
+
 def _label(key: str) -> str:
+    if key in _LABELS:
+        return _LABELS[key]
     for part, word in (("_bytes", ""), ("bytes", "weights"), ("feed_forward", "feed-forward"), ("_", " ")):
         key = key.replace(part, word)
     return key
