@@ -34,7 +34,7 @@ from cfsp_framework.modeling.streaming import ShardWriter, Streamed
 from cfsp_framework.pruning import surgery
 from cfsp_framework.recovery.plan import RecoveryTask, check_recovery_options, plan_recovery, require_task
 from cfsp_framework.recovery.recover import (
-    Training,
+    FinishedTraining,
     merge_kept_adapter,
     open_with_adapter,
     read_adapter_plan,
@@ -135,7 +135,9 @@ def recover(
             training = train(context, plan, require_task(context, plan_recovery(context, plan)), folder)
         else:
             pruned = evaluate(context, context.decoder)
-            training = Training(read_adapter_plan(context, adapter), pruned, merge_kept_adapter(context, adapter))
+            training = FinishedTraining(
+                read_adapter_plan(context, adapter), pruned, merge_kept_adapter(context, adapter)
+            )
         save(context, plan, None, folder, training)
         written, difference = reopen(context, training.outcome.expected, folder, adapter=config.recovery.keep_adapter)
         report = update_report(context, plan, pruned_report, evaluate(context, written), difference, training)
@@ -178,14 +180,14 @@ def schedule(
     return plan_recovery(context, plan, summarise(context.decoder, measurements, CRITERION) if scored else ())
 
 
-def train(context: RunContext, plan: PruningPlan, task: RecoveryTask, folder: Path) -> Training:
+def train(context: RunContext, plan: PruningPlan, task: RecoveryTask, folder: Path) -> FinishedTraining:
     """Train the model in place; an adapter that is kept is written to ``folder`` instead."""
     pruned = evaluate(context, context.decoder)
-    return Training(task.plan, pruned, train_model(context, plan, task, folder))
+    return FinishedTraining(task.plan, pruned, train_model(context, plan, task, folder))
 
 
 def save(
-    context: RunContext, plan: PruningPlan, writer: ShardWriter | None, folder: Path, training: Training | None
+    context: RunContext, plan: PruningPlan, writer: ShardWriter | None, folder: Path, training: FinishedTraining | None
 ) -> None:
     """Write the checkpoint, or the rest of a streamed one, and the plans; only the first process writes."""
     with context.progress.phase("save"):

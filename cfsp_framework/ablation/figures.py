@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cfsp_framework.ablation.results import CellResult
-from cfsp_framework.ablation.summary import Grid, Group, Interval, Method, Pair
+from cfsp_framework.ablation.summary import AxisGrid, Group, Interval, Method, Pair
 from cfsp_framework.reporting.figures import INK, MUTED, SOFT, new_figure, plain_text, set_value_axis, shorten
 
 Read = Callable[[CellResult], float | None]
@@ -36,7 +36,7 @@ _SHARE_COLOURS = ((0.0, "#ffffff"), (0.5, "#9cc3e6"), (1.0, "#2563a8"))
 
 
 @dataclass(frozen=True)
-class Measure:
+class QualityMeasure:
     """A measure of quality: its title, how a cell has it, and its value for the dense model."""
 
     title: str
@@ -86,7 +86,7 @@ def format_interval(mean: Interval, form: str) -> str:
 # --- quality ----------------------------------------------------------------------------------------------------------
 
 
-def plot_quality(groups: Sequence[Group], order: Sequence[Method], measure: Measure, unit: str) -> Any:
+def plot_quality(groups: Sequence[Group], order: Sequence[Method], measure: QualityMeasure, unit: str) -> Any:
     """Return a line over the ratios for each method; with a single ratio, a point for each method, the best on top.
 
     The first methods of ``order`` are in colour; ``unit`` names what a ratio is a share of.
@@ -241,7 +241,7 @@ def _heatmap(
     return figure
 
 
-def plot_grid(grid: Grid, ratio: float, read: Read, finite: Sequence[float]) -> Any:
+def plot_grid(grid: AxisGrid, ratio: float, read: Read, finite: Sequence[float]) -> Any:
     """Return one ratio of a grid, coloured by where each loss lies among the ``finite`` ones of that ratio.
 
     The colours are logarithmic where the losses span a factor of 4 or more; the lowest is bold.

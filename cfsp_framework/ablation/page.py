@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cfsp_framework.ablation import figures
-from cfsp_framework.ablation.figures import Measure, Read, percent
+from cfsp_framework.ablation.figures import QualityMeasure, Read, percent
 from cfsp_framework.ablation.results import CellResult, SweepResults
 from cfsp_framework.ablation.summary import (
     Best,
@@ -82,7 +82,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Entry:
+class PageCell:
     """A number of the table."""
 
     text: str = ""
@@ -97,13 +97,13 @@ class Row:
     """A method at one ratio."""
 
     group: Group
-    entries: tuple[Entry, ...]
+    entries: tuple[PageCell, ...]
     words: str
     """The text that the filter searches, in lower case."""
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailureGroup:
     """Cells with the same error."""
 
     error: str
@@ -186,13 +186,13 @@ def _verdict(best: Best) -> str:
     return f"Ahead of {name} by {spread}." if best.clear else f"Not clearly ahead of {name}: {spread}."
 
 
-def _failures(members: Sequence[Group]) -> list[Failure]:
+def _failures(members: Sequence[Group]) -> list[FailureGroup]:
     labels: dict[str, Counter[str]] = {}
     for group in members:
         for cell in group.failed:
             counter = labels.setdefault(cell.error or "no reason was given", Counter())
             counter[f"{group.method.label} at {percent(group.ratio)}"] += 1
-    return [Failure(error, tuple(counter), counter.total()) for error, counter in labels.items()]
+    return [FailureGroup(error, tuple(counter), counter.total()) for error, counter in labels.items()]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -205,9 +205,9 @@ def _plot_curves(members: Sequence[Group], order: Sequence[Method], results: Swe
         return drawn
     for place, data in enumerate(data_specs(results)):
         dense = dense_quality(results, data)
-        measures = [Measure("perplexity", partial(perplexity, data=data), dense.perplexity if dense else None)]
+        measures = [QualityMeasure("perplexity", partial(perplexity, data=data), dense.perplexity if dense else None)]
         if dense:
-            measures.append(Measure("excess NLL, nats per token", _excess(results, data), None))
+            measures.append(QualityMeasure("excess NLL, nats per token", _excess(results, data), None))
         if any(group.finite(measures[0].read) for group in members):
             drawn[data] = [
                 to_fragment(
@@ -387,14 +387,14 @@ def _rows(members: Sequence[Group], columns: Sequence[Column]) -> list[Row]:
     ]
 
 
-def _entry(mean: Interval | None, column: Column, best: float | None) -> Entry:
+def _entry(mean: Interval | None, column: Column, best: float | None) -> PageCell:
     if mean is None:
-        return Entry()
+        return PageCell()
     if not math.isfinite(mean.mean):
-        return Entry(number(mean.mean), sort=_INFINITE.get(mean.mean, ""))
+        return PageCell(number(mean.mean), sort=_INFINITE.get(mean.mean, ""))
     spread = column.write(mean.half).lstrip("+") if column.spread and mean.half is not None else ""
     spread = spread if any(digit in "123456789" for digit in spread) else ""  # 0 where all seeds agree
-    return Entry(minus(column.write(mean.mean)), spread, repr(mean.mean), mean.mean == best)
+    return PageCell(minus(column.write(mean.mean)), spread, repr(mean.mean), mean.mean == best)
 
 
 def _words(group: Group) -> str:

@@ -90,7 +90,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Grid:
+class AxisGrid:
     """Two axes of a sweep against each other at every ratio, everything else fixed."""
 
     fixed: tuple[str, ...]
@@ -341,7 +341,7 @@ def by_quality(members: Sequence[Group], data: str) -> tuple[Method, ...]:
     return tuple(sorted(every, key=lambda method: statistics.fmean(places[method])))
 
 
-def grids(members: Sequence[Group], data: str) -> tuple[Grid, ...]:
+def grids(members: Sequence[Group], data: str) -> tuple[AxisGrid, ...]:
     """Arrange the sweep as grids, where two or more axes have several values: the longest as rows, the next as columns.
 
     Grids of which the sweep fills less than three fifths are left out: those are named rows.
@@ -368,7 +368,7 @@ def grids(members: Sequence[Group], data: str) -> tuple[Grid, ...]:
                 for ratio in ratios
             }
             names = tuple(short[down][row] for row in rows), tuple(short[across][column] for column in columns)
-            arranged.append(Grid(fixed, down, across, *names, cells))
+            arranged.append(AxisGrid(fixed, down, across, *names, cells))
     return tuple(arranged)
 
 

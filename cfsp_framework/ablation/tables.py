@@ -68,7 +68,7 @@ def csv_table(results: SweepResults) -> str:
 
 
 @dataclass(frozen=True)
-class Measure:
+class TableMeasure:
     """A number of each cell that makes a table."""
 
     title: str
@@ -83,7 +83,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableCell:
     """A method's number at one ratio."""
 
     mean: Interval | None
@@ -101,12 +101,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Grid:
+class MethodTable:
     """Methods against ratios."""
 
-    measure: Measure
+    measure: TableMeasure
     ratios: tuple[float, ...]
-    rows: dict[str, list[Entry | None]]
+    rows: dict[str, list[TableCell | None]]
     """By the method's label; None where a method lacks a ratio."""
 
     def write(self, bold: Callable[[str], T], plus: str = " ± ") -> Iterator[tuple[str, list[str | T]]]:
@@ -122,13 +122,13 @@ class Grid:
             )
 
 
-def measures(results: SweepResults) -> list[Measure]:
+def measures(results: SweepResults) -> list[TableMeasure]:
     """Return perplexity on every text, the tasks, and latency, as far as they were measured."""
-    measured: list[Measure] = []
+    measured: list[TableMeasure] = []
     for data in data_specs(results):
         dense = dense_quality(results, data)
         measured.append(
-            Measure(
+            TableMeasure(
                 f"Perplexity on {shorten_spec(data)} (excess, nats per token)",
                 partial(perplexity, data=data),
                 dense.perplexity if dense else None,
@@ -140,35 +140,39 @@ def measures(results: SweepResults) -> list[Measure]:
         metric = next((name for name in ("acc_norm", "acc") if name in known), known[0])
         dense_score = results.dense_tasks.get(task, {}).get(metric)
         measured.append(
-            Measure(f"{metric} on {task}", partial(_task, task=task, metric=metric), dense_score, None, 4, better=max)
+            TableMeasure(
+                f"{metric} on {task}", partial(_task, task=task, metric=metric), dense_score, None, 4, better=max
+            )
         )
     if any(cell.latency for cell in results.cells):
-        measured.append(Measure("Latency relative to the dense model", relative_latency, 1.0, None, 3))
-    return measured or [Measure("Share of channels removed", lambda cell: cell.channel_ratio, 0.0, None, 4, better=max)]
+        measured.append(TableMeasure("Latency relative to the dense model", relative_latency, 1.0, None, 3))
+    return measured or [
+        TableMeasure("Share of channels removed", lambda cell: cell.channel_ratio, 0.0, None, 4, better=max)
+    ]
 
 
 def _task(cell: CellResult, task: str, metric: str) -> float | None:
     return cell.tasks.get(task, {}).get(metric)
 
 
-def grids(results: SweepResults) -> Iterator[Grid]:
+def grids(results: SweepResults) -> Iterator[MethodTable]:
     """Yield a grid for each measure."""
     for measure in measures(results):
         yield grid(results, measure)
 
 
-def grid(results: SweepResults, measure: Measure) -> Grid:
+def grid(results: SweepResults, measure: TableMeasure) -> MethodTable:
     """Return one measure of every method at every ratio, averaged over seeds."""
     members = groups(results)
     ratios = tuple(sorted({group.ratio for group in members}))
     best = best_means(members, measure.read, measure.better)
-    rows: dict[str, dict[float, Entry]] = {}
+    rows: dict[str, dict[float, TableCell]] = {}
     for group in members:
         mean = group.interval(measure.read)
         excess = group.interval(measure.excess) if measure.excess else None
         leads = mean is not None and mean.mean == best.get(group.ratio)
-        rows.setdefault(group.method.label, {})[group.ratio] = Entry(mean, excess, len(group.failed), leads)
-    return Grid(measure, ratios, {label: [row.get(ratio) for ratio in ratios] for label, row in rows.items()})
+        rows.setdefault(group.method.label, {})[group.ratio] = TableCell(mean, excess, len(group.failed), leads)
+    return MethodTable(measure, ratios, {label: [row.get(ratio) for ratio in ratios] for label, row in rows.items()})
 
 
 def show_results(results: SweepResults, folder: Path) -> None:

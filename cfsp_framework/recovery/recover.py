@@ -39,7 +39,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Training:
+class FinishedTraining:
     """A finished training, and the quality of the model before it."""
 
     plan: RecoveryPlan

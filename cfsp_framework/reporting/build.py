@@ -11,7 +11,7 @@ from cfsp_framework.api.records import Evaluation, Perplexity, PruningPlan, Repo
 from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, PAGE_FILE, REPORT_FILE
 from cfsp_framework.evaluation.perplexity import EvaluationSet
 from cfsp_framework.modeling.size import measure_size
-from cfsp_framework.recovery.recover import Training
+from cfsp_framework.recovery.recover import FinishedTraining
 from cfsp_framework.reporting.html import html_report, model_card
 from cfsp_framework.reporting.metrics import block_reports, peak_memory
 from cfsp_framework.reporting.model_card import read_base
@@ -27,7 +27,7 @@ def build_report(
     before: Size,
     notes: tuple[str, ...],
     difference: float,
-    training: Training | None = None,
+    training: FinishedTraining | None = None,
 ) -> Report:
     """Build the report of a run; ``perplexities`` are those of the dense model and of the written one."""
     config, decoder = context.config, context.decoder
@@ -75,7 +75,7 @@ def update_report(
     earlier: Report,
     written: list[Perplexity],
     difference: float,
-    training: Training,
+    training: FinishedTraining,
 ) -> Report:
     """Return the report of a pruned model, ``earlier``, with the results of its training."""
     recovery = training.outcome.report

@@ -31,7 +31,7 @@ from cfsp_framework.ablation.snapshot import restored
 from cfsp_framework.ablation.store import open_store
 from cfsp_framework.ablation.summary import interval
 from cfsp_framework.ablation.sweep import Sweep, ablate
-from cfsp_framework.ablation.tables import Entry, latex
+from cfsp_framework.ablation.tables import TableCell, latex
 from cfsp_framework.api.records import PruningPlan, Report
 from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.prune import prune as prune_command_line
@@ -583,4 +583,4 @@ def test_notes_and_bars_share_a_display(monkeypatch: pytest.MonkeyPatch) -> None
     [([65.884, 65.884], "65.88"), ([65.884], "65.88"), ([1.0, 2.0], "1.50 ± 6.35"), ([], "failed")],
 )
 def test_values_that_all_seeds_share_have_no_spread(values: list[float], expected: str) -> None:
-    assert Entry(interval(values), None, failed=0 if values else 2, best=False).text(2) == expected
+    assert TableCell(interval(values), None, failed=0 if values else 2, best=False).text(2) == expected
