@@ -1,6 +1,7 @@
 """Statistics of the built-in collectors; ``h (T, F)`` is the input of the down projection, over all tokens.
 
-The heavy ones and the mean are also collected for held-out windows: ``DOWN_INPUT_GRAM.held_out()``.
+The heavy ones and the mean are also collected for held-out windows, ``DOWN_INPUT_GRAM.held_out()``, and products with
+each token over the squared norm of its residual stream, ``DOWN_INPUT_GRAM.relative()``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ DOWN_INPUT_FLUCTUATION: Final = Statistic(
 )
 
 DOWN_INPUT_GRAM: Final = Statistic("down_input_gram", "(F, F)", "sum of h hᵀ over tokens", heavy=True, unseen=1.0)
+CURVE_GRAM: Final = DOWN_INPUT_GRAM.relative()
+"""Statistic that removal-error curves are computed from."""
 DOWN_CROSS: Final = Statistic("down_cross", "(D, F)", "sum of target times hᵀ over tokens", heavy=True)
 DOWN_TARGET_SQUARES: Final = Statistic("down_target_squares", "()", "sum of squares of the target")
 FEED_FORWARD_INPUTS: Final = Statistic(
@@ -26,6 +29,9 @@ FEED_FORWARD_INPUTS: Final = Statistic(
 )
 FEED_FORWARD_TARGETS: Final = Statistic(
     "feed_forward_targets", "(n, D)", "target outputs of the feed-forward, token by token", heavy=True
+)
+TOKEN_WEIGHTS: Final = Statistic(
+    "token_weights", "(n,)", "1 / the squared norm of each token's residual stream after the block", heavy=True
 )
 
 BLOCK_OUTPUT_SQUARES: Final = Statistic("block_output_squares", "()", "sum of squares of the block's output")

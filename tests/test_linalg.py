@@ -355,7 +355,7 @@ def block_of(case: Case) -> FeedForward:
 def test_the_curve_of_a_block_follows_what_the_plan_removes(kind: CurveKind) -> None:
     scores = torch.tensor([3.0, 1.0, 2.0, 1.0, 5.0, 1.0, 2.0, 4.0])  # ties: the lower index stays longer
     small = case(width=8, hidden=4, tokens=50, seed=1)
-    statistics = BlockStatistics({DOWN_INPUT_GRAM: small.gram.float()}, 50)
+    statistics = BlockStatistics({DOWN_INPUT_GRAM.relative(): small.gram.float()}, 50)
     curve = error_curves(block_of(small), statistics, {"mine": (scores, kind)})["mine"]
     weight, gram = small.weight.float().double(), small.gram.float().double()
     matrix = damped(gram, CURVE_DAMPING)
@@ -374,10 +374,10 @@ def test_the_curve_of_a_block_follows_what_the_plan_removes(kind: CurveKind) -> 
 
 @pytest.mark.parametrize("batch", [None, 1, 8])
 def test_obs_scores_are_the_steps_of_removal_so_every_width_is_nested(batch: int | None) -> None:
-    statistics = BlockStatistics({DOWN_INPUT_GRAM: DEFAULT.gram.float()}, 300)
+    statistics = BlockStatistics({DOWN_INPUT_GRAM.relative(): DEFAULT.gram.float()}, 300)
     block = block_of(DEFAULT)
     scores = Obs(batch=batch).score(block, statistics)
-    order, _ = greedy_removal(block.down, statistics[DOWN_INPUT_GRAM], 1e-2, batch or 1)
+    order, _ = greedy_removal(block.down, statistics[DOWN_INPUT_GRAM.relative()], 1e-2, batch or 1)
     assert sorted(scores.tolist()) == list(range(40))
     before: set[int] = set()
     for width in range(1, 41):
@@ -391,7 +391,7 @@ def test_obs_scores_are_the_steps_of_removal_so_every_width_is_nested(batch: int
 @given(CASES, DAMPINGS)
 def test_leverage_lies_between_0_and_1_and_sums_to_the_effective_dimension(case: Case, damping: float) -> None:
     gram = case.gram
-    scores = Leverage(damping=damping).score(block_of(case), BlockStatistics({DOWN_INPUT_GRAM: gram}, 1))
+    scores = Leverage(damping=damping).score(block_of(case), BlockStatistics({DOWN_INPUT_GRAM.relative(): gram}, 1))
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
     shift = damping * gram.diagonal().mean()
     assert scores.sum().item() == pytest.approx((values / (values + shift)).sum().item(), rel=1e-8)

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from statistics import median
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from cfsp_framework import Allocator, BlockSummary, Budget, Statistic
-from cfsp_framework.statistics import BLOCK_OUTPUT_SQUARES
+from cfsp_framework import Allocator, BlockSummary, Budget
 
 
 class ErrorCurve(Allocator):
-    """Minimise the weighted sum of all blocks' removal errors at multiples of the rounding.
+    """Minimise the sum of all blocks' removal errors at multiples of the rounding, each times its block's sensitivity.
 
-    A block's error is relative to the sum of squares of its output. Curves are replaced by their lower convex hulls, on
-    which taking the cheapest step repeatedly is exact.
+    A token's error is relative to its residual stream, and the sensitivity is what a unit of that error in one block's
+    output was measured to add to the loss: the sum estimates the loss of the whole cut. Curves are replaced by their
+    lower convex hulls, on which taking the cheapest step repeatedly is exact.
     """
 
     name: ClassVar[str] = "error-curve"
-    requires: ClassVar[frozenset[Statistic]] = frozenset({BLOCK_OUTPUT_SQUARES})
 
     compensated: bool = Field(default=True, description="curves with the kept weights re-fitted, or as they are")
+    measured: bool = Field(default=True, description="measure each block's sensitivity; else all count the same")
 
     def curve(self) -> Literal["plain", "compensated"]:
         return "compensated" if self.compensated else "plain"
 
+    def sensitivity(self) -> bool:
+        return self.measured
+
     def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> list[float]:
         widths = [summary.width for summary in summaries]
-        hulls = [_hull(_points(summary, budget.round_to)) for summary in summaries]
+        weights = _weights([summary.sensitivity for summary in summaries])
+        hulls = [
+            _hull(_points(summary, weight, budget.round_to)) for summary, weight in zip(summaries, weights, strict=True)
+        ]
         removed = cheapest(hulls, round(budget.ratio * sum(widths)))
         return [(width - count) / width for width, count in zip(widths, removed, strict=True)]
 
@@ -55,10 +62,15 @@ def cheapest(hulls: Sequence[Sequence[Point]], total: int) -> list[int]:
     return removed
 
 
-def _points(summary: BlockSummary, step: int) -> list[Point]:
+def _weights(sensitivities: Sequence[float | None]) -> list[float]:
+    """Return a positive weight for each block: its sensitivity, not below a tenth of the median; that if unknown."""
+    typical = median([value for value in sensitivities if value is not None] or [1.0])
+    return [max(typical if value is None else value, typical / 10) or 1.0 for value in sensitivities]
+
+
+def _points(summary: BlockSummary, weight: float, step: int) -> list[Point]:
     """Return the weighted curve at the widths the rounding allows, keeping at least one multiple."""
     assert summary.curve is not None, "the host computes the curve this allocator asks for"
-    weight = 1 / summary.statistics[BLOCK_OUTPUT_SQUARES]
     kept = [summary.width, *range(summary.width - 1 - (summary.width - 1) % step, 0, -step)]
     return [(summary.width - width, weight * summary.curve[summary.width - width].item()) for width in kept]
 

@@ -24,7 +24,7 @@ from cfsp_framework.run.context import RunContext
 from cfsp_framework.run.steps import CRITERION
 from cfsp_framework.runtime.atomic_files import write_text
 from cfsp_framework.runtime.hashing import hash_json
-from cfsp_framework.statistics import DOWN_INPUT_GRAM
+from cfsp_framework.statistics import CURVE_GRAM
 
 _MANIFEST = "manifest.json"
 
@@ -38,12 +38,14 @@ class MeasurementRequest:
     )
     curves: Mapping[str, tuple[str, CurveKind]] = field(default_factory=dict[str, tuple[str, CurveKind]])
     """Removal-error curves: the label of the criterion whose order they follow, and their kind."""
+    sensitivities: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Sensitivities of the blocks: the label of the criterion whose lower-scored half is cut."""
     statistics: Mapping[str, Statistic] = field(default_factory=dict[str, Statistic])
     """Statistics to keep; those that only a criterion needs are measured and dropped."""
 
     def required(self) -> frozenset[Statistic]:
         """Return the statistics to measure for this request."""
-        needed = {*self.statistics.values(), *([DOWN_INPUT_GRAM] if self.curves else [])}
+        needed = {*self.statistics.values(), *([CURVE_GRAM] if self.curves else [])}
         for chosen in self.criteria.values():
             needed |= chosen.required()
         return frozenset(needed)
@@ -51,12 +53,13 @@ class MeasurementRequest:
     @property
     def labels(self) -> frozenset[str]:
         """Labels of all parts of the request."""
-        return frozenset({*self.criteria, *self.curves, *self.statistics})
+        return frozenset({*self.criteria, *self.curves, *self.sensitivities, *self.statistics})
 
     def __or__(self, more: MeasurementRequest) -> MeasurementRequest:
         return MeasurementRequest(
             {**self.criteria, **more.criteria},
             {**self.curves, **more.curves},
+            {**self.sensitivities, **more.sensitivities},
             {**self.statistics, **more.statistics},
         )
 
@@ -64,10 +67,12 @@ class MeasurementRequest:
         """Return the request without some labels; a curve still needs its criterion's order."""
         known = frozenset(labels)
         curves = {label: curve for label, curve in self.curves.items() if label not in known}
-        orders = {along for along, _ in curves.values()}
+        sensitivities = {label: along for label, along in self.sensitivities.items() if label not in known}
+        orders = {*(along for along, _ in curves.values()), *sensitivities.values()}
         return MeasurementRequest(
             {label: item for label, item in self.criteria.items() if label not in known or label in orders},
             curves,
+            sensitivities,
             {label: item for label, item in self.statistics.items() if label not in known},
         )
 
@@ -77,11 +82,12 @@ def request_measurements(selection: Selection, plugins: Plugins) -> MeasurementR
     needed = selection.criterion.required()
     label = _label(selection.criterion, plugins.collectors_for(needed))
     kind = get_curve_kind(selection.allocator)
-    curve = f"{_label(selection.criterion, plugins.collectors_for(needed | {DOWN_INPUT_GRAM}))}-{kind}"
+    curve = f"{_label(selection.criterion, plugins.collectors_for(needed | {CURVE_GRAM}))}-{kind}"
     light = [chosen for chosen in selection.collectors if not chosen.component.provides.heavy]
     return MeasurementRequest(
         {label: selection.criterion},
         {curve: (label, kind)} if kind else {},
+        {f"{label}-sensitivity": label} if selection.probes else {},
         {_label(chosen): chosen.component.provides for chosen in light},
     )
 
@@ -121,7 +127,9 @@ class Collection:
     def problem(self, request: MeasurementRequest) -> str | None:
         """Return why a cell cannot be run for lack of measurements, or None."""
         missing = [
-            label for label in (*request.criteria, *request.curves, *request.statistics) if label not in self.labels
+            label
+            for label in (*request.criteria, *request.curves, *request.sensitivities, *request.statistics)
+            if label not in self.labels
         ]
         return self.failures.get(missing[0], "it could not be measured") if missing else None
 
@@ -142,6 +150,7 @@ class Collection:
                 statistics = BlockStatistics(values, 0 if counted.unseen else counted.tokens, counted.held_out_tokens)
             scores = {CRITERION: scored.scores[criterion]}
             curves = [source[label].measurements[number].curves[label] for label in request.curves]  # at most one
+            sensitivities = [source[label].measurements[number].sensitivities[label] for label in request.sensitivities]
             selected.append(
                 FeedForwardMeasurement(
                     scored.block,
@@ -150,6 +159,7 @@ class Collection:
                     statistics,
                     scores,
                     {CRITERION: curves[0]} if curves else {},
+                    {CRITERION: sensitivities[0]} if sensitivities else {},
                 )
             )
         return tuple(selected)
@@ -210,10 +220,11 @@ class CollectionFolder:
         with context.progress.phase("collect"):
             measurements = collect(
                 context.decoder,
-                self._windows if collectors else None,
+                self._windows if collectors or missing.sensitivities else None,
                 missing.criteria,
                 collectors,
                 curves=missing.curves,
+                sensitivities=missing.sensitivities,
                 forward_options=context.forward_options,
                 seed=context.config.run.seed,
                 progress=context.progress,
@@ -228,7 +239,9 @@ class CollectionFolder:
 
 
 def _part(measurements: Sequence[FeedForwardMeasurement], statistics: Iterable[str], measured: bool) -> Part:
-    everywhere = [{*measurement.scores, *measurement.curves} for measurement in measurements]
+    everywhere = [
+        {*measurement.scores, *measurement.curves, *measurement.sensitivities} for measurement in measurements
+    ]
     return Part(frozenset(statistics) | frozenset.intersection(*map(frozenset, everywhere)), measured, measurements)
 
 

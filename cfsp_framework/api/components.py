@@ -75,10 +75,24 @@ class Accumulator(Protocol):
         ...
 
 
+class RelativeAccumulator(Protocol):
+    """Accumulator of a collector whose ``relative`` is set: it gets a weight for each token."""
+
+    sums: dict[str, Tensor]
+
+    def update(self, inputs: Tensor, outputs: Tensor, weights: Tensor) -> None:
+        """Add one window as ``Accumulator.update`` does, with ``weights (T,)`` float32."""
+        ...
+
+    def value(self, tokens: int) -> Tensor:
+        """Return the statistic after ``tokens`` tokens."""
+        ...
+
+
 class AccumulatorFactory(Protocol):
     """Anything that makes an accumulator without arguments: its class, or a partial call of the class."""
 
-    def __call__(self) -> Accumulator:
+    def __call__(self) -> Accumulator | RelativeAccumulator:
         """Return a fresh accumulator."""
         ...
 
@@ -95,10 +109,17 @@ class Collector(Component):
     """The calibration windows it gets."""
     ordered: ClassVar[bool] = False
     """Whether its state is more than sums, so that windows cannot be distributed over processes."""
+    relative: ClassVar[bool] = False
+    """Whether ``update`` gets a third argument, 1 / the squared norm of each token's residual stream after the block.
+
+    The next normalisation divides by that norm, so an error counts relative to it. In models with massive activations
+    (arXiv 2402.17762) the squared norms of a few tokens are thousands of times those of all others, and unweighted sums
+    of squares measure those tokens only.
+    """
     accumulator: ClassVar[AccumulatorFactory]
     """Class of the accumulator, without required arguments; a collector with options overrides ``start`` instead."""
 
-    def start(self) -> Accumulator:
+    def start(self) -> Accumulator | RelativeAccumulator:
         """Return a fresh accumulator; called once per block and feed-forward."""
         return type(self).accumulator()
 
@@ -115,10 +136,20 @@ class Allocator(Component):
     def curve(self) -> Literal["plain", "compensated"] | None:
         """Ask for each block's removal-error curve along the criterion's order, in ``BlockSummary.curve``.
 
-        Entry k is the squared error of the block's feed-forward output without its k lowest-scored channels: with the
-        other weights unchanged (``plain``), or re-fitted by least squares (``compensated``).
+        Entry k is the squared error of the block's feed-forward output without its k lowest-scored channels, relative to
+        each token's squared residual norm and summed over tokens: with the other weights unchanged (``plain``), or
+        re-fitted by least squares (``compensated``).
         """
         return None
+
+    def sensitivity(self) -> bool:
+        """Return whether the host measures ``BlockSummary.sensitivity``, which takes about half a forward more.
+
+        A few windows also run through a copy of each block without its lower-scored half, and on to the end of the
+        model. The sensitivity is the Kullback-Leibler divergence from the dense model's predictions that this adds, over
+        the mean relative squared error that it makes in the block's output.
+        """
+        return False
 
     def importance(self, summaries: Sequence[BlockSummary]) -> Sequence[float] | None:
         """Return the coarse importance of each block, for reports and recovery; None if the allocator has none."""

@@ -79,6 +79,10 @@ class Statistic:
     unseen: float = field(default=0.0, compare=False)
     """Fills a vector, and the diagonal of a square matrix, of an expert that no token was routed to."""
 
+    def relative(self) -> Statistic:
+        """Return the statistic whose products weigh each token by 1 / the squared norm of its residual stream."""
+        return replace(self, name=f"{self.name}_relative", summary=f"{self.summary}, each token over its squared norm")
+
     def held_out(self) -> Statistic:
         """Return the statistic that measures the same over held-out windows only."""
         return replace(self, name=f"{self.name}_held_out", summary=f"{self.summary}, held-out windows only", unseen=0.0)
@@ -192,6 +196,8 @@ class BlockSummary:
     """The block's scalar statistics, for example the distance between its input and output."""
     scores: Tensor  # (F,) float32, CPU: of the selected criterion
     curve: Tensor | None = None  # (F + 1,) float64, CPU: see Allocator.curve
+    sensitivity: float | None = None
+    """Nats a token that a unit of relative squared error in the block's output adds: see ``Allocator.sensitivity``."""
     members: Mapping[str, int] = field(default_factory=dict[str, int])
     """Path and width of every feed-forward of a mixture, in the order of ``scores``; empty for a single one."""
 

@@ -100,6 +100,11 @@ class MeasurementCache:
         elif index + 1 == self._count:
             self._hidden.unlink(missing_ok=True)
 
+    def replace(self, index: int, measurements: Sequence[FeedForwardMeasurement]) -> None:
+        """Keep more measurements of block ``index``, which is finished."""
+        if self._ranks.first:
+            _write(self._path(index), measurements)
+
     def _is_cheap(self, batches: Sequence[Batch]) -> bool:
         size = sum(batch.hidden.numel() * batch.hidden.element_size() for batch in batches)
         cost = size / _BYTES_PER_SECOND if self._cost is None else self._cost
@@ -137,6 +142,7 @@ def _write(path: Path, measurements: Sequence[FeedForwardMeasurement]) -> None:
                 "width": measurement.width,
                 "tokens": 0 if statistics.unseen else statistics.tokens,
                 "held_out": statistics.held_out_tokens,
+                "sensitivities": dict(measurement.sensitivities),
             }
         )
     save_tensors(path, tensors, {"feed_forwards": json.dumps(headers)})
@@ -167,6 +173,7 @@ def _read(path: Path, block: int) -> list[FeedForwardMeasurement] | None:
             ),
             content["scores"],
             content["curves"],
+            header.get("sensitivities", {}),
         )
         for header, content in zip(headers, contents, strict=True)
     ]

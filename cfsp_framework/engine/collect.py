@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
@@ -18,13 +19,14 @@ from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import measure_block, read_only_inputs
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.engine.replay import Batch, ForwardOptions, embed, pass_block
+from cfsp_framework.engine.sensitivity import measure_sensitivities
 from cfsp_framework.errors import CfspError, PluginError
 from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.host.sandbox import find_tensor_problem
 from cfsp_framework.linalg import compensated_curve, damped_inverse, plain_curve
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.statistics import DOWN_INPUT_GRAM
+from cfsp_framework.statistics import CURVE_GRAM
 
 CurveKind = Literal["plain", "compensated"]
 CURVE_DAMPING = 1e-2
@@ -38,6 +40,7 @@ def collect(
     collectors: Sequence[ConfiguredComponent[Collector]],
     *,
     curves: Mapping[str, tuple[str, CurveKind]] | None = None,
+    sensitivities: Mapping[str, str] | None = None,
     forward_options: ForwardOptions | None = None,
     seed: int,
     progress: Progress,
@@ -48,7 +51,8 @@ def collect(
 
     Each block runs exactly once per batch, the head never. Without a collector nothing runs and ``windows`` may be
     None. Blocks in the ``cache`` are read instead of measured. ``curves`` maps the label of a removal-error curve to the
-    label of the criterion that gives its order, and its kind.
+    label of the criterion that gives its order, and its kind; ``sensitivities`` maps the label of the blocks'
+    sensitivities to that of the criterion whose lower-scored half is cut.
 
     With ``failures`` a criterion that fails does not end the collection: its error is put there under its label, and
     its scores are missing from that block on.
@@ -56,8 +60,58 @@ def collect(
     options = forward_options or ForwardOptions()
     count = len(decoder.blocks)
     measurements = list(cache.load(count)) if cache else []
-    if len(measurements) == count:
-        return tuple(chain.from_iterable(measurements))
+    if len(measurements) < count:
+        measurements = _collect_blocks(
+            decoder, windows, criteria, collectors, curves or {}, options, seed, progress, cache, failures, measurements
+        )
+    missing = {
+        label: order
+        for label, order in (sensitivities or {}).items()
+        if all(order in m.scores and label not in m.sensitivities for m in chain.from_iterable(measurements))
+    }
+    if missing and windows is not None:
+        measurements = _add_sensitivities(decoder, windows, measurements, missing, options, progress)
+        for index, block in enumerate(measurements if cache else ()):
+            assert cache is not None
+            cache.replace(index, block)
+    return tuple(chain.from_iterable(measurements))
+
+
+def _add_sensitivities(
+    decoder: Decoder,
+    windows: Tensor,
+    measurements: Sequence[Sequence[FeedForwardMeasurement]],
+    labels: Mapping[str, str],
+    options: ForwardOptions,
+    progress: Progress,
+) -> list[list[FeedForwardMeasurement]]:
+    """Measure the sensitivity of every block under each label, along the scores of the criterion it names."""
+    orders = {order: [[m.scores[order] for m in block] for block in measurements] for order in labels.values()}
+    values = options.ranks.agree(measure_sensitivities(decoder, windows, orders, options, progress))
+    return [
+        [
+            replace(m, sensitivities={**m.sensitivities, **{label: values[o][index] for label, o in labels.items()}})
+            for m in block
+        ]
+        for index, block in enumerate(measurements)
+    ]
+
+
+def _collect_blocks(
+    decoder: Decoder,
+    windows: Tensor | None,
+    criteria: Mapping[str, ConfiguredComponent[Criterion]],
+    collectors: Sequence[ConfiguredComponent[Collector]],
+    curves: Mapping[str, tuple[str, CurveKind]],
+    options: ForwardOptions,
+    seed: int,
+    progress: Progress,
+    cache: MeasurementCache | None,
+    failures: dict[str, CfspError] | None,
+    measurements: list[list[FeedForwardMeasurement]],
+) -> list[list[FeedForwardMeasurement]]:
+    """Measure and score the blocks behind those that have ``measurements``, and return all."""
+    count = len(decoder.blocks)
     gradients: Sequence[Sequence[BlockStatistics]] | None = None
     batches: Sequence[Batch] = []
     if windows is not None:
@@ -79,14 +133,14 @@ def collect(
                         decoder.feed_forwards(index, seed),
                         _measure(decoder, index, batches, collectors, gradients, options, step),
                         criteria,
-                        curves or {},
+                        curves,
                         failures,
                     )
                 )
             if cache:
                 cache.store(index, measurements[index], batches)
             progress.notify(BlockFinished("collect", index, count))
-    return tuple(chain.from_iterable(measurements))
+    return measurements
 
 
 def _measure(
@@ -173,7 +227,7 @@ def error_curves(
     """
     if not orders:
         return {}
-    weight, gram = feed_forward.down, statistics[DOWN_INPUT_GRAM]
+    weight, gram = feed_forward.down, statistics[CURVE_GRAM]
     compensated = any(kind == "compensated" for _, kind in orders.values())
     inverse = damped_inverse(gram, CURVE_DAMPING) if compensated else None  # (F, F)
     curves: dict[str, Tensor] = {}

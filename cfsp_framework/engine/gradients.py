@@ -45,9 +45,10 @@ def measure_gradients(
             ids = ids[ids != PADDING].to(decoder.device)[None]  # (1, T)
             skipped = torch.isin(ids, torch.tensor(sorted(options.skip), dtype=ids.dtype, device=ids.device))  # (1, T)
             batch = Batch(ids[..., None], (), (number,), ~skipped if skipped.any() else None)
+            weights = torch.ones(ids.shape[1], device=decoder.device)  # (T,): gradients weigh tokens themselves
             for index, member, io, gradient in _backward(decoder, ids):
                 rows = io.activations.detach().flatten(0, -2), gradient.flatten(0, -2)  # (n, F) each
-                states[index].add_feed_forward(member, [(Site.GRADIENT, *rows)], io.tokens, batch)
+                states[index].add_feed_forward(member, [(Site.GRADIENT, *rows)], weights, io.tokens, batch)
             step()
     return tuple(block.values(index, options.ranks) for index, block in enumerate(states))
 

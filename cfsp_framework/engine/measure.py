@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from cfsp_framework.api.components import Accumulator, Collector
+from cfsp_framework.api.components import Accumulator, Collector, RelativeAccumulator
 from cfsp_framework.api.data import BlockStatistics, FeedForward, Site, Statistic, Windows
 from cfsp_framework.engine.replay import Batch, run_block
 from cfsp_framework.errors import ModelError, PluginError
@@ -42,6 +43,7 @@ class WindowRows:
     """Of the window, counted from 0 over all processes."""
     inputs: Tensor  # (T, F or D)
     outputs: Tensor  # (T, D or F)
+    weights: Tensor  # (T,) float32: 1 / the squared norm of each token's residual stream after the block
 
 
 class TokenCounts:
@@ -67,10 +69,11 @@ class CollectorState:
     def __init__(self, collector: ConfiguredComponent[Collector]) -> None:
         self.collector = collector
         self.site = collector.component.site
+        self._relative = collector.component.relative
         self._updated = False
         self._sizes: dict[str, int] = {}
         with collector.call_component("start()") as component:
-            self.accumulator: Accumulator = component.start()
+            self.accumulator: Accumulator | RelativeAccumulator = component.start()
         missing = [name for name in ("sums", "update", "value") if not hasattr(self.accumulator, name)]
         if missing:
             kind = type(self.accumulator).__name__
@@ -89,11 +92,11 @@ class CollectorState:
         if not self._updated:
             self._sizes = _sizes(self.site, rows)
         part = slice(None) if measured else slice(0)
-        inputs, outputs = rows.inputs[part], rows.outputs[part]
-        with self.collector.call_component(
-            "update()", {"inputs": inputs, "outputs": outputs}, thorough=not self._updated
-        ):
-            self.accumulator.update(inputs, outputs)
+        tensors = {"inputs": rows.inputs[part], "outputs": rows.outputs[part]}
+        if self._relative:
+            tensors["weights"] = rows.weights[part]
+        with self.collector.call_component("update()", tensors, thorough=not self._updated):
+            cast("Callable[..., None]", self.accumulator.update)(*tensors.values())
         self._updated = True
 
     def value(self, tokens: TokenCounts, place: str, ranks: Ranks) -> Tensor:
@@ -131,17 +134,26 @@ class BlockCollectors:
         hidden = batch.hidden.to(output.device)
         if hidden.ndim == 4:  # Gemma 3n carries several streams; the first is the prediction
             hidden, output = hidden[0], output[0]
-        for rows in rows_by_window(hidden.flatten(0, 1), output.flatten(0, 1), None, batch):
+        for rows in rows_by_window(hidden.flatten(0, 1), output.flatten(0, 1), token_weights(output), None, batch):
             self._block_tokens.add(rows)
             for state in self._block:
                 state.add(rows)
 
     def add_feed_forward(
-        self, member: int, sites: Sequence[tuple[Site, Tensor, Tensor]], positions: Tensor | None, batch: Batch
+        self,
+        member: int,
+        sites: Sequence[tuple[Site, Tensor, Tensor]],
+        weights: Tensor,
+        positions: Tensor | None,
+        batch: Batch,
     ) -> None:
-        """Add inputs and outputs at each site of one feed-forward, of the tokens at ``positions (n,)``."""
+        """Add inputs and outputs at each site of one feed-forward, of the tokens at ``positions (n,)``.
+
+        ``weights (B * T,)`` are those of all tokens of the batch.
+        """
+        weights = weights if positions is None else weights[positions]  # (n,)
         for number, (site, inputs, outputs) in enumerate(sites):
-            for rows in rows_by_window(inputs, outputs, positions, batch):
+            for rows in rows_by_window(inputs, outputs, weights, positions, batch):
                 if number == 0:
                     self._member_tokens[member].add(rows)
                 for state in self._members[member]:
@@ -190,17 +202,19 @@ def measure_block(
     for number, batch in enumerate(batches):
         with observed_feed_forwards(decoder, index, active=bool(sites)) as observed:
             output = run_block(decoder, index, batch)  # (B, T, D)
-        correction: Tensor | None = None
+        correction, target = None, output
         if dense is not None:
             target = run_block(decoder, index, dense.batches[number])  # (B, T, D)
             correction = ((target - output) * dense.mix).flatten(0, 1) if single else None  # (B * T, D)
             dense.batches[number].hidden.copy_(target)
         states.add_block(batch, output)
+        weights = token_weights(target) if observed else None  # (B * T,)
         for member, io in observed:
             at_sites = [(site, *io.at(site)) for site in sites]
             if correction is not None:
                 at_sites = [(site, inputs, outputs + correction) for site, inputs, outputs in at_sites]
-            states.add_feed_forward(member, at_sites, io.tokens, batch)
+            assert weights is not None
+            states.add_feed_forward(member, at_sites, weights, io.tokens, batch)
         if advance:
             batch.hidden.copy_(output)
         step()
@@ -258,7 +272,16 @@ def observed_feed_forwards(
         yield observed
 
 
-def rows_by_window(inputs: Tensor, outputs: Tensor, positions: Tensor | None, batch: Batch) -> Iterator[WindowRows]:
+def token_weights(output: Tensor) -> Tensor:
+    """Return 1 / the squared norm of each token of a block's ``output (B, T, D)``, ``(B * T,)`` float32; 0 for a zero."""
+    streams = output[0] if output.ndim == 4 else output  # Gemma 3n carries several; the first is the prediction
+    squares = streams.flatten(0, 1).float().square().sum(-1)  # (B * T,)
+    return torch.where(squares > 0, squares.reciprocal(), 0.0)
+
+
+def rows_by_window(
+    inputs: Tensor, outputs: Tensor, weights: Tensor, positions: Tensor | None, batch: Batch
+) -> Iterator[WindowRows]:
     """Split the rows of a batch by window, so that the batch size changes no statistic.
 
     ``positions (n,)`` are the rows' positions in the flattened batch, ascending; None if all rows are present. Rows of
@@ -272,9 +295,9 @@ def rows_by_window(inputs: Tensor, outputs: Tensor, positions: Tensor | None, ba
         rows = torch.arange(len(inputs), device=inputs.device) if positions is None else positions  # (n,)
         if batch.counted is not None:
             counts = batch.counted.flatten().to(rows.device)[rows]  # (n,)
-            rows, inputs, outputs = rows[counts], inputs[counts], outputs[counts]
+            rows, inputs, outputs, weights = rows[counts], inputs[counts], outputs[counts], weights[counts]
         sizes = torch.bincount(rows // length, minlength=windows).tolist()
-    return map(WindowRows, batch.numbers, inputs.split(sizes), outputs.split(sizes))
+    return map(WindowRows, batch.numbers, inputs.split(sizes), outputs.split(sizes), weights.split(sizes))
 
 
 _COLUMNS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class FeedForwardMeasurement:
     """Light statistics only."""
     scores: Mapping[str, Tensor]  # label of a criterion -> (F,) float32, CPU
     curves: Mapping[str, Tensor]  # label of a removal-error curve -> (F + 1,) float64, CPU
+    sensitivities: Mapping[str, float | None] = field(default_factory=dict[str, "float | None"])
+    """Sensitivity of the block by label; see ``BlockSummary.sensitivity``."""
 
 
 def summarise(decoder: Decoder, measurements: Sequence[FeedForwardMeasurement], label: str) -> tuple[BlockSummary, ...]:
@@ -52,6 +54,7 @@ def _summarise_group(members: Sequence[FeedForwardMeasurement], label: str) -> B
         statistics=scalars,
         scores=torch.cat([member.scores[label] for member in members]),
         curve=_joint_curve([member.curves[label] for member in members]) if label in first.curves else None,
+        sensitivity=first.sensitivities.get(label),
         members={member.path: member.width for member in members} if len(members) > 1 else {},
     )
 

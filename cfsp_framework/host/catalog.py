@@ -22,7 +22,7 @@ from cfsp_framework.api.components import Allocator, Collector, Component
 from cfsp_framework.api.data import Site, Statistic, Windows
 from cfsp_framework.errors import ConfigError, did_you_mean
 from cfsp_framework.host.registry import Origin, Plugins, Registry
-from cfsp_framework.statistics import DOWN_INPUT_GRAM
+from cfsp_framework.statistics import CURVE_GRAM
 
 Row = dict[str, Any]
 
@@ -284,7 +284,7 @@ def _show_statistics(details: Row, console: Console) -> None:
     if "curve" in details:
         console.print(
             f"Asks for every block's {details['curve']} removal-error curve: a matrix of F x F numbers, "
-            f"{DOWN_INPUT_GRAM.name}, of one feed-forward at a time, and its elimination."
+            f"{CURVE_GRAM.name}, of one feed-forward at a time, and its elimination."
         )
 
 

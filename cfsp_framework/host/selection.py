@@ -20,7 +20,7 @@ from cfsp_framework.api.data import BlockSummary, RecoveryPlan, Statistic, Strea
 from cfsp_framework.config import Choice, RunConfig
 from cfsp_framework.errors import PluginError
 from cfsp_framework.host.registry import C, ConfiguredComponent, Plugins, Registry
-from cfsp_framework.statistics import DOWN_INPUT_GRAM
+from cfsp_framework.statistics import CURVE_GRAM
 
 if TYPE_CHECKING:
     from cfsp_framework.api.records import PruningPlan
@@ -38,11 +38,13 @@ class Selection:
     second_pass: tuple[ConfiguredComponent[Collector], ...]
     """Collectors of the compensator that run block by block while cutting; empty if the first pass suffices."""
     observers: tuple[ConfiguredComponent[Observer], ...] = ()
+    probes: bool = False
+    """Whether the sensitivity of every block is measured for the allocator."""
 
     @property
     def measures(self) -> bool:
         """Whether calibration windows are needed."""
-        return bool(self.collectors or self.second_pass)
+        return bool(self.collectors or self.second_pass or self.probes)
 
     def describe(self) -> dict[str, str]:
         """Return each kind's component with all its options, defaults included."""
@@ -91,11 +93,12 @@ def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Sel
     required: set[Statistic] = set() if twice else set(compensator_statistics)
     if not planned:
         required |= criterion.required() | allocator.required() | recovery.required()
-        required |= {DOWN_INPUT_GRAM} if get_curve_kind(allocator) else set()
+        required |= {CURVE_GRAM} if get_curve_kind(allocator) else set()
     second_pass = plugins.collectors_for(compensator_statistics) if twice else ()
     observers = tuple(create(plugins.observers, choice) for choice in config.run.observers)
     first_pass = plugins.collectors_for(required)
-    return Selection(criterion, allocator, compensator, recovery, first_pass, second_pass, observers)
+    probes = not planned and needs_sensitivity(allocator)
+    return Selection(criterion, allocator, compensator, recovery, first_pass, second_pass, observers, probes)
 
 
 def get_curve_kind(allocator: ConfiguredComponent[Allocator]) -> Literal["plain", "compensated"] | None:
@@ -109,6 +112,19 @@ def get_curve_kind(allocator: ConfiguredComponent[Allocator]) -> Literal["plain"
     if curve not in (None, "plain", "compensated"):
         raise PluginError(f"{allocator}: curve() returned {curve!r}, not 'plain', 'compensated' or None.")
     return curve
+
+
+def needs_sensitivity(allocator: ConfiguredComponent[Allocator]) -> bool:
+    """Return whether the allocator asks for the sensitivity of every block.
+
+    Raises:
+        PluginError: ``sensitivity()`` returns something else.
+    """
+    with allocator.call_component("sensitivity()") as component:
+        needed: object = component.sensitivity()
+    if not isinstance(needed, bool):
+        raise PluginError(f"{allocator}: sensitivity() returned {needed!r}, not True or False.")
+    return needed
 
 
 def get_stream(compensator: ConfiguredComponent[Compensator]) -> Stream:

@@ -21,6 +21,8 @@ _MASSIVE = 0.5
 """Share of a feed-forward's squared activations in one channel above which a note names it."""
 _ROUNDING = {ANGULAR_DISTANCE: 2e-4, COSINE_DISTANCE: 1e-6, MSE_DISTANCE: 0.0, MAE_DISTANCE: 0.0}
 """Largest distance between a block's input and output that is rounding only."""
+_STARVED = 0.1
+"""Share of the average share of channels kept below which a note names a block."""
 _LONG = (10.0, 0.5)
 """Seconds, and share of the run, above which a note names a component's code."""
 _NAMED = 8
@@ -41,6 +43,7 @@ def gather_notes(
         *_on_experts(measurements),
         *_on_channels(measurements),
         *_on_blocks(measurements),
+        *_on_widths(plan),
         *_on_biases(context, biases_before),
         *_on_updates(context, updates),
         *_on_time(context),
@@ -125,6 +128,23 @@ def _on_blocks(measurements: Sequence[FeedForwardMeasurement]) -> Iterator[str]:
         if statistic in measured.statistics and measured.statistics[statistic].item() <= rounding
     ]
     yield from _note("block {} does not change its input at all", list(dict.fromkeys(still)), most=_NAMED)
+
+
+def _on_widths(plan: PruningPlan) -> Iterator[str]:
+    """Name blocks that keep next to nothing while others keep most."""
+    shares = [(entry, len(entry.kept) / entry.width) for entry in plan.blocks]
+    starved = [
+        f"{_place(entry.block, entry.path)} ({len(entry.kept)} of {entry.width})"
+        for entry, share in shares
+        if share < _STARVED * (1 - plan.ratio)
+    ]
+    name = plan.components.get("allocator", "").partition(":")[0]
+    yield from _note(
+        f"the allocator {name} leaves some blocks less than a tenth of the average share, block {{}}: compare with "
+        "--allocator cfsp",
+        starved,
+        most=_NAMED,
+    )
 
 
 def _on_updates(context: RunContext, updates: Mapping[tuple[int, str], Update]) -> Iterator[str]:

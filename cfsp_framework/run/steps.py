@@ -84,6 +84,7 @@ def measure(context: RunContext, *, planned: bool = False) -> tuple[FeedForwardM
             {} if planned else {CRITERION: selection.criterion},
             selection.collectors,
             curves={CRITERION: (CRITERION, curve)} if curve else {},
+            sensitivities={CRITERION: CRITERION} if selection.probes else {},
             forward_options=context.forward_options,
             seed=run.seed,
             progress=context.progress,

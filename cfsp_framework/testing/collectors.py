@@ -28,7 +28,7 @@ from cfsp_framework.testing.contract import (
 )
 from cfsp_framework.testing.errors import ContractError, NotApplicable
 from cfsp_framework.testing.guards import read_only
-from cfsp_framework.testing.samples import Case, Sample, make_sample
+from cfsp_framework.testing.samples import Case, Sample, make_sample, token_weights
 
 Rows = Sequence[tuple[Tensor, Tensor]]
 """Inputs and outputs of each window, ``(T, F or D)``."""
@@ -206,7 +206,7 @@ class _Run:
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Feed the next window that the collector listens to."""
-        rows = WindowRows(next(self._numbers), inputs, outputs)
+        rows = WindowRows(next(self._numbers), inputs, outputs, token_weights(outputs))
         self._tokens.add(rows)
         given = self._given or f"inputs {tuple(inputs.shape)} and outputs {tuple(outputs.shape)}"
         with torch.no_grad(), checked_by_host(given):

@@ -115,7 +115,7 @@ class Sample:
             states.add_block(batch, self.residual_out)
             sites = sorted({c.component.site for c in configured} - {Site.BLOCK}, key=lambda site: site.value)
             rows = [(site, self.at(site)[0].flatten(0, 1), self.at(site)[1].flatten(0, 1)) for site in sites]
-            states.add_feed_forward(0, rows, None, batch)
+            states.add_feed_forward(0, rows, token_weights(self.outputs.flatten(0, 1)), None, batch)
             return states.values(self.feed_forward.block)[0]
         except CfspError as error:
             raise ContractError(f"A required statistic cannot be measured: {error}") from error
@@ -147,6 +147,11 @@ class Sample:
         names = [field.name for field in fields(self) if field.name != "feed_forward"]
         tensors: dict[str, Any] = {name: convert(getattr(self, name)) for name in names}
         return replace(self, feed_forward=replace(self.feed_forward, **weights), **tensors)
+
+
+def token_weights(outputs: Tensor) -> Tensor:
+    """Return weights ``(n,)`` that a residual stream might have whose tokens have the outputs ``(n, D or F)``."""
+    return 1 / (1 + outputs.float().square().sum(-1))
 
 
 def weights_of(feed_forward: FeedForward) -> dict[str, Tensor]:

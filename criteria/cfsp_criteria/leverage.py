@@ -16,10 +16,10 @@ class Leverage(Criterion):
     """Diagonal of ``G (G + damping)^-1`` (MoDeGPT, arXiv 2408.09632): 1 if no other channel carries the same."""
 
     name: ClassVar[str] = "leverage"
-    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM})
+    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM.relative()})
 
     damping: float = Field(default=1e-2, gt=0, description="share of the mean squared activation added to the diagonal")
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
-        gram = statistics[DOWN_INPUT_GRAM].double()  # (F, F)
+        gram = statistics[DOWN_INPUT_GRAM.relative()].double()  # (F, F)
         return (damped_inverse(gram, self.damping) * gram).sum(1)  # (F,)

@@ -17,16 +17,19 @@ class Obs(Criterion):
     """Order of removal by the optimal brain surgeon, in batches: a channel's score is the step that removes it.
 
     Every step re-fits the remaining channels, so use it with a least-squares compensator (SlimGPT, arXiv 2412.18110).
-    The order is nested: one pass serves every ratio.
+    The order is nested: one pass serves every ratio. Each token counts relative to its residual stream, so that massive
+    activations do not decide alone.
     """
 
     name: ClassVar[str] = "obs"
-    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM})
+    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM.relative()})
 
     damping: float = Field(default=1e-2, gt=0, description="share of the mean squared activation added for stability")
     batch: int | None = Field(default=None, ge=1, description="channels removed a step; default: F / 128")
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
         batch = self.batch or max(1, feed_forward.width // 128)
-        order, _ = greedy_removal(feed_forward.down, statistics[DOWN_INPUT_GRAM], self.damping, batch)  # (F,)
+        order, _ = greedy_removal(
+            feed_forward.down, statistics[DOWN_INPUT_GRAM.relative()], self.damping, batch
+        )  # (F,)
         return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from statistics import median
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from cfsp_allocators.softmax_bi import capped
 from cfsp_framework import Allocator, BlockSummary, Budget
 from cfsp_framework.host.registry import ConfiguredComponent, Origin
 from cfsp_framework.pruning.planning import allocate, round_widths, total_to_keep
-from cfsp_framework.statistics import BLOCK_OUTPUT_SQUARES, COSINE_DISTANCE
+from cfsp_framework.statistics import COSINE_DISTANCE
 
 untimed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
@@ -29,25 +30,26 @@ def summaries(
     *,
     distances: Sequence[float] | None = None,
     curves: Sequence[Sequence[float]] | None = None,
-    squares: Sequence[float] | None = None,
+    sensitivities: Sequence[float | None] | None = None,
 ) -> list[BlockSummary]:
-    """Blocks with these scores, cosine distances, removal curves and squares of their output."""
-    found: list[BlockSummary] = []
+    """Blocks with these scores, cosine distances, removal curves and sensitivities."""
+    blocks: list[BlockSummary] = []
     for block, values in enumerate(scores):
         statistics = {COSINE_DISTANCE: distances[block]} if distances is not None else {}
-        if curves is not None:
-            statistics[BLOCK_OUTPUT_SQUARES] = squares[block] if squares is not None else 1.0
         curve = None if curves is None else torch.tensor(curves[block], dtype=torch.float64)
-        found.append(BlockSummary(block, "mlp", len(values), 100, statistics, values, curve))
-    return found
+        sensitivity = sensitivities[block] if sensitivities is not None else None
+        blocks.append(BlockSummary(block, "mlp", len(values), 100, statistics, values, curve, sensitivity))
+    return blocks
 
 
 def influenced(distances: Sequence[float]) -> list[BlockSummary]:
     return summaries([torch.rand(16)] * len(distances), distances=distances)
 
 
-def curved(curves: Sequence[Sequence[float]], squares: Sequence[float] | None = None) -> list[BlockSummary]:
-    return summaries([torch.rand(len(curve) - 1) for curve in curves], curves=curves, squares=squares)
+def curved(
+    curves: Sequence[Sequence[float]], sensitivities: Sequence[float | None] | None = None
+) -> list[BlockSummary]:
+    return summaries([torch.rand(len(curve) - 1) for curve in curves], curves=curves, sensitivities=sensitivities)
 
 
 def shares_of(allocator: Allocator, blocks: Sequence[BlockSummary], budget: Budget) -> list[float]:
@@ -95,17 +97,18 @@ def convex_curves(draw: st.DrawFn, step: int) -> list[list[float]]:
 @given(data=st.data())
 def test_error_curve_is_optimal_for_convex_curves(step: int, data: st.DataObject) -> None:
     curves = data.draw(convex_curves(step))
-    squares = data.draw(st.lists(st.floats(0.1, 10), min_size=len(curves), max_size=len(curves)))
+    sensitivities = data.draw(st.lists(st.floats(0.1, 10), min_size=len(curves), max_size=len(curves)))
     full = [len(curve) - 1 for curve in curves]
     keep = step * data.draw(st.integers(len(curves), sum(full) // step))
     budget = Budget(1 - keep / sum(full), step)
-    shares = shares_of(ErrorCurve(), curved(curves, squares), budget)
+    shares = shares_of(ErrorCurve(), curved(curves, sensitivities), budget)
     removed = [round(width * (1 - share)) for width, share in zip(full, shares, strict=True)]
     assert sum(removed) == sum(full) - keep
     widths = full if keep == sum(full) else round_widths(shares, full, budget)
     assert sum(widths) == keep
     assert all(width >= step and width % step == 0 for width in widths)
-    weights = [1 / square for square in squares]
+    typical = median(sensitivities)
+    weights = [max(value, typical / 10) for value in sensitivities]
     found = sum(w * c[len(c) - 1 - width] for w, c, width in zip(weights, curves, widths, strict=True))
     assert found == pytest.approx(best_total(curves, weights, step, keep), rel=1e-9, abs=1e-9)
 
@@ -169,7 +172,9 @@ def test_a_scale_common_to_all_curves_changes_nothing() -> None:
 def test_error_curve_asks_for_the_curve_its_option_names() -> None:
     assert ErrorCurve().curve() == "compensated"
     assert ErrorCurve(compensated=False).curve() == "plain"
-    assert ErrorCurve().required() == {BLOCK_OUTPUT_SQUARES}
+    assert ErrorCurve().required() == frozenset()
+    assert ErrorCurve().sensitivity()
+    assert not ErrorCurve(measured=False).sensitivity()
 
 
 def test_nothing_or_more_than_there_is_can_be_asked_of_the_hulls() -> None:

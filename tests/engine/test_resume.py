@@ -383,7 +383,9 @@ class Marks(Criterion):
     stop: ClassVar[int | None] = None
     scored: ClassVar[list[int]] = []
 
-    requires: ClassVar[frozenset[Statistic]] = frozenset({ANGULAR_DISTANCE, DOWN_INPUT_GRAM, DOWN_INPUT_SQUARES})
+    requires: ClassVar[frozenset[Statistic]] = frozenset(
+        {ANGULAR_DISTANCE, DOWN_INPUT_GRAM.relative(), DOWN_INPUT_SQUARES}
+    )
 
     def score(self, feed_forward: Any, statistics: Any) -> Tensor:
         if feed_forward.block == Marks.stop:

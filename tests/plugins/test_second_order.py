@@ -88,7 +88,7 @@ def collected(
     """The statistic after these windows, as the host asks for it; ``after`` is called with each once it was shown."""
     state, tokens = CollectorState(ConfiguredComponent(collector, Origin("test"))), TokenCounts()
     for number, (window_in, window_out) in enumerate(zip(inputs, outputs, strict=True)):
-        window = WindowRows(number, window_in, window_out)
+        window = WindowRows(number, window_in, window_out, torch.ones(len(window_in)))
         tokens.add(window)
         state.add(window)
         if after is not None:

@@ -8,17 +8,20 @@ from .activations import DownInputMean, DownInputSquares, DownInputVariance
 from .distances import AngularDistance, CosineDistance, MaeDistance, MseDistance
 from .fluctuation import DownInputFluctuation
 from .second_moments import BlockOutputSquares, DownCross, DownInputGram, DownTargetSquares
-from .sums import held_out
+from .sums import held_out, relative
 from .taylor import DownInputTaylor, DownInputTaylorSquared
-from .tokens import FeedForwardInputs, FeedForwardTargets
+from .tokens import FeedForwardInputs, FeedForwardTargets, TokenWeights
+
+ALSO_RELATIVE: tuple[type[Collector], ...] = (DownInputGram, DownCross, DownTargetSquares)
+"""Collectors of products that are also offered with every token over its squared residual norm."""
 
 ALSO_HELD_OUT: tuple[type[Collector], ...] = (
     DownInputMean,
-    DownInputGram,
-    DownCross,
-    DownTargetSquares,
+    *ALSO_RELATIVE,
+    *map(relative, ALSO_RELATIVE),
     FeedForwardInputs,
     FeedForwardTargets,
+    TokenWeights,
 )
 """Collectors that are also offered for held-out windows."""
 
@@ -56,5 +59,7 @@ __all__ = [
     "FeedForwardTargets",
     "MaeDistance",
     "MseDistance",
+    "TokenWeights",
     "held_out",
+    "relative",
 ]

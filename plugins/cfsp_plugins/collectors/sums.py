@@ -1,11 +1,14 @@
-"""Accumulators of float64 sums, and collectors derived for held-out windows."""
+"""Accumulators of float64 sums, and collectors derived for held-out windows and for relative products."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from cfsp_framework import Collector, Windows
+from cfsp_framework import Accumulator, AccumulatorFactory, Collector, Windows
 
 
 class Sums:
@@ -45,5 +48,40 @@ def held_out(collector: type[Collector]) -> type[Collector]:
             "name": f"{collector.name}-held-out",
             "provides": collector.provides.held_out(),
             "windows": Windows.HELD_OUT,
+        },
+    )
+
+
+class RelativeProducts:
+    """Weigh each token in an accumulator of products, by the root of its weight on both factors."""
+
+    def __init__(self, accumulator: AccumulatorFactory) -> None:
+        self._accumulator = cast("Accumulator", accumulator())
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Sums of the accumulator."""
+        return self._accumulator.sums
+
+    def update(self, inputs: Tensor, outputs: Tensor, weights: Tensor) -> None:
+        root = weights.sqrt().unsqueeze(1)  # (T, 1)
+        self._accumulator.update(inputs.float() * root, outputs.float() * root)
+
+    def value(self, tokens: int) -> Tensor:
+        return self._accumulator.value(tokens)
+
+
+def relative(collector: type[Collector]) -> type[Collector]:
+    """Derive a collector of the same products with every token over its squared residual norm."""
+    return type(
+        f"{collector.__name__}Relative",
+        (collector,),
+        {
+            "__module__": collector.__module__,
+            "__doc__": f"{(collector.__doc__ or '').partition('.')[0]}, each token over its squared residual norm.",
+            "name": f"{collector.name}-relative",
+            "provides": collector.provides.relative(),
+            "relative": True,
+            "accumulator": partial(RelativeProducts, collector.accumulator),
         },
     )

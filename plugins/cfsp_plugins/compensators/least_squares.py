@@ -13,6 +13,8 @@ from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 from .held_out_guard import DAMPING, guarded, split
 
+_GRAM = DOWN_INPUT_GRAM.relative()
+
 
 class LeastSquares(Compensator):
     """Least squares on the dense model's activations: ``W'_K = W_K + W_P G_PK (G_KK + damping)^-1``.
@@ -22,13 +24,13 @@ class LeastSquares(Compensator):
     """
 
     name: ClassVar[str] = "least-squares"
-    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM, DOWN_INPUT_GRAM.held_out()})
+    requires: ClassVar[frozenset[Statistic]] = frozenset({_GRAM, _GRAM.held_out()})
 
     damping: float = Field(default=1e-3, gt=0, description=DAMPING)
 
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
         weight = feed_forward.down  # (D, F)
-        fit, judge = split(statistics, DOWN_INPUT_GRAM)  # (F, F) each
+        fit, judge = split(statistics, _GRAM)  # (F, F) each
         cross = weight.double() @ fit.double()  # (D, F): the target is the dense output
         return guarded(
             lambda damping: least_squares(weight, fit, cross, kept, damping),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from cfsp_framework.linalg import least_squares
 from cfsp_framework.statistics import (
     FEED_FORWARD_INPUTS,
     FEED_FORWARD_TARGETS,
+    TOKEN_WEIGHTS,
 )
 
 _CHUNK = 8192
@@ -34,7 +35,7 @@ _CHUNK = 8192
 class LocalReconstruction(Compensator):
     """Train gate, up and down of each narrowed feed-forward on calibration tokens, starting from least squares.
 
-    Mean squared error against the target of ``sequential``; AdamW, linear decay, float32, nothing else trainable and no
+    Mean squared error against the target of ``sequential``, each token relative to its residual stream; AdamW, linear decay, float32, nothing else trainable and no
     backward through the model (arXiv 2510.14444 on local reconstruction). The weights of the best held-out step are
     kept; a block that never falls below its start keeps that, and one that starts above plain pruning starts from it.
     """
@@ -46,6 +47,8 @@ class LocalReconstruction(Compensator):
             FEED_FORWARD_INPUTS.held_out(),
             FEED_FORWARD_TARGETS,
             FEED_FORWARD_TARGETS.held_out(),
+            TOKEN_WEIGHTS,
+            TOKEN_WEIGHTS.held_out(),
         }
     )
 
@@ -63,51 +66,52 @@ class LocalReconstruction(Compensator):
         return self.mix
 
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
-        tokens = _tokens(statistics)
+        tokens, held_out = split_tokens(statistics)
         plain = Weights.of(feed_forward, kept)
-        scale = tokens.held_out_targets.square().mean().item() or 1.0  # targets of 0 leave nothing to lose
-        plain_error = plain.error(tokens.held_out_inputs, tokens.held_out_targets)
-        fitted = replace(plain, down=self._least_squares(feed_forward, plain, kept, tokens))
-        start = min((plain, fitted), key=lambda w: w.error(tokens.held_out_inputs, tokens.held_out_targets))
-        best, error = self._train(start, tokens, feed_forward.generator())
+        scale = held_out.target_square() or 1.0  # targets of 0 leave nothing to lose
+        plain_error = plain.error(held_out)
+        fitted = replace(plain, down=self._least_squares(plain, tokens))
+        start = min((plain, fitted), key=lambda weights: weights.error(held_out))
+        best, error = self._train(start, tokens, held_out, feed_forward.generator())
         if not error < plain_error:
             return Update(error_plain=plain_error / scale, error=error / scale)
         return best.update(plain_error / scale, error / scale)
 
-    def _least_squares(
-        self, feed_forward: FeedForward, plain: Weights, kept: Tensor, tokens: CalibrationTokens
-    ) -> Tensor:
+    def _least_squares(self, plain: Weights, tokens: CalibrationTokens) -> Tensor:
         """Return the least-squares down weights ``(D, K)`` for the tokens to fit on."""
-        count = len(kept)
+        hidden, count = plain.down.shape
         gram = plain.down.new_zeros(count, count, dtype=torch.float64)  # (K, K)
-        cross = plain.down.new_zeros(feed_forward.hidden, count, dtype=torch.float64)  # (D, K)
-        pieces = zip(tokens.inputs.split(_CHUNK), tokens.targets.split(_CHUNK), strict=True)
-        for inputs, targets in pieces:
-            activations = plain.activations(inputs)  # (n, K)
-            residual = targets if plain.down_bias is None else targets - plain.down_bias  # (n, D)
-            gram += (activations.mT @ activations).double()
-            cross += (residual.mT @ activations).double()
-        return least_squares(plain.down, gram, cross, torch.arange(count, device=kept.device), self.damping).float()
+        cross = plain.down.new_zeros(hidden, count, dtype=torch.float64)  # (D, K)
+        for piece in tokens.pieces():
+            activations = plain.activations(piece.inputs)  # (n, K)
+            weighted = activations * piece.weights  # (n, K)
+            residual = piece.targets if plain.down_bias is None else piece.targets - plain.down_bias  # (n, D)
+            gram += (weighted.mT @ activations).double()
+            cross += (residual.mT @ weighted).double()
+        return least_squares(
+            plain.down, gram, cross, torch.arange(count, device=plain.down.device), self.damping
+        ).float()
 
-    def _train(self, start: Weights, tokens: CalibrationTokens, generator: torch.Generator) -> tuple[Weights, float]:
-        """Return the weights of the best held-out step, and their mean squared error on the held-out tokens."""
-        best, least = start, start.error(tokens.held_out_inputs, tokens.held_out_targets)
+    def _train(
+        self, start: Weights, tokens: CalibrationTokens, held_out: CalibrationTokens, generator: torch.Generator
+    ) -> tuple[Weights, float]:
+        """Return the weights of the best held-out step, and their mean weighted squared error on the held-out tokens."""
+        best, least = start, start.error(held_out)
         weights = start.trainable()
         parameters = weights.tensors()
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.steps)
         for step in range(1, self.steps + 1):
-            rows = torch.randint(len(tokens.inputs), (self.batch_tokens,), generator=generator)
-            rows = rows.to(tokens.inputs.device)  # (n,)
+            batch = tokens.draw(self.batch_tokens, generator)
             with torch.enable_grad():
-                loss = functional.mse_loss(weights.output(tokens.inputs[rows]), tokens.targets[rows])
+                loss = weights.squared_error(batch) / batch.targets.numel()
             gradients = torch.autograd.grad(loss, parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
             schedule.step()
             if step % self.check_every == 0 or step == self.steps:
-                error = weights.error(tokens.held_out_inputs, tokens.held_out_targets)
+                error = weights.error(held_out)
                 if error < least:
                     best, least = weights.copy(), error
         return best, least
@@ -115,29 +119,40 @@ class LocalReconstruction(Compensator):
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """Feed-forward inputs and targets ``(n, D)`` float32, to fit on and held out."""
+    """Inputs and targets of a feed-forward, and the weight of each token."""
 
-    inputs: Tensor
-    targets: Tensor
-    held_out_inputs: Tensor
-    held_out_targets: Tensor
+    inputs: Tensor  # (n, D)
+    targets: Tensor  # (n, D)
+    weights: Tensor  # (n, 1) float32, mean 1 over all tokens
+
+    def pieces(self) -> Iterator[CalibrationTokens]:
+        """Yield the tokens in pieces that fit beside their activations."""
+        tensors = (self.inputs, self.targets, self.weights)
+        yield from map(CalibrationTokens, *(tensor.split(_CHUNK) for tensor in tensors))
+
+    def draw(self, count: int, generator: torch.Generator) -> CalibrationTokens:
+        """Return ``count`` random tokens."""
+        rows = torch.randint(len(self.inputs), (count,), generator=generator).to(self.inputs.device)  # (count,)
+        return CalibrationTokens(self.inputs[rows], self.targets[rows], self.weights[rows])
+
+    def target_square(self) -> float:
+        """Return the mean weighted square of the targets."""
+        total = sum((p.weights * p.targets.square()).sum(dtype=torch.float64).item() for p in self.pieces())
+        return total / self.targets.numel()
 
 
-def _tokens(statistics: BlockStatistics) -> CalibrationTokens:
+def split_tokens(statistics: BlockStatistics) -> tuple[CalibrationTokens, CalibrationTokens]:
     """Return the tokens to fit on and those to judge by; if none are held out, the last tenth is."""
-    tokens = CalibrationTokens(
-        statistics[FEED_FORWARD_INPUTS],
-        statistics[FEED_FORWARD_TARGETS],
-        statistics[FEED_FORWARD_INPUTS.held_out()],
-        statistics[FEED_FORWARD_TARGETS.held_out()],
-    )
-    if len(tokens.inputs) and len(tokens.held_out_inputs):
-        return tokens
-    inputs = torch.cat([tokens.inputs, tokens.held_out_inputs])  # (n, D)
-    targets = torch.cat([tokens.targets, tokens.held_out_targets])
-    fit = max(1, len(inputs) - -(-len(inputs) // HELD_OUT_EVERY))
-    held_out = slice(fit if fit < len(inputs) else 0, None)
-    return CalibrationTokens(inputs[:fit], targets[:fit], inputs[held_out], targets[held_out])
+    kinds = (FEED_FORWARD_INPUTS, FEED_FORWARD_TARGETS, TOKEN_WEIGHTS)
+    fitted, held_out = ([statistics[kind] for kind in part] for part in (kinds, [kind.held_out() for kind in kinds]))
+    if not (len(fitted[0]) and len(held_out[0])):
+        joined = [torch.cat(pair) for pair in zip(fitted, held_out, strict=True)]
+        fit = max(1, len(joined[0]) - -(-len(joined[0]) // HELD_OUT_EVERY))
+        judge = slice(fit if fit < len(joined[0]) else 0, None)
+        fitted, held_out = [tensor[:fit] for tensor in joined], [tensor[judge] for tensor in joined]
+    mean = torch.cat([fitted[2], held_out[2]]).mean().clamp(min=torch.finfo(torch.float32).tiny)
+    fitted[2], held_out[2] = ((weights / mean).unsqueeze(1) for weights in (fitted[2], held_out[2]))  # (n, 1)
+    return CalibrationTokens(*fitted), CalibrationTokens(*held_out)
 
 
 def _activation(feed_forward: FeedForward) -> Callable[[Tensor], Tensor]:
@@ -195,12 +210,15 @@ class Weights:
         """Return the output ``(n, D)`` for ``inputs (n, D)``."""
         return functional.linear(self.activations(inputs), self.down, self.down_bias)
 
-    def error(self, inputs: Tensor, targets: Tensor) -> float:
-        """Return the mean squared error on tokens ``(n, D)``."""
+    def squared_error(self, tokens: CalibrationTokens) -> Tensor:
+        """Return the weighted sum of squared errors, ``()``."""
+        return (tokens.weights * (self.output(tokens.inputs) - tokens.targets).square()).sum()
+
+    def error(self, tokens: CalibrationTokens) -> float:
+        """Return the mean weighted squared error."""
         with torch.no_grad():
-            pieces = zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True)
-            total: float = sum((self.output(i) - t).square().sum(dtype=torch.float64).item() for i, t in pieces)
-        return total / targets.numel()
+            total = sum(self.squared_error(piece).item() for piece in tokens.pieces())
+        return total / tokens.targets.numel()
 
     def tensors(self) -> Sequence[Tensor]:
         """Return the weights that exist."""

@@ -13,6 +13,8 @@ from cfsp_framework.statistics import DOWN_INPUT_GRAM
 
 from .held_out_guard import guarded, split
 
+_GRAM = DOWN_INPUT_GRAM.relative()
+
 
 class Procrustes(Compensator):
     """Rotate and scale the kept output: ``s Q W_K``, the closest to the dense output among rotations of the hidden space.
@@ -22,11 +24,11 @@ class Procrustes(Compensator):
     """
 
     name: ClassVar[str] = "procrustes"
-    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM, DOWN_INPUT_GRAM.held_out()})
+    requires: ClassVar[frozenset[Statistic]] = frozenset({_GRAM, _GRAM.held_out()})
 
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
         weight = feed_forward.down.double()  # (D, F)
-        fit, judge = split(statistics, DOWN_INPUT_GRAM)  # (F, F) each
+        fit, judge = split(statistics, _GRAM)  # (F, F) each
         kept_weight = weight[:, kept]  # (D, K)
 
         def rotate(damping: float) -> Tensor:

@@ -13,6 +13,8 @@ from cfsp_framework.statistics import DOWN_CROSS, DOWN_INPUT_GRAM, DOWN_TARGET_S
 
 from .held_out_guard import DAMPING, guarded, split
 
+_GRAM, _CROSS, _SQUARES = (total.relative() for total in (DOWN_INPUT_GRAM, DOWN_CROSS, DOWN_TARGET_SQUARES))
+
 
 class Sequential(Compensator):
     """Least squares block by block on the hidden states of the pruned model, which also compensates for earlier blocks.
@@ -23,9 +25,7 @@ class Sequential(Compensator):
 
     name: ClassVar[str] = "sequential"
     requires: ClassVar[frozenset[Statistic]] = frozenset(
-        statistic
-        for total in (DOWN_INPUT_GRAM, DOWN_CROSS, DOWN_TARGET_SQUARES)
-        for statistic in (total, total.held_out())
+        statistic for total in (_GRAM, _CROSS, _SQUARES) for statistic in (total, total.held_out())
     )
 
     damping: float = Field(default=1e-3, gt=0, description=DAMPING)
@@ -39,9 +39,9 @@ class Sequential(Compensator):
 
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
         weight = feed_forward.down  # (D, F)
-        fit, judge = split(statistics, DOWN_INPUT_GRAM)  # (F, F) each
-        cross, judge_cross = split(statistics, DOWN_CROSS)  # (D, F) each
-        scale = split(statistics, DOWN_TARGET_SQUARES)[1].item()
+        fit, judge = split(statistics, _GRAM)  # (F, F) each
+        cross, judge_cross = split(statistics, _CROSS)  # (D, F) each
+        scale = split(statistics, _SQUARES)[1].item()
 
         def error(down: Tensor) -> float:
             return output_error(weight, down, kept, judge, judge_cross) + scale
