@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp_framework.testing.models import byte_tokenizer, random_model
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 320
@@ -64,3 +65,30 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """Make a byte-level tokenizer with a few merges."""
     texts = ["the quick brown fox jumps over the lazy dog", "hello world, this is a test"]
     return byte_tokenizer(texts=texts, vocabulary=VOCABULARY, max_length=128)
+
+
+def plant_massive_activation(model: PreTrainedModel, block: int, token: int, sample: Tensor, size: float) -> None:
+    """Make ``token`` leave ``block`` of a Llama with a residual stream of about norm ``size``, and few others.
+
+    Channel 0 of the block's feed-forward becomes a detector of that token among those of ``sample (N, T)``, as massive
+    activations arise in trained models (arXiv 2402.17762).
+    """
+    import torch
+
+    feed_forward: Any = model.model.layers[block].mlp
+    entering: list[Tensor] = []
+    hook = feed_forward.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+    with torch.no_grad():
+        model(sample)
+        hook.remove()
+        features = entering[0].flatten(0, 1)  # (N * T, D)
+        present = features[sample.flatten() == token].mean(0)  # (D,)
+        spread = features.mT @ features / len(features)  # (D, D)
+        detector = torch.linalg.solve(
+            spread + 1e-3 * spread.diagonal().mean() * torch.eye(len(spread)), present
+        )  # (D,)
+        detector *= 8 / (detector @ present)
+        feed_forward.gate_proj.weight[0] = detector
+        feed_forward.up_proj.weight[0] = detector
+        direction = torch.randn(len(present), generator=torch.Generator().manual_seed(block))  # (D,)
+        feed_forward.down_proj.weight[:, 0] = size / 64 * direction / direction.norm()

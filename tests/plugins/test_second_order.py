@@ -33,8 +33,10 @@ from cfsp_framework.statistics import (
     DOWN_INPUT_SQUARES,
     DOWN_INPUT_TAYLOR,
     DOWN_INPUT_TAYLOR_SQUARED,
+    DOWN_TARGET_SQUARES,
     FEED_FORWARD_INPUTS,
     FEED_FORWARD_TARGETS,
+    TOKEN_WEIGHTS,
 )
 from cfsp_plugins.collectors.activations import DownInputMean
 from cfsp_plugins.collectors.second_moments import BlockOutputSquares, DownCross, DownInputGram
@@ -60,6 +62,12 @@ SECOND_ORDER = frozenset(
         FEED_FORWARD_INPUTS.held_out(),
         FEED_FORWARD_TARGETS,
         FEED_FORWARD_TARGETS.held_out(),
+        DOWN_INPUT_GRAM.relative(),
+        DOWN_INPUT_GRAM.relative().held_out(),
+        DOWN_CROSS.relative(),
+        DOWN_TARGET_SQUARES.relative(),
+        TOKEN_WEIGHTS,
+        TOKEN_WEIGHTS.held_out(),
     }
 )
 
@@ -259,6 +267,20 @@ def test_second_order_statistics_are_those_of_the_models_own_forward(decoder: De
             whole_in, whole_out = (side[windows].flatten(0, 1) for side in wholes[index])  # (n, D) each
             torch.testing.assert_close(statistics[entering], whole_in, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(statistics[leaving], whole_out, rtol=1e-4, atol=1e-5)
+        weights = 1 / blocks[index][1].square().sum(-1)  # (N, T)
+        root = weights.sqrt().unsqueeze(-1)  # (N, T, 1)
+        relative, targets = (inputs * root).flatten(0, 1), (downs[index][1] * root).flatten(0, 1)
+        if down_projection(decoder, index).bias is not None:
+            targets = targets - (down_projection(decoder, index).bias * root).flatten(0, 1)
+        assert_products(statistics[DOWN_INPUT_GRAM.relative()], relative, relative)
+        assert_products(
+            statistics[DOWN_INPUT_GRAM.relative().held_out()], *[(inputs * root)[HELD_OUT].flatten(0, 1)] * 2
+        )
+        assert_products(statistics[DOWN_CROSS.relative()], targets, relative)
+        squares = targets.double().square().sum().item()
+        assert statistics[DOWN_TARGET_SQUARES.relative()].item() == pytest.approx(squares, rel=1e-4)
+        torch.testing.assert_close(statistics[TOKEN_WEIGHTS], weights[FITTED].flatten(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(statistics[TOKEN_WEIGHTS.held_out()], weights[HELD_OUT].flatten(), rtol=1e-4, atol=0)
         expected = blocks[index][1].double().square().sum().item()
         assert statistics[BLOCK_OUTPUT_SQUARES].item() == pytest.approx(expected, rel=1e-5)
 
