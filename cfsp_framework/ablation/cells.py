@@ -18,7 +18,6 @@ from torch import Tensor
 from cfsp_framework.ablation.grid import TRAINING
 from cfsp_framework.ablation.measurements import Collection, request_measurements
 from cfsp_framework.ablation.results import CellResult, CellSpec, Latency, Quality
-from cfsp_framework.ablation.snapshot import ModelState, restored
 from cfsp_framework.api.records import Perplexity, PruningPlan
 from cfsp_framework.config import OPTIONS, FrozenRecord, RunConfig
 from cfsp_framework.engine.cache import identity_of
@@ -30,6 +29,7 @@ from cfsp_framework.host.registry import Plugins
 from cfsp_framework.host.selection import Selection, select
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.size import measure_size
+from cfsp_framework.modeling.snapshot import ModelState, restored
 from cfsp_framework.pipeline import schedule
 from cfsp_framework.recovery.recover import train_model
 from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics, versions
@@ -303,7 +303,8 @@ def cell_key(context: RunContext, extras: Extras) -> str:
         "model": context.loaded.fingerprint,
         "windows": [fingerprint_of(context.windows_to_select), fingerprint_of(context.windows_to_compensate)],
         "components": [
-            identity_of(component) for component in (*chosen, *selection.collectors, *selection.second_pass)
+            identity_of(component)
+            for component in (*chosen, *selection.starts, *selection.collectors, *selection.second_pass)
         ],
         "budget": [config.budget.ratio, config.budget.unit, config.budget.round_to, config.budget.rebalance],
         "samples": config.calibration.samples,

@@ -18,7 +18,6 @@ from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.measurements import FeedForwardMeasurement, summarise
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.evaluation.perplexity import perplexity
-from cfsp_framework.host.selection import get_curve_kind
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.modeling.streaming import ShardWriter
@@ -35,6 +34,7 @@ from cfsp_framework.pruning.planning import channel_ratio, plan_blocks, width_st
 from cfsp_framework.run.cache_keys import collection_key, second_pass_key, versions
 from cfsp_framework.run.checks import check_plan
 from cfsp_framework.run.context import RunContext, sample_ids
+from cfsp_framework.run.search import search_blocks
 
 CRITERION = "criterion"
 """Label of a run's only criterion among the scores."""
@@ -75,7 +75,7 @@ def drop_attention(context: RunContext, plan: PruningPlan | None = None) -> None
 def measure(context: RunContext, *, planned: bool = False) -> tuple[FeedForwardMeasurement, ...]:
     """Run each block once over the calibration windows and score its channels; with a plan nothing is scored."""
     selection, run = context.selection, context.config.run
-    curve = None if planned else get_curve_kind(selection.allocator)
+    curve = None if planned else selection.curve
     cached = run.resume is not None and not planned
     with context.progress.phase("collect"):
         return collect(
@@ -99,6 +99,13 @@ def make_plan(context: RunContext, measurements: Sequence[FeedForwardMeasurement
     config, budget, decoder, windows = context.config, context.config.budget, context.decoder, context.windows
     torch.manual_seed(config.run.seed)  # for allocators that draw
     with context.progress.phase("plan"):
+        summaries = summarise(decoder, measurements, CRITERION)
+        channels = Budget(_channel_ratio(context), width_step(budget.round_to, budget.tensor_parallel))
+        blocks, search = (
+            search_blocks(context, summaries, channels)
+            if context.selection.searches
+            else (plan_blocks(summaries, context.selection.allocator, channels, rebalance=budget.rebalance), None)
+        )
         plan = PruningPlan(
             model=ModelIdentity(
                 source=config.model.source,
@@ -115,12 +122,8 @@ def make_plan(context: RunContext, measurements: Sequence[FeedForwardMeasurement
             components=context.selection.describe(),
             versions=versions(context.selection),
             dropped_attention=tuple(surgery.dropped_attention(decoder.config)),
-            blocks=plan_blocks(
-                summarise(decoder, measurements, CRITERION),
-                context.selection.allocator,
-                Budget(_channel_ratio(context), width_step(budget.round_to, budget.tensor_parallel)),
-                rebalance=budget.rebalance,
-            ),
+            search=search,
+            blocks=blocks,
         )
         return context.ranks.agree(plan)
 

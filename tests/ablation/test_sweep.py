@@ -27,7 +27,6 @@ from cfsp_framework.ablation.agreement import overlaps, rank_correlations
 from cfsp_framework.ablation.cells import Extras, prune_command
 from cfsp_framework.ablation.grid import expand, split_choices
 from cfsp_framework.ablation.results import CellResult, SweepResults
-from cfsp_framework.ablation.snapshot import restored
 from cfsp_framework.ablation.store import open_store
 from cfsp_framework.ablation.summary import interval
 from cfsp_framework.ablation.sweep import Sweep, ablate
@@ -37,6 +36,7 @@ from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.prune import prune as prune_command_line
 from cfsp_framework.config import OPTIONS, Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
+from cfsp_framework.modeling.snapshot import restored
 from cfsp_framework.runtime.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changed torch's global random numbers")
