@@ -118,7 +118,8 @@ class _Evolution:
         shares = list(self.best)
         for _ in range(self._draw.choice((1, 1, 2, 3, 4))):
             if len(shares) > 1:
-                self._move(shares, *self._draw.sample(range(len(shares)), 2), self._draw.choice((1, 1, 2, 4)))
+                giver, taker = self._draw.sample(range(len(shares)), 2)
+                self._move(shares, giver, taker, self._draw.choice((1, 1, 2, 4)))
         return self._rounded(shares)
 
     def _move(self, shares: list[float], giver: int, taker: int, times: int) -> None:
@@ -127,9 +128,9 @@ class _Evolution:
         most = min(
             (shares[giver] - self._least[giver]) * self._widths[giver], (1 - shares[taker]) * self._widths[taker]
         )
-        channels = min(channels, most)
-        shares[giver] -= channels / self._widths[giver]
-        shares[taker] += channels / self._widths[taker]
+        moved = min(channels, most)
+        shares[giver] -= moved / self._widths[giver]
+        shares[taker] += moved / self._widths[taker]
 
     def _slopes(self) -> list[float]:
         """Return the slope of the loss along each block's share, by ridge regression around the best."""

@@ -163,10 +163,15 @@ class Fitness(Protocol):
     Channels are kept in the order of the criterion's scores, and no weight is compensated.
     """
 
-    starts: Mapping[str, Sequence[float]]
-    """Shares of each allocator named by ``SearchingAllocator.starts``, by name, in that order."""
-    seed: int
-    """Seed of the run."""
+    @property
+    def starts(self) -> Mapping[str, Sequence[float]]:
+        """Shares of each allocator named by ``SearchingAllocator.starts``, by name, in that order."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        ...
 
     def widths(self, shares: Sequence[float]) -> tuple[int, ...]:
         """Return the widths that shares, one per block, are rounded to for a plan, the exact total included."""

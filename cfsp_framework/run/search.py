@@ -41,8 +41,8 @@ def _search(
     blocks = plan_blocks(summaries, context.selection.allocator, budget, rebalance=rebalance, fitness=fitness)
     if budget.ratio == 0:
         return blocks, None
-    kept = iter(len(block.kept) / block.width for block in blocks)
-    shares = [[next(kept) for _ in summary.members or (summary.path,)][0] for summary in summaries]
+    kept = {(block.block, block.path): len(block.kept) / block.width for block in blocks}
+    shares = [kept[summary.block, summary.path] for summary in summaries]
     names = list(fitness.starts)
     values = dict(zip(names, fitness([fitness.starts[name] for name in names]), strict=True)) if names else {}
     [final] = fitness([shares])

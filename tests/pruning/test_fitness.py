@@ -73,7 +73,8 @@ def open_fitness(windows: Tensor) -> Callable[..., ModelFitness]:
 def log_probabilities(decoder: Decoder, ids: Tensor) -> Tensor:
     """The model's own log-probabilities for one window without padding, ``(T, V)``."""
     with torch.no_grad():
-        return decoder.model(ids[None], use_cache=False).logits[0].float().log_softmax(-1)  # (T, V)
+        logits: Tensor = decoder.model(ids[None], use_cache=False).logits[0]  # (T, V)
+        return logits.float().log_softmax(-1)
 
 
 def expected_loss(decoder: Decoder, windows: Tensor, shares: tuple[float, ...], metric: Metric, stride: int) -> float:
