@@ -112,6 +112,8 @@ class PruningPlan(FrozenRecord):
     versions: dict[str, str]
     dropped_attention: tuple[int, ...] = ()
     """Blocks whose attention is removed, ascending."""
+    rounds: int = Field(default=1, ge=1)
+    """Steps in which the channels were selected, each on the model as the one before left it."""
     search: SearchRecord | None = None
     """None unless the allocator searched."""
     blocks: tuple[BlockPlan, ...] = Field(min_length=1)

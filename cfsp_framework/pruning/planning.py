@@ -219,6 +219,13 @@ def plan_blocks(
     )
 
 
+def total_to_keep_of(summaries: Sequence[BlockSummary], budget: Budget) -> int:
+    """Return the number of channels that all blocks of a model keep together, see ``total_to_keep``."""
+    units = [_unit(summary) for summary in summaries]
+    counts = [summary.width // unit for summary, unit in zip(summaries, units, strict=True)]
+    return total_to_keep(units, budget, counts)
+
+
 def round_shares(
     shares: Sequence[float], summaries: Sequence[BlockSummary], budget: Budget, *, rebalance: bool = True
 ) -> tuple[int, ...]:

@@ -30,8 +30,14 @@ def collection_key(context: RunContext) -> str:
         "dropped_attention": surgery.dropped_attention(context.decoder.config),
         "versions": versions(selection),
         "numerics": numerics(context),
+        **_history(context),
     }
     return hash_json(parts)
+
+
+def _history(context: RunContext) -> dict[str, str]:
+    """Return what distinguishes a model that was cut in earlier rounds from the dense one."""
+    return {"history": context.history} if context.history else {}
 
 
 def numerics(context: RunContext) -> list[object]:
@@ -52,6 +58,7 @@ def second_pass_key(context: RunContext, plan: PruningPlan) -> str:
         "compensator": identity_of(context.selection.compensator),
         "collectors": [identity_of(collector) for collector in context.selection.second_pass],
         "numerics": numerics(context),
+        **_history(context),
     }
     return hash_json(parts)
 

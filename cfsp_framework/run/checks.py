@@ -21,6 +21,10 @@ def check_options(config: RunConfig, selection: Selection, ranks: Ranks) -> None
     """
     if config.budget.drop_attention == "auto" and config.budget.unit != "parameters":
         raise ConfigError("--drop-attention auto needs --budget parameters: its rule is about all parameters.")
+    if config.model.stream and config.budget.rounds > 1:
+        raise ConfigError(
+            "--stream and --rounds cannot be combined: the next round measures the model that the last one cut."
+        )
     collectors = (*selection.collectors, *selection.second_pass)
     if config.model.stream:
         _check_streaming(config, selection)

@@ -24,6 +24,7 @@ from cfsp_framework.modeling.streaming import ShardWriter
 from cfsp_framework.pruning import surgery
 from cfsp_framework.pruning.attention import choose_attentions, count_to_drop
 from cfsp_framework.pruning.compensation import (
+    CachedCompensation,
     Compensation,
     FirstPassCompensation,
     SecondPassCompensation,
@@ -94,13 +95,18 @@ def measure(context: RunContext, *, planned: bool = False) -> tuple[FeedForwardM
         )
 
 
-def make_plan(context: RunContext, measurements: Sequence[FeedForwardMeasurement]) -> PruningPlan:
-    """Spread the budget over the blocks and pick each block's channels; all processes take the first one's plan."""
+def make_plan(
+    context: RunContext, measurements: Sequence[FeedForwardMeasurement], channels: Budget | None = None
+) -> PruningPlan:
+    """Spread the budget over the blocks and pick each block's channels; all processes take the first one's plan.
+
+    ``channels`` is the budget of one round; by default, that of the run.
+    """
+    channels = channels or channel_budget(context)
     config, budget, decoder, windows = context.config, context.config.budget, context.decoder, context.windows
     torch.manual_seed(config.run.seed)  # for allocators that draw
     with context.progress.phase("plan"):
         summaries = summarise(decoder, measurements, CRITERION)
-        channels = Budget(_channel_ratio(context), width_step(budget.round_to, budget.tensor_parallel))
         blocks, search = (
             search_blocks(context, summaries, channels)
             if context.selection.searches
@@ -126,6 +132,12 @@ def make_plan(context: RunContext, measurements: Sequence[FeedForwardMeasurement
             blocks=blocks,
         )
         return context.ranks.agree(plan)
+
+
+def channel_budget(context: RunContext) -> Budget:
+    """Return the run's budget in channels of the model as it is."""
+    budget = context.config.budget
+    return Budget(_channel_ratio(context), width_step(budget.round_to, budget.tensor_parallel))
 
 
 def _channel_ratio(context: RunContext) -> float:
@@ -186,6 +198,9 @@ def open_compensation(
     if context.windows_to_compensate is None:
         statistics = {(measurement.block, measurement.path): measurement.statistics for measurement in measurements}
         return FirstPassCompensation(context.decoder, statistics, selection.compensator, seed=run.seed)
+    cache = UpdateCache(run.resume, second_pass_key(context, plan)) if run.resume else None
+    if cache is not None and context.ranks.agree(context.ranks.first and _is_finished(cache, plan)):
+        return CachedCompensation(cache, context.ranks)
     return SecondPassCompensation(
         context.decoder,
         context.windows_to_compensate,
@@ -193,5 +208,14 @@ def open_compensation(
         selection.second_pass,
         seed=run.seed,
         forward_options=context.forward_options,
-        cache=UpdateCache(run.resume, second_pass_key(context, plan)) if run.resume else None,
+        cache=cache,
+    )
+
+
+def _is_finished(cache: UpdateCache, plan: PruningPlan) -> bool:
+    """Return whether the changes of every block that loses channels are kept."""
+    return all(
+        cache.load(index, len(entries)) is not None
+        for index, entries in plan.by_block().items()
+        if any(len(entry.kept) < entry.width for entry in entries)
     )
