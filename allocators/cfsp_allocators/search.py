@@ -42,8 +42,12 @@ class Search(SearchingAllocator):
     seconds: float | None = Field(
         default=None, gt=0, description="stop after so long; the result is then not deterministic"
     )
-    windows: int = Field(default=8, ge=1, description="held-out windows to measure on at most")
-    stride: int = Field(default=2, ge=1, description="every so many positions of a window count")
+    windows: int = Field(
+        default=32,
+        ge=1,
+        description="held-out windows to measure on at most; widths fit a few thousand tokens too well",
+    )
+    stride: int = Field(default=1, ge=1, description="every so many positions of a window count")
 
     @field_validator("start")
     @classmethod

@@ -220,9 +220,9 @@ class FitnessOptions:
     """Kullback-Leibler divergence of the dense model from the cut one in nats; cross-entropy in nats; or one minus the
     expected acceptance of the cut model's tokens in speculative decoding, the sum over tokens of ``min(p, q)``. Each is
     a mean over positions."""
-    windows: int = 8
+    windows: int = 32
     """Held-out calibration windows to measure on, at most."""
-    stride: int = 2
+    stride: int = 1
     """Every so many positions of a window count; the head, costly in small models, is computed for these only."""
 
 

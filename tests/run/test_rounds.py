@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from cfsp_framework.testing import build_plan
 from helpers.runs import invoke, prune_small, refuse_small, weights_of
 from helpers.types import MakeModel
 
-SMALL = {"round_to": 4, "evaluate": ()}
+SMALL: dict[str, Any] = {"round_to": 4, "evaluate": ()}
 
 
 def plans_of(folder: Path) -> list[PruningPlan]:
@@ -49,7 +50,8 @@ def test_plans_are_nested_and_keep_equal_shares_of_one_another(
 def test_two_rounds_are_two_runs(
     name: str, preset: str, make_model: MakeModel, calibration_text: Path, tmp_path: Path
 ) -> None:
-    model, more = make_model(name, dtype="float32"), {**SMALL, "rebalance": True}
+    model = make_model(name, dtype="float32")
+    more: dict[str, Any] = {**SMALL, "rebalance": True}
     rounds = prune_small(model, tmp_path / "rounds", calibration_text, preset, rounds=2, ratio=0.5, **more)
     first = plans_of(tmp_path / "rounds")[0]
     prune_small(model, tmp_path / "first", calibration_text, preset, ratio=first.ratio, **more)
@@ -65,7 +67,7 @@ def test_a_run_goes_on_after_the_last_finished_round(
     make_model: MakeModel, calibration_text: Path, tmp_path: Path
 ) -> None:
     model, kept = make_model("llama"), tmp_path / "kept"
-    more = {"ratio": 0.5, "resume": kept, **SMALL}
+    more: dict[str, Any] = {"ratio": 0.5, "resume": kept, **SMALL}
     prune_small(model, tmp_path / "first", calibration_text, "cfsp-closed-form", rounds=2, **more)
     times = {path: path.stat().st_mtime_ns for path in kept.rglob("*.safetensors")}
     collections = {path.parent.name for path in times if path.parent.name.startswith("collection")}
@@ -78,14 +80,14 @@ def test_a_run_goes_on_after_the_last_finished_round(
     assert {path: path.stat().st_mtime_ns for path in times if path not in removed} == {
         path: time for path, time in times.items() if path not in removed
     }
-    assert {path for path in kept.rglob("*.safetensors")} == set(times)
+    assert set(kept.rglob("*.safetensors")) == set(times)
     first, again = weights_of(tmp_path / "first"), weights_of(tmp_path / "again")
     assert all(torch.equal(value, again[key]) for key, value in first.items())
 
 
 def test_a_plan_is_that_of_the_run(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> None:
-    words = ("--calibration", calibration_text, "--samples", 20, "--seqlen", 32, "--round-to", 4, "--rounds", 2)
-    words = (*words, "--preset", "cfsp-closed-form", "--budget", "parameters", "--ratio", 0.2)
+    small = ("--calibration", calibration_text, "--samples", 20, "--seqlen", 32, "--round-to", 4, "--rounds", 2)
+    words = (*small, "--preset", "cfsp-closed-form", "--budget", "parameters", "--ratio", 0.2)
     model = make_model("llama")
     assert invoke("plan", model, tmp_path / "plan.json", *words).exit_code == 0
     assert invoke("prune", model, tmp_path / "out", *words).exit_code == 0
@@ -105,9 +107,7 @@ def test_options_that_need_one_round_are_refused(
     assert words[0] in message
 
 
-def test_a_round_that_removes_nothing_is_refused(
-    make_model: MakeModel, calibration_text: Path, tmp_path: Path
-) -> None:
+def test_a_round_that_removes_nothing_is_refused(make_model: MakeModel, calibration_text: Path, tmp_path: Path) -> None:
     message = refuse_small(make_model("llama"), tmp_path, calibration_text, "--rounds", 50)
     assert "fewer rounds" in message
 
