@@ -214,7 +214,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class FitnessOptions:
-    """What a searching allocator's fitness measures of a candidate."""
+    """Settings of a searching allocator's fitness."""
 
     metric: Literal["kl", "nll", "acceptance"] = "kl"
     """Kullback-Leibler divergence of the dense model from the cut one in nats; cross-entropy in nats; or one minus the

@@ -75,7 +75,7 @@ def feed_forward_path(path: str) -> str:
 
 
 class SearchRecord(FrozenRecord):
-    """What a searching allocator measured on the model."""
+    """Result and cost of a searching allocator's measurements on the model."""
 
     metric: Literal["kl", "nll", "acceptance"]
     """Lower is better; ``acceptance`` is one minus the expected acceptance."""
