@@ -88,6 +88,11 @@ class BudgetOptions(OptionGroup):
     tensor_parallel: int = Field(
         default=1, ge=1, description="Processes the model will be served on: widths are multiples of this, too."
     )
+    rounds: int = Field(
+        default=1,
+        ge=1,
+        description="Prune in so many steps, each measured on the model as it is cut and compensated by then.",
+    )
     rebalance: bool = Field(default=True, description="Restore the exact budget after rounding.")
     drop_attention: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         default=0, description="Attentions to drop as a whole: a number, or `auto` for a ratio of all parameters."

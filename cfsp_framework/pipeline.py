@@ -14,6 +14,7 @@ from cfsp_framework.api.events import RunFinished
 from cfsp_framework.api.records import Perplexity, PruningPlan, RunResult
 from cfsp_framework.checkpoint.save import (
     PLAN_FILE,
+    ROUNDS_FOLDER,
     STATISTICS_FILE,
     check_output,
     read_pruned,
@@ -45,7 +46,8 @@ from cfsp_framework.reporting.build import build_report, update_report, write_re
 from cfsp_framework.reporting.findings import gather_notes
 from cfsp_framework.reporting.metrics import save_statistics
 from cfsp_framework.run.context import RunContext, open_evaluation_sets, open_streamed, sample_ids, set_up
-from cfsp_framework.run.steps import CRITERION, adopt_plan, cut, drop_attention, evaluate, make_plan, measure
+from cfsp_framework.run.rounds import RoundsResult, plan_rounds
+from cfsp_framework.run.steps import CRITERION, adopt_plan, cut, drop_attention, evaluate, measure
 from cfsp_framework.runtime.atomic_files import staged_folder
 from cfsp_framework.runtime.distributed import join_ranks
 from cfsp_framework.runtime.progress import Progress
@@ -66,7 +68,8 @@ def prune(
     2. Evaluate the dense model.
     3. Drop attentions, if asked for.
     4. Collect: one pass over the calibration windows measures each block and scores its channels (``measure``).
-    5. Plan: the allocator spreads the budget, the highest scores stay (``make_plan``).
+    5. Plan: the allocator spreads the budget, the highest scores stay; with several rounds the model is cut and measured
+       again before the last one (``plan_rounds``).
     6. Schedule what is trained afterwards (``schedule``).
     7. Cut block by block, and compensate (``cut``).
     8. Train, if scheduled (``train``).
@@ -76,6 +79,8 @@ def prune(
     With a ``plan`` the channels are taken from it, and data is only needed by a compensator that requires some.
     """
     check_output(out, overwrite=overwrite)
+    if plan is not None and config.budget.rounds > 1:
+        raise ConfigError("--plan and --rounds cannot be combined: a plan names the channels that stay in the end.")
     progress, ranks = progress or Progress(), join_ranks(config.model.device)
     with progress.report_failure(), staged_folder(out) if ranks.first else nullcontext(out) as folder:
         check = partial(check_recovery_options, plan=plan)
@@ -84,13 +89,14 @@ def prune(
         dense, dense_size = evaluate(context, context.decoder), measure_size(context.decoder.model)
         drop_attention(context, given)
         measurements = measure(context, planned=given is not None)
-        plan = given or make_plan(context, measurements)
-        task = schedule(context, plan, measurements)
         native_biases = surgery.added_biases(context.decoder.config)
-        cut_result = cut(context, plan, measurements, folder)
+        last = RoundsResult(context, measurements, given, given) if given else plan_rounds(context, measurements)
+        plan = last.plan
+        task = schedule(context, last.step, last.measurements)
+        cut_result = cut(last.context, last.step, last.measurements, folder)
         notes = gather_notes(context, plan, measurements, cut_result.updates, native_biases)
         training = train(context, plan, task, folder) if task else None
-        save(context, plan, cut_result.writer, folder, training)
+        save(context, plan, cut_result.writer, folder, training, last.earlier)
         expected = training.outcome.expected if training else cut_result.expected
         adapter = training is not None and config.recovery.keep_adapter
         written, difference = reopen(context, expected, folder, adapter=adapter)
@@ -153,7 +159,7 @@ def plan_only(config: RunConfig, progress: Progress | None = None) -> PruningPla
     with progress.report_failure():
         context = set_up(config.replace(evaluate=()), progress, ranks=ranks)
         drop_attention(context)
-        plan = make_plan(context, measure(context))
+        plan = plan_rounds(context, measure(context)).plan
     progress.notify(RunFinished(plan))
     return plan
 
@@ -187,7 +193,12 @@ def train(context: RunContext, plan: PruningPlan, task: RecoveryTask, folder: Pa
 
 
 def save(
-    context: RunContext, plan: PruningPlan, writer: ShardWriter | None, folder: Path, training: FinishedTraining | None
+    context: RunContext,
+    plan: PruningPlan,
+    writer: ShardWriter | None,
+    folder: Path,
+    training: FinishedTraining | None,
+    earlier: Sequence[PruningPlan] = (),
 ) -> None:
     """Write the checkpoint, or the rest of a streamed one, and the plans; only the first process writes."""
     with context.progress.phase("save"):
@@ -197,6 +208,9 @@ def save(
             else:
                 save_streamed(context.decoder, context.loaded, writer, folder)
             (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
+            for number, nested in enumerate(earlier, start=1):
+                (folder / ROUNDS_FOLDER).mkdir(exist_ok=True)
+                (folder / ROUNDS_FOLDER / f"round-{number}.json").write_text(nested.to_json(), encoding="utf-8")
             if training is not None:
                 save_recovery_plan(training.plan, folder, kept=context.config.recovery.keep_adapter)
         context.ranks.wait()

@@ -9,13 +9,14 @@ from .error_curve import ErrorCurve
 from .global_zscore import GlobalZscore
 from .log_increase import LogIncrease
 from .owl import Owl
+from .search import Search
 from .softmax_bi import SoftmaxBi
 from .uniform import Uniform
 
-__all__ = ["Cfsp", "ErrorCurve", "GlobalZscore", "LogIncrease", "Owl", "SoftmaxBi", "Uniform"]
+__all__ = ["Cfsp", "ErrorCurve", "GlobalZscore", "LogIncrease", "Owl", "Search", "SoftmaxBi", "Uniform"]
 
 
 @hookimpl
 def cfsp_allocators() -> list[type[Allocator]]:
     """Offer the built-in allocators."""
-    return [Cfsp, ErrorCurve, GlobalZscore, LogIncrease, Owl, SoftmaxBi, Uniform]
+    return [Cfsp, ErrorCurve, GlobalZscore, LogIncrease, Owl, Search, SoftmaxBi, Uniform]

@@ -18,7 +18,6 @@ from torch import Tensor
 from cfsp_framework.ablation.grid import TRAINING
 from cfsp_framework.ablation.measurements import Collection, request_measurements
 from cfsp_framework.ablation.results import CellResult, CellSpec, Latency, Quality
-from cfsp_framework.ablation.snapshot import ModelState, restored
 from cfsp_framework.api.records import Perplexity, PruningPlan
 from cfsp_framework.config import OPTIONS, FrozenRecord, RunConfig
 from cfsp_framework.engine.cache import identity_of
@@ -30,11 +29,13 @@ from cfsp_framework.host.registry import Plugins
 from cfsp_framework.host.selection import Selection, select
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.size import measure_size
+from cfsp_framework.modeling.snapshot import ModelState, restored
 from cfsp_framework.pipeline import schedule
 from cfsp_framework.recovery.recover import train_model
 from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics, versions
 from cfsp_framework.run.context import RunContext, open_context, open_evaluation_sets, open_windows, sequence_length
-from cfsp_framework.run.steps import cutting_phase, evaluate, make_plan, narrow
+from cfsp_framework.run.rounds import plan_rounds
+from cfsp_framework.run.steps import cutting_phase, evaluate, narrow
 from cfsp_framework.runtime.distributed import SOLO
 from cfsp_framework.runtime.hashing import hash_json
 from cfsp_framework.runtime.progress import Progress
@@ -172,10 +173,11 @@ def run_cell(context: RunContext, job: Job, collection: Collection, extras: Extr
     measurements = collection.select(request, selection)
     dense = ModelState.capture(decoder)
     with restored(decoder, trained=trains(selection)):
-        plan = make_plan(context, measurements)
-        task = schedule(context, plan, measurements)
+        last = plan_rounds(context, measurements)
+        plan = last.plan
+        task = schedule(context, last.step, last.measurements)
         with context.progress.phase(cutting_phase(context)):
-            narrow(context, plan, measurements)
+            narrow(last.context, last.step, last.measurements)
         if task:
             train_model(context, plan, task, Path())  # only an adapter that is kept would be written
         parameters = measure_size(decoder.model).parameters
@@ -303,9 +305,11 @@ def cell_key(context: RunContext, extras: Extras) -> str:
         "model": context.loaded.fingerprint,
         "windows": [fingerprint_of(context.windows_to_select), fingerprint_of(context.windows_to_compensate)],
         "components": [
-            identity_of(component) for component in (*chosen, *selection.collectors, *selection.second_pass)
+            identity_of(component)
+            for component in (*chosen, *selection.starts, *selection.collectors, *selection.second_pass)
         ],
         "budget": [config.budget.ratio, config.budget.unit, config.budget.round_to, config.budget.rebalance],
+        **({"rounds": config.budget.rounds} if config.budget.rounds > 1 else {}),
         "samples": config.calibration.samples,
         "recovery": [
             {name: OPTIONS[name].read(config) for name in _TRAINING_OPTIONS},

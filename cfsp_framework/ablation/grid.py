@@ -13,10 +13,21 @@ from cfsp_framework.errors import ConfigError, did_you_mean
 AMOUNTS = ("samples", "seeds", "ratio")
 """Axes of numbers, the outermost first: cells that share a collection lie together."""
 TRAINING = ("recovery_data", "recovery_steps", "recovery_check_every", "recovery_patience")
-ROW_OPTIONS = (*CHOICES, "rebalance", "reuse_windows", *TRAINING)
+ROW_OPTIONS = (*CHOICES, "rounds", "rebalance", "reuse_windows", *TRAINING)
 """Options in which rows may differ."""
 SHARED = (
-    *("budget", "round_to", "rebalance", "reuse_windows", *TRAINING, "calibration", "seqlen", "pack", "skip_bos"),
+    *(
+        "budget",
+        "round_to",
+        "rounds",
+        "rebalance",
+        "reuse_windows",
+        *TRAINING,
+        "calibration",
+        "seqlen",
+        "pack",
+        "skip_bos",
+    ),
     *("batch_size", "device", "dtype", "spill", "evaluate", "evaluate_windows", "trust_remote_code", "plugins"),
 )
 """Options of a run that hold for all cells; a row may override those that are also in ``ROW_OPTIONS``."""

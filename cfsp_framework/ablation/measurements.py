@@ -18,7 +18,7 @@ from cfsp_framework.engine.collect import CurveKind, collect
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
 from cfsp_framework.errors import CfspError, OutputError, one_line
 from cfsp_framework.host.registry import ConfiguredComponent, Plugins
-from cfsp_framework.host.selection import Selection, get_curve_kind
+from cfsp_framework.host.selection import Selection
 from cfsp_framework.run.cache_keys import fingerprint_of, library_versions, numerics
 from cfsp_framework.run.context import RunContext
 from cfsp_framework.run.steps import CRITERION
@@ -81,7 +81,7 @@ def request_measurements(selection: Selection, plugins: Plugins) -> MeasurementR
     """Return the measurements that one cell needs."""
     needed = selection.criterion.required()
     label = _label(selection.criterion, plugins.collectors_for(needed))
-    kind = get_curve_kind(selection.allocator)
+    kind = selection.curve
     curve = f"{_label(selection.criterion, plugins.collectors_for(needed | {CURVE_GRAM}))}-{kind}"
     light = [chosen for chosen in selection.collectors if not chosen.component.provides.heavy]
     return MeasurementRequest(

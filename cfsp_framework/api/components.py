@@ -7,7 +7,7 @@ Shapes use these letters everywhere: ``F`` channels of a feed-forward (its inter
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +17,7 @@ from cfsp_framework.api.data import (
     BlockSummary,
     Budget,
     FeedForward,
+    FitnessOptions,
     RecoveryPlan,
     Site,
     Statistic,
@@ -154,6 +155,57 @@ class Allocator(Component):
     def importance(self, summaries: Sequence[BlockSummary]) -> Sequence[float] | None:
         """Return the coarse importance of each block, for reports and recovery; None if the allocator has none."""
         return None
+
+
+class Fitness(Protocol):
+    """Loss of the model cut to some widths, measured on held-out calibration windows; lower is better.
+
+    Channels are kept in the order of the criterion's scores, and no weight is compensated.
+    """
+
+    @property
+    def starts(self) -> Mapping[str, Sequence[float]]:
+        """Shares of each allocator named by ``SearchingAllocator.starts``, by name, in that order."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        ...
+
+    def widths(self, shares: Sequence[float]) -> tuple[int, ...]:
+        """Return the widths that shares, one per block, are rounded to for a plan, the exact total included."""
+        ...
+
+    def __call__(self, candidates: Sequence[Sequence[float]]) -> list[float]:
+        """Return the loss of the model at each candidate's widths; widths measured before cost nothing.
+
+        A candidate is one share per block. A model whose outputs are not finite has the loss ``inf``.
+        """
+        ...
+
+
+class SearchingAllocator(Allocator):
+    """Spread the budget by trying widths on the model. The host calls ``search`` in place of ``allocate``."""
+
+    def fitness(self) -> FitnessOptions:
+        """Return what the fitness measures."""
+        return FitnessOptions()
+
+    def starts(self) -> Sequence[str]:
+        """Return names of allocators whose shares the search gets; the host measures what they require."""
+        return ()
+
+    @abstractmethod
+    def search(self, summaries: Sequence[BlockSummary], budget: Budget, fitness: Fitness) -> Sequence[float]:
+        """Return the share of its channels each block keeps, in (0, 1], as ``allocate`` does.
+
+        It is called in the first process only; the others measure their share of the windows of each candidate.
+        """
+
+    def allocate(self, summaries: Sequence[BlockSummary], budget: Budget) -> Sequence[float]:
+        """Refuse to allocate from summaries alone."""
+        raise TypeError("a searching allocator tries widths on the model; call search() with a fitness")
 
 
 class Criterion(Component):

@@ -213,6 +213,20 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class FitnessOptions:
+    """Settings of a searching allocator's fitness."""
+
+    metric: Literal["kl", "nll", "acceptance"] = "kl"
+    """Kullback-Leibler divergence of the dense model from the cut one in nats; cross-entropy in nats; or one minus the
+    expected acceptance of the cut model's tokens in speculative decoding, the sum over tokens of ``min(p, q)``. Each is
+    a mean over positions."""
+    windows: int = 32
+    """Held-out calibration windows to measure on, at most."""
+    stride: int = 1
+    """Every so many positions of a window count; the head, costly in small models, is computed for these only."""
+
+
+@dataclass(frozen=True)
 class Update:
     """Change of one feed-forward by a compensator; None leaves a tensor unchanged.
 

@@ -74,6 +74,25 @@ def feed_forward_path(path: str) -> str:
     return module if last.isdigit() else path
 
 
+class SearchRecord(FrozenRecord):
+    """Result and cost of a searching allocator's measurements on the model."""
+
+    metric: Literal["kl", "nll", "acceptance"]
+    """Lower is better; ``acceptance`` is one minus the expected acceptance."""
+    windows: int = Field(ge=1)
+    """Held-out calibration windows."""
+    positions: int = Field(ge=1)
+    """Positions of all windows that count."""
+    starts: dict[str, float]
+    """Fitness of the other allocators' widths, by name."""
+    fitness: float
+    """Fitness of the plan's widths."""
+    evaluations: int = Field(ge=0)
+    """Different widths that were asked for."""
+    block_forwards: int = Field(ge=0)
+    """Passes of all windows through one block, in this run; a forward of the model makes one for every block."""
+
+
 class PruningPlan(FrozenRecord):
     """Everything a cut needs and everything that led to it, as plain JSON without tensors."""
 
@@ -93,6 +112,10 @@ class PruningPlan(FrozenRecord):
     versions: dict[str, str]
     dropped_attention: tuple[int, ...] = ()
     """Blocks whose attention is removed, ascending."""
+    rounds: int = Field(default=1, ge=1)
+    """Steps in which the channels were selected, each on the model as the one before left it."""
+    search: SearchRecord | None = None
+    """None unless the allocator searched."""
     blocks: tuple[BlockPlan, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

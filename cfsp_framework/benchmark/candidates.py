@@ -19,7 +19,7 @@ from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.measurements import summarise
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.registry import Plugins
-from cfsp_framework.host.selection import get_curve_kind, select
+from cfsp_framework.host.selection import select
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
 from cfsp_framework.modeling.loading import (
     build_from_config,
@@ -138,7 +138,7 @@ def _plan(decoder: Decoder, config: RunConfig, plugins: Plugins) -> PruningPlan:
     selection, seed, budget = select(config, plugins), config.run.seed, config.budget
     draw = torch.Generator().manual_seed(seed)
     windows = torch.randint(decoder.config.vocab_size, (_WINDOWS, _TOKENS), generator=draw)  # (N, T)
-    curve = get_curve_kind(selection.allocator)
+    curve = selection.curve
     measured = collect(
         decoder,
         windows,

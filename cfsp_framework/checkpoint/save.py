@@ -25,6 +25,8 @@ from cfsp_framework.modeling.streaming import ShardWriter
 from cfsp_framework.runtime.atomic_files import check_parent, licence_files
 
 PLAN_FILE = "pruning_plan.json"
+ROUNDS_FOLDER = "plans"
+"""Folder of the plans of all rounds but the last, ``round-1.json`` and so on."""
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
 CARD_FILE = "README.md"

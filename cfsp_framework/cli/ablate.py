@@ -45,7 +45,7 @@ _axes = bundle(
 @click.argument("model")
 @click.argument("out", type=OUT)
 @_axes
-@config_options("budget", "round_to", "rebalance")
+@config_options("budget", "round_to", "rounds", "rebalance")
 @config_options(*(name for name in CALIBRATION if name not in ("samples", "seed")))
 @config_options("recovery_data", "recovery_steps", "recovery_check_every", "recovery_patience")
 @config_options(*EVALUATION, "device", "dtype", "spill", "trust_remote_code")

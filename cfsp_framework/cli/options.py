@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MODEL = ("trust_remote_code", "device", "device_map", "dtype", "stream", "spill")
 COMPONENTS = ("criterion", "allocator", "compensator", "recovery")
-AMOUNT = ("ratio", "budget", "round_to", "tensor_parallel", "rebalance", "drop_attention")
+AMOUNT = ("ratio", "budget", "round_to", "tensor_parallel", "rounds", "rebalance", "drop_attention")
 RESUME = ("resume",)
 RECOVERY = ("recovery_data", "recovery_steps", "recovery_check_every", "recovery_patience", "report_to", "keep_adapter")
 CALIBRATION = ("calibration", "samples", "reuse_windows", "seqlen", "pack", "skip_bos", "batch_size", "seed")

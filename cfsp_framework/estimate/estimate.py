@@ -190,6 +190,10 @@ def _pass(
 
 
 def _not_counted(config: RunConfig, selection: Selection) -> Iterable[str]:
+    if selection.searches:
+        yield f"the forwards with which {selection.allocator.component.name} tries widths are not counted"
+    if config.budget.rounds > 1:
+        yield f"one round is counted; each of the {config.budget.rounds} measures and cuts the model anew"
     if any(chosen.component.provides.shape == "(n, D)" for chosen in selection.second_pass):
         yield f"the training of {selection.compensator.component.name} in every feed-forward is not counted"
     if any(chosen.component.site is Site.GRADIENT for chosen in selection.collectors):

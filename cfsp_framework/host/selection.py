@@ -15,15 +15,19 @@ from cfsp_framework.api.components import (
     Criterion,
     Observer,
     RecoveryScheduler,
+    SearchingAllocator,
 )
-from cfsp_framework.api.data import BlockSummary, RecoveryPlan, Statistic, Stream, TrainableBlock
+from cfsp_framework.api.data import BlockSummary, FitnessOptions, RecoveryPlan, Statistic, Stream, TrainableBlock
 from cfsp_framework.config import Choice, RunConfig
-from cfsp_framework.errors import PluginError
+from cfsp_framework.errors import ConfigError, PluginError
 from cfsp_framework.host.registry import C, ConfiguredComponent, Plugins, Registry
 from cfsp_framework.statistics import CURVE_GRAM
 
 if TYPE_CHECKING:
     from cfsp_framework.api.records import PruningPlan
+
+
+CurveKind = Literal["plain", "compensated"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,20 @@ class Selection:
     observers: tuple[ConfiguredComponent[Observer], ...] = ()
     probes: bool = False
     """Whether the sensitivity of every block is measured for the allocator."""
+    starts: tuple[ConfiguredComponent[Allocator], ...] = ()
+    """Allocators whose shares a searching allocator starts from."""
+    searches: bool = False
+    """Whether the allocator is called, and searches; a run with a plan calls none."""
 
     @property
     def measures(self) -> bool:
         """Whether calibration windows are needed."""
-        return bool(self.collectors or self.second_pass or self.probes)
+        return bool(self.collectors or self.second_pass or self.probes or self.searches)
+
+    @property
+    def curve(self) -> CurveKind | None:
+        """The kind of removal-error curve that the allocator or one of its starts asks for."""
+        return _joint_curve_kind((self.allocator, *self.starts))
 
     def describe(self) -> dict[str, str]:
         """Return each kind's component with all its options, defaults included."""
@@ -57,7 +70,7 @@ class Selection:
     def chosen(self) -> tuple[ConfiguredComponent[Component], ...]:
         """All components that decide the result."""
         single = (self.criterion, self.allocator, self.compensator, self.recovery)
-        return (*self.collectors, *self.second_pass, *single)
+        return (*self.collectors, *self.second_pass, *self.starts, *single)
 
     def seconds(self) -> dict[str, float]:
         """Return the time that the code of each component took, by kind and name, the longest first."""
@@ -90,18 +103,71 @@ def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Sel
     recovery = create(plugins.recovery_schedulers, components.recovery)
     compensator_statistics = compensator.required()
     twice = any(statistic.heavy for statistic in compensator_statistics)
+    starts: tuple[ConfiguredComponent[Allocator], ...] = ()
     required: set[Statistic] = set() if twice else set(compensator_statistics)
     if not planned:
         required |= criterion.required() | allocator.required() | recovery.required()
-        required |= {CURVE_GRAM} if get_curve_kind(allocator) else set()
+        starts = _create_starts(allocator, plugins)
+        required = required.union(*(start.required() for start in starts))
+        required |= {CURVE_GRAM} if _joint_curve_kind((allocator, *starts)) else set()
     second_pass = plugins.collectors_for(compensator_statistics) if twice else ()
     observers = tuple(create(plugins.observers, choice) for choice in config.run.observers)
     first_pass = plugins.collectors_for(required)
-    probes = not planned and needs_sensitivity(allocator)
-    return Selection(criterion, allocator, compensator, recovery, first_pass, second_pass, observers, probes)
+    probes = not planned and any(map(needs_sensitivity, (allocator, *starts)))
+    searches = not planned and isinstance(allocator.component, SearchingAllocator)
+    return Selection(
+        criterion, allocator, compensator, recovery, first_pass, second_pass, observers, probes, starts, searches
+    )
 
 
-def get_curve_kind(allocator: ConfiguredComponent[Allocator]) -> Literal["plain", "compensated"] | None:
+def _create_starts(
+    allocator: ConfiguredComponent[Allocator], plugins: Plugins
+) -> tuple[ConfiguredComponent[Allocator], ...]:
+    """Create the allocators that a searching one starts from, with their default options.
+
+    Raises:
+        ConfigError: a name is unknown, or that of an allocator that searches.
+    """
+    if not isinstance(allocator.component, SearchingAllocator):
+        return ()
+    with allocator.call_component("starts()"):
+        names = list(dict.fromkeys(str(name) for name in allocator.component.starts()))
+    starts = tuple(plugins.allocators.create(name, {}) for name in names)
+    for start in starts:
+        if isinstance(start.component, SearchingAllocator):
+            raise ConfigError(f"{allocator} cannot start from {start.component.name!r}, which searches itself.")
+    return starts
+
+
+def get_fitness_options(allocator: ConfiguredComponent[Allocator]) -> FitnessOptions:
+    """Return what the fitness of a searching allocator measures.
+
+    Raises:
+        PluginError: ``fitness()`` returns something else, or impossible values.
+    """
+    assert isinstance(allocator.component, SearchingAllocator)
+    with allocator.call_component("fitness()"):
+        options: object = allocator.component.fitness()
+    if not isinstance(options, FitnessOptions):
+        raise PluginError(f"{allocator}: fitness() returned {options!r}, not FitnessOptions.")
+    if options.metric not in ("kl", "nll", "acceptance") or options.windows < 1 or options.stride < 1:
+        raise PluginError(f"{allocator}: fitness() returned {options!r}; windows and stride are at least 1.")
+    return options
+
+
+def _joint_curve_kind(allocators: Sequence[ConfiguredComponent[Allocator]]) -> CurveKind | None:
+    """Return the only kind of curve that allocators ask for, or None.
+
+    Raises:
+        ConfigError: they ask for different kinds; a block summary holds one.
+    """
+    kinds = {kind: allocator for allocator in allocators if (kind := get_curve_kind(allocator))}
+    if len(kinds) > 1:
+        raise ConfigError(f"{' and '.join(map(str, kinds.values()))} need different removal-error curves; name one.")
+    return next(iter(kinds), None)
+
+
+def get_curve_kind(allocator: ConfiguredComponent[Allocator]) -> CurveKind | None:
     """Return the kind of removal-error curve that the allocator asks for.
 
     Raises:

@@ -22,6 +22,7 @@ from cfsp_framework.host.sandbox import find_tensor_problem
 from cfsp_framework.host.selection import get_stream, get_target_mix
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.atomic_files import save_tensors
+from cfsp_framework.runtime.distributed import Ranks
 
 
 class Compensation:
@@ -59,6 +60,20 @@ class FirstPassCompensation(Compensation):
             )
             for feed_forward, channels in zip(self._decoder.feed_forwards(index, self._seed), kept, strict=True)
         ]
+
+
+class CachedCompensation(Compensation):
+    """Compensate by the kept changes of a cut that was finished before; the model does not run."""
+
+    def __init__(self, cache: UpdateCache, ranks: Ranks) -> None:
+        self._cache = cache
+        self._ranks = ranks
+
+    def compensate(self, index: int, kept: Sequence[Tensor]) -> list[Update]:
+        """Return the kept changes of block ``index``."""
+        updates = self._ranks.agree(self._cache.load(index, len(kept)) if self._ranks.first else None)
+        assert updates is not None, "the caller has seen that every block's changes are kept"
+        return updates
 
 
 class SecondPassCompensation(Compensation):

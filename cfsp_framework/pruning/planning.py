@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Literal, cast
 
-from cfsp_framework.api.components import Allocator
+from cfsp_framework.api.components import Allocator, Fitness, SearchingAllocator
 from cfsp_framework.api.data import BlockSummary, Budget
 from cfsp_framework.api.records import BlockPlan
 from cfsp_framework.errors import ConfigError, PlanError, PluginError
@@ -66,20 +66,40 @@ def channel_ratio(ratio: float, parameters: int, prunable: int, removed: int = 0
 
 
 def allocate(
-    allocator: ConfiguredComponent[Allocator], summaries: Sequence[BlockSummary], budget: Budget
+    allocator: ConfiguredComponent[Allocator],
+    summaries: Sequence[BlockSummary],
+    budget: Budget,
+    fitness: Fitness | None = None,
 ) -> list[float]:
-    """Return the allocator's shares, checked: one per block, finite, in (0, 1].
+    """Return the allocator's shares, checked: one per block, finite, in (0, 1]; one that searches needs a ``fitness``.
 
     Raises:
         PluginError: the allocator failed or returned something else.
+        ConfigError: the allocator searches, and the model cannot be tried here.
     """
-    with allocator.call_component("allocate()", _read_only_inputs(summaries)) as component:
-        shares = [float(share) for share in islice(component.allocate(summaries, budget), _MOST_VALUES)]
+    searches = isinstance(allocator.component, SearchingAllocator)
+    if searches and fitness is None:
+        raise ConfigError(f"{allocator} tries widths on the model, which is not possible here; use another allocator.")
+    with allocator.call_component("search()" if searches else "allocate()", _read_only_inputs(summaries)) as component:
+        if isinstance(component, SearchingAllocator) and fitness is not None:
+            result = component.search(summaries, budget, fitness)
+        else:
+            result = component.allocate(summaries, budget)
+        shares = [float(share) for share in islice(result, _MOST_VALUES)]
+    check_shares(allocator, shares, summaries)
+    return shares
+
+
+def check_shares(allocator: object, shares: Sequence[float], summaries: Sequence[BlockSummary]) -> None:
+    """Refuse shares that are not one per block, finite, in (0, 1].
+
+    Raises:
+        PluginError: it names the ``allocator``.
+    """
     _check_count(allocator, "shares", shares, summaries)
     for summary, share in zip(summaries, shares, strict=True):
         if not 0 < share <= 1 + 1e-9:  # also refuses NaN
             raise PluginError(f"{allocator} returned the share {share} for block {summary.block}, outside (0, 1].")
-    return shares
 
 
 def get_importance(
@@ -102,9 +122,7 @@ def get_importance(
     return values
 
 
-def _check_count(
-    allocator: ConfiguredComponent[Allocator], what: str, values: Sequence[float], summaries: Sequence[BlockSummary]
-) -> None:
+def _check_count(allocator: object, what: str, values: Sequence[float], summaries: Sequence[BlockSummary]) -> None:
     if len(values) != len(summaries):
         raise PluginError(f"{allocator} returned {len(values)} {what} for {len(summaries)} blocks.")
 
@@ -188,24 +206,39 @@ def plan_blocks(
     budget: Budget,
     *,
     rebalance: bool = True,
+    fitness: Fitness | None = None,
 ) -> tuple[BlockPlan, ...]:
     """Choose widths by the allocator and channels by the scores; every feed-forward gets an entry."""
-    shares = allocate(allocator, summaries, budget)
-    units = [_unit(summary) for summary in summaries]
-    counts = [summary.width // unit for summary, unit in zip(summaries, units, strict=True)]
-    widths = round_widths(shares, units, budget, rebalance=rebalance, counts=counts)
+    shares = allocate(allocator, summaries, budget, fitness)
+    widths = round_shares(shares, summaries, budget, rebalance=rebalance)
     importance = get_importance(allocator, summaries)
     return tuple(
-        BlockPlan(
-            block=summary.block,
-            path=path,
-            width=len(scores),
-            importance=value,
-            kept=keep_highest(scores, width * len(scores) // unit),
-        )
-        for summary, unit, width, value in zip(summaries, units, widths, importance, strict=True)
-        for path, scores in _members(summary)
+        BlockPlan(block=summary.block, path=path, width=len(scores), importance=value, kept=kept)
+        for summary, width, value in zip(summaries, widths, importance, strict=True)
+        for (path, scores), kept in zip(_members(summary), select_channels(summary, width), strict=True)
     )
+
+
+def total_to_keep_of(summaries: Sequence[BlockSummary], budget: Budget) -> int:
+    """Return the number of channels that all blocks of a model keep together, see ``total_to_keep``."""
+    units = [_unit(summary) for summary in summaries]
+    counts = [summary.width // unit for summary, unit in zip(summaries, units, strict=True)]
+    return total_to_keep(units, budget, counts)
+
+
+def round_shares(
+    shares: Sequence[float], summaries: Sequence[BlockSummary], budget: Budget, *, rebalance: bool = True
+) -> tuple[int, ...]:
+    """Round one share per summary to widths as the configuration sets them: for a mixture, that of one expert."""
+    units = [_unit(summary) for summary in summaries]
+    counts = [summary.width // unit for summary, unit in zip(summaries, units, strict=True)]
+    return tuple(round_widths(shares, units, budget, rebalance=rebalance, counts=counts))
+
+
+def select_channels(summary: BlockSummary, width: int) -> list[tuple[int, ...]]:
+    """Return the channels that every feed-forward of a summary keeps at a ``width`` of the configuration."""
+    unit = _unit(summary)
+    return [keep_highest(scores, width * len(scores) // unit) for _, scores in _members(summary)]
 
 
 def _unit(summary: BlockSummary) -> int:

@@ -45,8 +45,23 @@ def gather_notes(
         *_on_blocks(measurements),
         *_on_widths(plan),
         *_on_biases(context, biases_before),
+        *_on_search(plan),
         *_on_updates(context, updates),
         *_on_time(context),
+    )
+
+
+def _on_search(plan: PruningPlan) -> Iterator[str]:
+    """Say what a search found and what it took."""
+    search = plan.search
+    if search is None:
+        return
+    starts = ", ".join(f"{name} {value:.4g}" for name, value in search.starts.items())
+    yield (
+        f"the search measured {search.evaluations} widths on {search.windows} held-out windows, uncompensated, in "
+        f"{search.block_forwards} block forwards: {search.metric} {search.fitness:.4g}"
+        + f" (from {starts})"
+        * bool(starts)
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.engine.cache import identity_of
-from cfsp_framework.host.selection import Selection, get_curve_kind
+from cfsp_framework.host.selection import Selection
 from cfsp_framework.pruning import surgery
 from cfsp_framework.run.context import RunContext
 from cfsp_framework.runtime.hashing import hash_json, hash_windows
@@ -26,12 +26,18 @@ def collection_key(context: RunContext) -> str:
         "windows": fingerprint_of(windows),
         "criterion": identity_of(selection.criterion),
         "collectors": [identity_of(collector) for collector in selection.collectors],
-        "curve": get_curve_kind(selection.allocator),
+        "curve": selection.curve,
         "dropped_attention": surgery.dropped_attention(context.decoder.config),
         "versions": versions(selection),
         "numerics": numerics(context),
+        **_history(context),
     }
     return hash_json(parts)
+
+
+def _history(context: RunContext) -> dict[str, str]:
+    """Return what distinguishes a model that was cut in earlier rounds from the dense one."""
+    return {"history": context.history} if context.history else {}
 
 
 def numerics(context: RunContext) -> list[object]:
@@ -45,13 +51,14 @@ def second_pass_key(context: RunContext, plan: PruningPlan) -> str:
     """Hash everything that decides the updates of the second pass."""
     windows = context.windows_to_compensate
     parts = {
-        "plan": plan.model_dump(mode="json", exclude={"components", "versions"}),
+        "plan": plan.model_dump(mode="json", exclude={"components", "versions", "search"}),
         "components": context.selection.describe(),
         "versions": versions(context.selection),
         "windows": fingerprint_of(windows),
         "compensator": identity_of(context.selection.compensator),
         "collectors": [identity_of(collector) for collector in context.selection.second_pass],
         "numerics": numerics(context),
+        **_history(context),
     }
     return hash_json(parts)
 

@@ -21,6 +21,10 @@ def check_options(config: RunConfig, selection: Selection, ranks: Ranks) -> None
     """
     if config.budget.drop_attention == "auto" and config.budget.unit != "parameters":
         raise ConfigError("--drop-attention auto needs --budget parameters: its rule is about all parameters.")
+    if config.model.stream and config.budget.rounds > 1:
+        raise ConfigError(
+            "--stream and --rounds cannot be combined: the next round measures the model that the last one cut."
+        )
     collectors = (*selection.collectors, *selection.second_pass)
     if config.model.stream:
         _check_streaming(config, selection)
@@ -37,6 +41,11 @@ def _check_streaming(config: RunConfig, selection: Selection) -> None:
     gradients = [collector.provides.name for collector in collectors if collector.site is Site.GRADIENT]
     if gradients:
         raise ConfigError(f"--stream: {gradients[0]} needs a backward pass through the whole model; omit --stream.")
+    if selection.searches:
+        raise ConfigError(
+            f"--stream: {selection.allocator.component.name} tries many widths on the whole model, and would read it "
+            "from disk for each; omit --stream, or search once without it and prune by that plan, --plan."
+        )
     if config.budget.drop_attention:
         raise ConfigError(
             "--stream and --drop-attention cannot be combined: choosing attentions needs the whole model."

@@ -44,6 +44,8 @@ class RunContext:
     evaluation_sets: tuple[EvaluationSet, ...]
     progress: Progress
     forward_options: ForwardOptions
+    history: str = ""
+    """Hash of the rounds that the model was cut by before; empty for the dense model."""
 
     @property
     def ranks(self) -> Ranks:

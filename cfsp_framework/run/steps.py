@@ -18,13 +18,13 @@ from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.measurements import FeedForwardMeasurement, summarise
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.evaluation.perplexity import perplexity
-from cfsp_framework.host.selection import get_curve_kind
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.size import measure_size
 from cfsp_framework.modeling.streaming import ShardWriter
 from cfsp_framework.pruning import surgery
 from cfsp_framework.pruning.attention import choose_attentions, count_to_drop
 from cfsp_framework.pruning.compensation import (
+    CachedCompensation,
     Compensation,
     FirstPassCompensation,
     SecondPassCompensation,
@@ -35,6 +35,7 @@ from cfsp_framework.pruning.planning import channel_ratio, plan_blocks, width_st
 from cfsp_framework.run.cache_keys import collection_key, second_pass_key, versions
 from cfsp_framework.run.checks import check_plan
 from cfsp_framework.run.context import RunContext, sample_ids
+from cfsp_framework.run.search import search_blocks
 
 CRITERION = "criterion"
 """Label of a run's only criterion among the scores."""
@@ -75,7 +76,7 @@ def drop_attention(context: RunContext, plan: PruningPlan | None = None) -> None
 def measure(context: RunContext, *, planned: bool = False) -> tuple[FeedForwardMeasurement, ...]:
     """Run each block once over the calibration windows and score its channels; with a plan nothing is scored."""
     selection, run = context.selection, context.config.run
-    curve = None if planned else get_curve_kind(selection.allocator)
+    curve = None if planned else selection.curve
     cached = run.resume is not None and not planned
     with context.progress.phase("collect"):
         return collect(
@@ -94,11 +95,23 @@ def measure(context: RunContext, *, planned: bool = False) -> tuple[FeedForwardM
         )
 
 
-def make_plan(context: RunContext, measurements: Sequence[FeedForwardMeasurement]) -> PruningPlan:
-    """Spread the budget over the blocks and pick each block's channels; all processes take the first one's plan."""
+def make_plan(
+    context: RunContext, measurements: Sequence[FeedForwardMeasurement], channels: Budget | None = None
+) -> PruningPlan:
+    """Spread the budget over the blocks and pick each block's channels; all processes take the first one's plan.
+
+    ``channels`` is the budget of one round; by default, that of the run.
+    """
+    channels = channels or channel_budget(context)
     config, budget, decoder, windows = context.config, context.config.budget, context.decoder, context.windows
     torch.manual_seed(config.run.seed)  # for allocators that draw
     with context.progress.phase("plan"):
+        summaries = summarise(decoder, measurements, CRITERION)
+        blocks, search = (
+            search_blocks(context, summaries, channels)
+            if context.selection.searches
+            else (plan_blocks(summaries, context.selection.allocator, channels, rebalance=budget.rebalance), None)
+        )
         plan = PruningPlan(
             model=ModelIdentity(
                 source=config.model.source,
@@ -115,14 +128,16 @@ def make_plan(context: RunContext, measurements: Sequence[FeedForwardMeasurement
             components=context.selection.describe(),
             versions=versions(context.selection),
             dropped_attention=tuple(surgery.dropped_attention(decoder.config)),
-            blocks=plan_blocks(
-                summarise(decoder, measurements, CRITERION),
-                context.selection.allocator,
-                Budget(_channel_ratio(context), width_step(budget.round_to, budget.tensor_parallel)),
-                rebalance=budget.rebalance,
-            ),
+            search=search,
+            blocks=blocks,
         )
         return context.ranks.agree(plan)
+
+
+def channel_budget(context: RunContext) -> Budget:
+    """Return the run's budget in channels of the model as it is."""
+    budget = context.config.budget
+    return Budget(_channel_ratio(context), width_step(budget.round_to, budget.tensor_parallel))
 
 
 def _channel_ratio(context: RunContext) -> float:
@@ -183,6 +198,9 @@ def open_compensation(
     if context.windows_to_compensate is None:
         statistics = {(measurement.block, measurement.path): measurement.statistics for measurement in measurements}
         return FirstPassCompensation(context.decoder, statistics, selection.compensator, seed=run.seed)
+    cache = UpdateCache(run.resume, second_pass_key(context, plan)) if run.resume else None
+    if cache is not None and context.ranks.agree(context.ranks.first and _is_finished(cache, plan)):
+        return CachedCompensation(cache, context.ranks)
     return SecondPassCompensation(
         context.decoder,
         context.windows_to_compensate,
@@ -190,5 +208,14 @@ def open_compensation(
         selection.second_pass,
         seed=run.seed,
         forward_options=context.forward_options,
-        cache=UpdateCache(run.resume, second_pass_key(context, plan)) if run.resume else None,
+        cache=cache,
+    )
+
+
+def _is_finished(cache: UpdateCache, plan: PruningPlan) -> bool:
+    """Return whether the changes of every block that loses channels are kept."""
+    return all(
+        cache.load(index, len(entries)) is not None
+        for index, entries in plan.by_block().items()
+        if any(len(entry.kept) < entry.width for entry in entries)
     )

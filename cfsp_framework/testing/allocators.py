@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from cfsp_framework.api.components import Allocator
+from cfsp_framework.api.components import Allocator, SearchingAllocator
 from cfsp_framework.api.data import BlockSummary, Budget, Statistic
+from cfsp_framework.errors import ConfigError
 from cfsp_framework.host.registry import ConfiguredComponent
 from cfsp_framework.host.selection import get_curve_kind
-from cfsp_framework.pruning.planning import allocate, get_importance, round_widths, total_to_keep
+from cfsp_framework.pruning.planning import allocate, get_importance, round_shares, round_widths, total_to_keep
 from cfsp_framework.testing.contract import ComponentContract, checked_by_host, configure, explore, run_twice
 from cfsp_framework.testing.errors import ContractError, NotApplicable
 from cfsp_framework.testing.guards import RecordedScalars, check_reads, read_only
@@ -43,6 +44,46 @@ CASES = (
 )
 
 
+class ConvexFitness:
+    """The ``Fitness`` of a model that does not exist: every block's loss is the square of what it removes, weighted.
+
+    Block ``i`` weighs ``1 + i``. Every start keeps the same share of all blocks.
+    """
+
+    seed = 0
+
+    def __init__(self, starts: Sequence[str], summaries: Sequence[BlockSummary], budget: Budget) -> None:
+        self.starts = {name: [1 - budget.ratio] * len(summaries) for name in starts}
+        self._summaries, self._budget = summaries, budget
+
+    def widths(self, shares: Sequence[float]) -> tuple[int, ...]:
+        """Return the widths that the host rounds shares to, without the exact total where a budget cannot be met."""
+        try:
+            return round_shares(shares, self._summaries, self._budget)
+        except ConfigError:
+            return round_shares(shares, self._summaries, self._budget, rebalance=False)
+
+    def __call__(self, candidates: Sequence[Sequence[float]]) -> list[float]:
+        """Return each candidate's loss."""
+        return [self._loss(self.widths(shares)) for shares in candidates]
+
+    def _loss(self, widths: Sequence[int]) -> float:
+        pairs = zip(self._summaries, widths, strict=True)
+        return sum((1 + summary.block) * (1 - width / summary.width) ** 2 for summary, width in pairs)
+
+
+def _allocate(
+    component: Allocator | ConfiguredComponent[Allocator], summaries: Sequence[BlockSummary], budget: Budget
+) -> list[float]:
+    """Return the host's checked shares; a searching allocator tries widths on a ``ConvexFitness``."""
+    configured = configure(component)
+    if not isinstance(configured.component, SearchingAllocator):
+        return allocate(configured, summaries, budget)
+    with configured.call_component("starts()"):
+        starts = configured.component.starts()
+    return allocate(configured, summaries, budget, ConvexFitness(starts, summaries, budget))
+
+
 class AllocatorContract(ComponentContract):
     """Set ``component = TheAllocator()``; ``tolerance`` bounds the difference of the mean share from ``1 - ratio``."""
 
@@ -59,7 +100,7 @@ class AllocatorContract(ComponentContract):
     ) -> list[float]:
         """Return the share of channels that each block keeps, checked by the host."""
         with checked_by_host(f"{given or f'{len(summaries)} blocks'}, {budget}"):
-            return allocate(configure(component), summaries, budget)
+            return _allocate(component, summaries, budget)
 
     def summaries(self, component: Allocator, case: Blocks) -> list[BlockSummary]:
         """Make summaries with the statistics that the allocator requires, and the curve that it asks for."""
@@ -147,7 +188,7 @@ class AllocatorContract(ComponentContract):
         tensors = {f"summaries[{i}].scores": summary.scores for i, summary in enumerate(summaries)}
         tensors |= {f"summaries[{i}].curve": s.curve for i, s in enumerate(summaries) if s.curve is not None}
         with read_only("allocate() or importance()", tensors), checked_by_host():
-            allocate(configure(component), summaries, Budget(0.5))
+            _allocate(component, summaries, Budget(0.5))
             get_importance(configure(component), summaries)
 
     def test_reads_what_it_requires_and_nothing_else(self, component: Allocator) -> None:
@@ -161,7 +202,7 @@ class AllocatorContract(ComponentContract):
             for ratio in RATIOS:
                 try:
                     with checked_by_host(case):
-                        allocate(configure(component), summaries, Budget(ratio))
+                        _allocate(component, summaries, Budget(ratio))
                         get_importance(configure(component), summaries)
                 except ContractError:
                     if not reads <= required:

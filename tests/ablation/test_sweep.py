@@ -27,7 +27,6 @@ from cfsp_framework.ablation.agreement import overlaps, rank_correlations
 from cfsp_framework.ablation.cells import Extras, prune_command
 from cfsp_framework.ablation.grid import expand, split_choices
 from cfsp_framework.ablation.results import CellResult, SweepResults
-from cfsp_framework.ablation.snapshot import restored
 from cfsp_framework.ablation.store import open_store
 from cfsp_framework.ablation.summary import interval
 from cfsp_framework.ablation.sweep import Sweep, ablate
@@ -37,6 +36,7 @@ from cfsp_framework.cli.main import cli
 from cfsp_framework.cli.prune import prune as prune_command_line
 from cfsp_framework.config import OPTIONS, Choice, layered
 from cfsp_framework.errors import ConfigError, OutputError
+from cfsp_framework.modeling.snapshot import restored
 from cfsp_framework.runtime.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changed torch's global random numbers")
@@ -178,6 +178,7 @@ def test_impossible_sweeps_are_refused(options: dict[str, object], problem: str)
             "ratio": st.sampled_from([0.1, 0.25, 0.5, 1 / 3]),
             "budget": st.sampled_from(["channels", "parameters"]),
             "rebalance": st.booleans(),
+            "rounds": st.sampled_from([1, 3]),
             "pack": st.booleans(),
             "skip_bos": st.booleans(),
             "criterion": st.sampled_from(["obs:damping=0.05", "cfsp:variant=act,b=2", "flap:released=true"]),
@@ -225,6 +226,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory, calibration_text: Path) -> t
             "preset": ["cfsp-closed-form", "flap-released"],
             "rows": {
                 "trained": {**TRAINED, "ratio": 0.3},
+                "searched": {"criterion": "magnitude", "allocator": "search:evaluations=4", "ratio": 0.3},
+                "in rounds": {"preset": "cfsp-closed-form", "rounds": 2, "ratio": 0.3},
                 "all trained": {"recovery": "full:batch_tokens=96", "recovery_steps": 2, "ratio": 0.3},
             },
             "include": [
@@ -252,6 +255,8 @@ def cell_of(results: SweepResults, row: str, ratio: float = 0.5) -> CellResult:
         ("cfsp-closed-form", 0.5),
         ("flap-released", 0.3),
         ("trained", 0.3),
+        ("searched", 0.3),
+        ("in rounds", 0.3),
         ("all trained", 0.3),
         ("cfsp + cfsp + least-squares-bias", 0.3),
     ],

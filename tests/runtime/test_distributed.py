@@ -143,6 +143,7 @@ CASES = {
     "closed form, streamed": Case("llama", ("--preset", "cfsp-closed-form", "--stream"), tolerance=1e-4),
     "mixtral, streamed, closed form": Case("mixtral", ("--preset", "cfsp-closed-form", "--stream"), tolerance=1e-4),
     "gradients": Case("llama", ("--criterion", "taylor")),
+    "search": Case("llama", ("--allocator", "search:evaluations=6,windows=4")),
     "without the first token": Case("llama", ("--skip-bos", "--criterion", "variance-weighted")),
 }
 REFUSED: dict[str, tuple[tuple[object, ...], tuple[str, str]]] = {

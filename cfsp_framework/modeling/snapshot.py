@@ -1,4 +1,4 @@
-"""Restore the dense model exactly after each cell: its state is held by reference, nothing large is copied."""
+"""Restore a model exactly after it was cut: its state is held by reference, nothing large is copied."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class ModelState:
     config: dict[str, Any]
 
     @classmethod
-    def capture(cls, decoder: Decoder) -> ModelState:
-        """Return the current state of a model, by reference."""
+    def capture(cls, decoder: Decoder, block: int | None = None) -> ModelState:
+        """Return the current state of a model, or of its configuration and one block only, by reference."""
+        root = decoder.model if block is None else decoder.blocks[block]
         return cls(
             tuple(
                 (module, dict(module._parameters), dict(module._modules), _integers(module))
-                for module in decoder.model.modules()
+                for module in root.modules()
             ),
             dict(vars(decoder.config)),
         )
