@@ -76,24 +76,10 @@ class Accumulator(Protocol):
         ...
 
 
-class RelativeAccumulator(Protocol):
-    """Accumulator of a collector whose ``relative`` is set: it gets a weight for each token."""
-
-    sums: dict[str, Tensor]
-
-    def update(self, inputs: Tensor, outputs: Tensor, weights: Tensor) -> None:
-        """Add one window as ``Accumulator.update`` does, with ``weights (T,)`` float32."""
-        ...
-
-    def value(self, tokens: int) -> Tensor:
-        """Return the statistic after ``tokens`` tokens."""
-        ...
-
-
 class AccumulatorFactory(Protocol):
     """Anything that makes an accumulator without arguments: its class, or a partial call of the class."""
 
-    def __call__(self) -> Accumulator | RelativeAccumulator:
+    def __call__(self) -> Accumulator:
         """Return a fresh accumulator."""
         ...
 
@@ -111,7 +97,9 @@ class Collector(Component):
     ordered: ClassVar[bool] = False
     """Whether its state is more than sums, so that windows cannot be distributed over processes."""
     relative: ClassVar[bool] = False
-    """Whether ``update`` gets a third argument, 1 / the squared norm of each token's residual stream after the block.
+    """Whether ``update`` gets a third argument ``weights (T,)``: 1 / the squared norm of each token's residual stream.
+
+    The norm is that of the residual stream that leaves the block; declare the argument as ``weights: Tensor | None = None``.
 
     The next normalisation divides by that norm, so an error counts relative to it. In models with massive activations
     (arXiv 2402.17762) the squared norms of a few tokens are thousands of times those of all others, and unweighted sums
@@ -120,7 +108,7 @@ class Collector(Component):
     accumulator: ClassVar[AccumulatorFactory]
     """Class of the accumulator, without required arguments; a collector with options overrides ``start`` instead."""
 
-    def start(self) -> Accumulator | RelativeAccumulator:
+    def start(self) -> Accumulator:
         """Return a fresh accumulator; called once per block and feed-forward."""
         return type(self).accumulator()
 

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cfsp_framework.api.components import Accumulator, Collector, RelativeAccumulator
+from cfsp_framework.api.components import Accumulator, Collector
 from cfsp_framework.api.data import BlockStatistics, FeedForward, Site, Statistic, Windows
 from cfsp_framework.engine.replay import Batch, run_block
 from cfsp_framework.errors import ModelError, PluginError
@@ -73,7 +73,7 @@ class CollectorState:
         self._updated = False
         self._sizes: dict[str, int] = {}
         with collector.call_component("start()") as component:
-            self.accumulator: Accumulator | RelativeAccumulator = component.start()
+            self.accumulator: Accumulator = component.start()
         missing = [name for name in ("sums", "update", "value") if not hasattr(self.accumulator, name)]
         if missing:
             kind = type(self.accumulator).__name__

@@ -161,7 +161,9 @@ def _joint_curve_kind(allocators: Sequence[ConfiguredComponent[Allocator]]) -> C
     Raises:
         ConfigError: they ask for different kinds; a block summary holds one.
     """
-    kinds = {kind: allocator for allocator in allocators if (kind := get_curve_kind(allocator))}
+    kinds: dict[CurveKind, ConfiguredComponent[Allocator]] = {
+        kind: allocator for allocator in allocators if (kind := get_curve_kind(allocator))
+    }
     if len(kinds) > 1:
         raise ConfigError(f"{' and '.join(map(str, kinds.values()))} need different removal-error curves; name one.")
     return next(iter(kinds), None)

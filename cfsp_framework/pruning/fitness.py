@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ class ModelFitness:
         cache: FitnessCache | None = None,
     ) -> None:
         self.starts, self.seed = starts, seed
-        self.metric, self.windows = options.metric, len(windows)
+        self.metric: Literal["kl", "nll", "acceptance"] = options.metric
+        self.windows = len(windows)
         self.block_forwards = 0
         self._decoder, self._summaries, self._round = decoder, summaries, round_shares
         self._ranks, self._cache = forward_options.ranks, cache

@@ -49,18 +49,18 @@ def plan_rounds(context: RunContext, measurements: Sequence[FeedForwardMeasureme
         plan = make_plan(context, measured, final)
         return RoundsResult(context, measured, plan, plan)
     kept = kept_channels(context, measured, final)
+    steps: list[PruningPlan] = []
     plans: list[PruningPlan] = []
     for number, target in enumerate(kept, start=1):
         if number > 1:
+            with context.progress.phase(cutting_phase(context)):
+                narrow(context, steps[-1], measured)
+            context = replace(context, history=hash_history(context, steps[-1]))
             measured = measure(context)
         channels = sum(measurement.width for measurement in measured)
-        step = make_plan(context, measured, Budget(max(0.0, 1 - target / channels), final.round_to))
-        plans.append(compose(plans[-1] if plans else None, step, number, rounds))
-        if number < rounds:
-            with context.progress.phase(cutting_phase(context)):
-                narrow(context, step, measured)
-            context = replace(context, history=hash_history(context, step))
-    return RoundsResult(context, measured, step, plans[-1], tuple(plans[:-1]))
+        steps.append(make_plan(context, measured, Budget(max(0.0, 1 - target / channels), final.round_to)))
+        plans.append(compose(plans[-1] if plans else None, steps[-1], number, rounds))
+    return RoundsResult(context, measured, steps[-1], plans[-1], tuple(plans[:-1]))
 
 
 def kept_channels(context: RunContext, measurements: Sequence[FeedForwardMeasurement], budget: Budget) -> list[int]:

@@ -43,7 +43,7 @@ def expected_sensitivity(decoder: Decoder, scores: Tensor, index: int, windows: 
         logits.append(model(windows).logits.log_softmax(-1))
         hook.remove()
     error = ((outputs[1] - outputs[0]).square().sum(-1) / outputs[0].square().sum(-1)).mean()
-    return ((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean() / error).item()
+    return float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean() / error)
 
 
 def test_it_is_the_divergence_over_the_error_of_a_direct_cut(make_model: MakeModel, open_tiny: OpenTiny) -> None:

@@ -270,8 +270,9 @@ def test_second_order_statistics_are_those_of_the_models_own_forward(decoder: De
         weights = 1 / blocks[index][1].square().sum(-1)  # (N, T)
         root = weights.sqrt().unsqueeze(-1)  # (N, T, 1)
         relative, targets = (inputs * root).flatten(0, 1), (downs[index][1] * root).flatten(0, 1)
-        if down_projection(decoder, index).bias is not None:
-            targets = targets - (down_projection(decoder, index).bias * root).flatten(0, 1)
+        bias = down_projection(decoder, index).bias
+        if isinstance(bias, Tensor):
+            targets = targets - (bias * root).flatten(0, 1)
         assert_products(statistics[DOWN_INPUT_GRAM.relative()], relative, relative)
         assert_products(
             statistics[DOWN_INPUT_GRAM.relative().held_out()], *[(inputs * root)[HELD_OUT].flatten(0, 1)] * 2

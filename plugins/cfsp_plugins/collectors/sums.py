@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from cfsp_framework import Accumulator, AccumulatorFactory, Collector, Windows
+from cfsp_framework import AccumulatorFactory, Collector, Windows
 
 
 class Sums:
@@ -56,14 +55,15 @@ class RelativeProducts:
     """Weigh each token in an accumulator of products, by the root of its weight on both factors."""
 
     def __init__(self, accumulator: AccumulatorFactory) -> None:
-        self._accumulator = cast("Accumulator", accumulator())
+        self._accumulator = accumulator()
 
     @property
     def sums(self) -> dict[str, Tensor]:
         """Sums of the accumulator."""
         return self._accumulator.sums
 
-    def update(self, inputs: Tensor, outputs: Tensor, weights: Tensor) -> None:
+    def update(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None = None) -> None:
+        assert weights is not None, "the collector is relative"
         root = weights.sqrt().unsqueeze(1)  # (T, 1)
         self._accumulator.update(inputs.float() * root, outputs.float() * root)
 

@@ -30,7 +30,8 @@ class _Weights:
         self.sums: dict[str, Tensor] = {}
         self._windows: list[Tensor] = []
 
-    def update(self, inputs: Tensor, outputs: Tensor, weights: Tensor) -> None:
+    def update(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None = None) -> None:
+        assert weights is not None, "the collector is relative"
         self._windows.append(weights.clone())
 
     def value(self, tokens: int) -> Tensor:
