@@ -20,10 +20,11 @@ DOWN_INPUT_FLUCTUATION: Final = Statistic(
 )
 
 DOWN_INPUT_GRAM: Final = Statistic("down_input_gram", "(F, F)", "sum of h hᵀ over tokens", heavy=True, unseen=1.0)
-CURVE_GRAM: Final = DOWN_INPUT_GRAM.relative()
-"""Statistic that removal-error curves are computed from."""
+DOWN_INPUT_GRAM_RELATIVE: Final = DOWN_INPUT_GRAM.relative()
 DOWN_CROSS: Final = Statistic("down_cross", "(D, F)", "sum of target times hᵀ over tokens", heavy=True)
 DOWN_TARGET_SQUARES: Final = Statistic("down_target_squares", "()", "sum of squares of the target")
+DOWN_CROSS_RELATIVE: Final = DOWN_CROSS.relative()
+DOWN_TARGET_SQUARES_RELATIVE: Final = DOWN_TARGET_SQUARES.relative()
 FEED_FORWARD_INPUTS: Final = Statistic(
     "feed_forward_inputs", "(n, D)", "inputs of the feed-forward, token by token", heavy=True
 )

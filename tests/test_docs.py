@@ -212,7 +212,7 @@ def readers() -> dict[str, set[tuple[str, str]]]:
         for name, cls in registry.items():
             required = {statistic for variant in variants(cls) for statistic in variant.required()}
             if issubclass(cls, Allocator) and any(cast("Allocator", variant).curve() for variant in variants(cls)):
-                required.add(statistics.DOWN_INPUT_GRAM)
+                required.add(statistics.DOWN_INPUT_GRAM_RELATIVE)
             for statistic in required:
                 by_statistic.setdefault(statistic.name, set()).add((registry.kind, name))
     return by_statistic

@@ -24,7 +24,7 @@ from cfsp_framework.run.context import RunContext
 from cfsp_framework.run.steps import CRITERION
 from cfsp_framework.runtime.atomic_files import write_text
 from cfsp_framework.runtime.hashing import hash_json
-from cfsp_framework.statistics import CURVE_GRAM
+from cfsp_framework.statistics import DOWN_INPUT_GRAM_RELATIVE
 
 _MANIFEST = "manifest.json"
 
@@ -45,7 +45,7 @@ class MeasurementRequest:
 
     def required(self) -> frozenset[Statistic]:
         """Return the statistics to measure for this request."""
-        needed = {*self.statistics.values(), *([CURVE_GRAM] if self.curves else [])}
+        needed = {*self.statistics.values(), *([DOWN_INPUT_GRAM_RELATIVE] if self.curves else [])}
         for chosen in self.criteria.values():
             needed |= chosen.required()
         return frozenset(needed)
@@ -82,7 +82,7 @@ def request_measurements(selection: Selection, plugins: Plugins) -> MeasurementR
     needed = selection.criterion.required()
     label = _label(selection.criterion, plugins.collectors_for(needed))
     kind = selection.curve
-    curve = f"{_label(selection.criterion, plugins.collectors_for(needed | {CURVE_GRAM}))}-{kind}"
+    curve = f"{_label(selection.criterion, plugins.collectors_for(needed | {DOWN_INPUT_GRAM_RELATIVE}))}-{kind}"
     light = [chosen for chosen in selection.collectors if not chosen.component.provides.heavy]
     return MeasurementRequest(
         {label: selection.criterion},

@@ -26,7 +26,7 @@ from cfsp_framework.host.sandbox import find_tensor_problem
 from cfsp_framework.linalg import compensated_curve, damped_inverse, plain_curve
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.runtime.progress import Progress
-from cfsp_framework.statistics import CURVE_GRAM
+from cfsp_framework.statistics import DOWN_INPUT_GRAM_RELATIVE
 
 CurveKind = Literal["plain", "compensated"]
 CURVE_DAMPING = 1e-2
@@ -227,7 +227,7 @@ def error_curves(
     """
     if not orders:
         return {}
-    weight, gram = feed_forward.down, statistics[CURVE_GRAM]
+    weight, gram = feed_forward.down, statistics[DOWN_INPUT_GRAM_RELATIVE]
     compensated = any(kind == "compensated" for _, kind in orders.values())
     inverse = damped_inverse(gram, CURVE_DAMPING) if compensated else None  # (F, F)
     curves: dict[str, Tensor] = {}

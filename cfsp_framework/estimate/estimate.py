@@ -192,6 +192,8 @@ def _pass(
 def _not_counted(config: RunConfig, selection: Selection) -> Iterable[str]:
     if selection.searches:
         yield f"the forwards with which {selection.allocator.component.name} tries widths are not counted"
+    if selection.probes:
+        yield f"the forwards with which the blocks' sensitivities are measured for {selection.allocator.component.name} are not counted"
     if config.budget.rounds > 1:
         yield f"one round is counted; each of the {config.budget.rounds} measures and cuts the model anew"
     if any(chosen.component.provides.shape == "(n, D)" for chosen in selection.second_pass):

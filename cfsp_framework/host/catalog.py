@@ -22,7 +22,7 @@ from cfsp_framework.api.components import Allocator, Collector, Component
 from cfsp_framework.api.data import Site, Statistic, Windows
 from cfsp_framework.errors import ConfigError, did_you_mean
 from cfsp_framework.host.registry import Origin, Plugins, Registry
-from cfsp_framework.statistics import CURVE_GRAM
+from cfsp_framework.statistics import DOWN_INPUT_GRAM_RELATIVE
 
 Row = dict[str, Any]
 
@@ -141,6 +141,8 @@ def _describe_details(cls: type[Component], plugins: Plugins) -> Row:
     }
     if issubclass(cls, Allocator) and (curve := _curve(cls)):
         details["curve"] = curve
+    if issubclass(cls, Allocator) and _asks_for_sensitivity(cls):
+        details["sensitivity"] = True
     if issubclass(cls, Collector):
         details["measures"] = _describe_statistic(cls.provides, plugins)
         details["read_by"] = [
@@ -158,6 +160,14 @@ def _curve(cls: type[Allocator]) -> str | None:
         return cls().curve()
     except Exception:  # noqa: BLE001  (as above)
         return None
+
+
+def _asks_for_sensitivity(cls: type[Allocator]) -> bool:
+    """Return whether the allocator asks for the blocks' sensitivities with its default options."""
+    try:
+        return cls().sensitivity()
+    except Exception:  # noqa: BLE001  (as above)
+        return False
 
 
 def _describe_statistic(statistic: Statistic, plugins: Plugins) -> Row:
@@ -284,7 +294,12 @@ def _show_statistics(details: Row, console: Console) -> None:
     if "curve" in details:
         console.print(
             f"Asks for every block's {details['curve']} removal-error curve: a matrix of F x F numbers, "
-            f"{CURVE_GRAM.name}, of one feed-forward at a time, and its elimination."
+            f"{DOWN_INPUT_GRAM_RELATIVE.name}, of one feed-forward at a time, and its elimination."
+        )
+    if "sensitivity" in details:
+        console.print(
+            "Asks for every block's sensitivity: a few windows pass on from each block with half of its channels cut, "
+            "about half a forward over as many tokens as there are blocks times 1024."
         )
 
 

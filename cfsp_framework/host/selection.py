@@ -21,7 +21,7 @@ from cfsp_framework.api.data import BlockSummary, FitnessOptions, RecoveryPlan, 
 from cfsp_framework.config import Choice, RunConfig
 from cfsp_framework.errors import ConfigError, PluginError
 from cfsp_framework.host.registry import C, ConfiguredComponent, Plugins, Registry
-from cfsp_framework.statistics import CURVE_GRAM
+from cfsp_framework.statistics import DOWN_INPUT_GRAM_RELATIVE
 
 if TYPE_CHECKING:
     from cfsp_framework.api.records import PruningPlan
@@ -109,7 +109,7 @@ def select(config: RunConfig, plugins: Plugins, *, planned: bool = False) -> Sel
         required |= criterion.required() | allocator.required() | recovery.required()
         starts = _create_starts(allocator, plugins)
         required = required.union(*(start.required() for start in starts))
-        required |= {CURVE_GRAM} if _joint_curve_kind((allocator, *starts)) else set()
+        required |= {DOWN_INPUT_GRAM_RELATIVE} if _joint_curve_kind((allocator, *starts)) else set()
     second_pass = plugins.collectors_for(compensator_statistics) if twice else ()
     observers = tuple(create(plugins.observers, choice) for choice in config.run.observers)
     first_pass = plugins.collectors_for(required)

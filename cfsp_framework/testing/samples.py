@@ -115,7 +115,7 @@ class Sample:
             states.add_block(batch, self.residual_out)
             sites = sorted({c.component.site for c in configured} - {Site.BLOCK}, key=lambda site: site.value)
             rows = [(site, self.at(site)[0].flatten(0, 1), self.at(site)[1].flatten(0, 1)) for site in sites]
-            states.add_feed_forward(0, rows, token_weights(self.outputs.flatten(0, 1)), None, batch)
+            states.add_feed_forward(0, rows, torch.ones(self.outputs.flatten(0, 1).shape[0]), None, batch)
             return states.values(self.feed_forward.block)[0]
         except CfspError as error:
             raise ContractError(f"A required statistic cannot be measured: {error}") from error

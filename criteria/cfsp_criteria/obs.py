@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Criterion, FeedForward, Statistic
 from cfsp_framework.linalg import greedy_removal
-from cfsp_framework.statistics import DOWN_INPUT_GRAM
+from cfsp_framework.statistics import DOWN_INPUT_GRAM_RELATIVE
 
 
 class Obs(Criterion):
@@ -22,14 +22,12 @@ class Obs(Criterion):
     """
 
     name: ClassVar[str] = "obs"
-    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM.relative()})
+    requires: ClassVar[frozenset[Statistic]] = frozenset({DOWN_INPUT_GRAM_RELATIVE})
 
     damping: float = Field(default=1e-2, gt=0, description="share of the mean squared activation added for stability")
     batch: int | None = Field(default=None, ge=1, description="channels removed a step; default: F / 128")
 
     def score(self, feed_forward: FeedForward, statistics: BlockStatistics) -> Tensor:
         batch = self.batch or max(1, feed_forward.width // 128)
-        order, _ = greedy_removal(
-            feed_forward.down, statistics[DOWN_INPUT_GRAM.relative()], self.damping, batch
-        )  # (F,)
+        order, _ = greedy_removal(feed_forward.down, statistics[DOWN_INPUT_GRAM_RELATIVE], self.damping, batch)  # (F,)
         return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).float()

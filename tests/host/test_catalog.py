@@ -167,7 +167,7 @@ def test_statistics_are_shown_with_their_cost(plugin: Path) -> None:
     ("bias", "F float32 numbers a feed-forward"),
     ("owl", "Reads no statistics."),
     ("error-curve", "Asks for every block's compensated removal-error curve"),
-    ("error-curve", "one float32 number a block"),
+    ("error-curve", "Asks for every block's sensitivity"),
 ])  # fmt: skip
 def test_what_the_built_ins_cost(name: str, words: str) -> None:
     assert words in " ".join(invoke("plugins", "show", name, columns=300).stdout.split())

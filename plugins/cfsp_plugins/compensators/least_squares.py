@@ -9,11 +9,9 @@ from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Compensator, FeedForward, Statistic, Update
 from cfsp_framework.linalg import least_squares, output_error, output_square
-from cfsp_framework.statistics import DOWN_INPUT_GRAM
+from cfsp_framework.statistics import DOWN_INPUT_GRAM_RELATIVE
 
 from .held_out_guard import DAMPING, guarded, split
-
-_GRAM = DOWN_INPUT_GRAM.relative()
 
 
 class LeastSquares(Compensator):
@@ -24,13 +22,15 @@ class LeastSquares(Compensator):
     """
 
     name: ClassVar[str] = "least-squares"
-    requires: ClassVar[frozenset[Statistic]] = frozenset({_GRAM, _GRAM.held_out()})
+    requires: ClassVar[frozenset[Statistic]] = frozenset(
+        {DOWN_INPUT_GRAM_RELATIVE, DOWN_INPUT_GRAM_RELATIVE.held_out()}
+    )
 
     damping: float = Field(default=1e-3, gt=0, description=DAMPING)
 
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
         weight = feed_forward.down  # (D, F)
-        fit, judge = split(statistics, _GRAM)  # (F, F) each
+        fit, judge = split(statistics, DOWN_INPUT_GRAM_RELATIVE)  # (F, F) each
         cross = weight.double() @ fit.double()  # (D, F): the target is the dense output
         return guarded(
             lambda damping: least_squares(weight, fit, cross, kept, damping),

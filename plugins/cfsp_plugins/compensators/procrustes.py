@@ -9,11 +9,9 @@ from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Compensator, FeedForward, Statistic, Update
 from cfsp_framework.linalg import output_error, output_square
-from cfsp_framework.statistics import DOWN_INPUT_GRAM
+from cfsp_framework.statistics import DOWN_INPUT_GRAM_RELATIVE
 
 from .held_out_guard import guarded, split
-
-_GRAM = DOWN_INPUT_GRAM.relative()
 
 
 class Procrustes(Compensator):
@@ -24,11 +22,13 @@ class Procrustes(Compensator):
     """
 
     name: ClassVar[str] = "procrustes"
-    requires: ClassVar[frozenset[Statistic]] = frozenset({_GRAM, _GRAM.held_out()})
+    requires: ClassVar[frozenset[Statistic]] = frozenset(
+        {DOWN_INPUT_GRAM_RELATIVE, DOWN_INPUT_GRAM_RELATIVE.held_out()}
+    )
 
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
         weight = feed_forward.down.double()  # (D, F)
-        fit, judge = split(statistics, _GRAM)  # (F, F) each
+        fit, judge = split(statistics, DOWN_INPUT_GRAM_RELATIVE)  # (F, F) each
         kept_weight = weight[:, kept]  # (D, K)
 
         def rotate(damping: float) -> Tensor:

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from cfsp_framework import BlockStatistics, Compensator, FeedForward, Statistic, Stream, Update
 from cfsp_framework.linalg import least_squares, output_error
-from cfsp_framework.statistics import DOWN_CROSS, DOWN_INPUT_GRAM, DOWN_TARGET_SQUARES
+from cfsp_framework.statistics import (
+    DOWN_CROSS_RELATIVE,
+    DOWN_INPUT_GRAM_RELATIVE,
+    DOWN_TARGET_SQUARES_RELATIVE,
+)
 
 from .held_out_guard import DAMPING, guarded, split
-
-_GRAM, _CROSS, _SQUARES = (total.relative() for total in (DOWN_INPUT_GRAM, DOWN_CROSS, DOWN_TARGET_SQUARES))
 
 
 class Sequential(Compensator):
@@ -25,7 +27,9 @@ class Sequential(Compensator):
 
     name: ClassVar[str] = "sequential"
     requires: ClassVar[frozenset[Statistic]] = frozenset(
-        statistic for total in (_GRAM, _CROSS, _SQUARES) for statistic in (total, total.held_out())
+        statistic
+        for total in (DOWN_INPUT_GRAM_RELATIVE, DOWN_CROSS_RELATIVE, DOWN_TARGET_SQUARES_RELATIVE)
+        for statistic in (total, total.held_out())
     )
 
     damping: float = Field(default=1e-3, gt=0, description=DAMPING)
@@ -39,9 +43,9 @@ class Sequential(Compensator):
 
     def compensate(self, feed_forward: FeedForward, kept: Tensor, statistics: BlockStatistics) -> Update:
         weight = feed_forward.down  # (D, F)
-        fit, judge = split(statistics, _GRAM)  # (F, F) each
-        cross, judge_cross = split(statistics, _CROSS)  # (D, F) each
-        scale = split(statistics, _SQUARES)[1].item()
+        fit, judge = split(statistics, DOWN_INPUT_GRAM_RELATIVE)  # (F, F) each
+        cross, judge_cross = split(statistics, DOWN_CROSS_RELATIVE)  # (D, F) each
+        scale = split(statistics, DOWN_TARGET_SQUARES_RELATIVE)[1].item()
 
         def error(down: Tensor) -> float:
             return output_error(weight, down, kept, judge, judge_cross) + scale
