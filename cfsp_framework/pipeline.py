@@ -45,6 +45,7 @@ from cfsp_framework.recovery.recover import (
 from cfsp_framework.reporting.build import build_report, update_report, write_report
 from cfsp_framework.reporting.findings import gather_notes
 from cfsp_framework.reporting.metrics import save_statistics
+from cfsp_framework.run.checks import input_paths
 from cfsp_framework.run.context import RunContext, open_evaluation_sets, open_streamed, sample_ids, set_up
 from cfsp_framework.run.rounds import RoundsResult, plan_rounds
 from cfsp_framework.run.steps import CRITERION, adopt_plan, cut, drop_attention, evaluate, measure
@@ -78,7 +79,7 @@ def prune(
 
     With a ``plan`` the channels are taken from it, and data is only needed by a compensator that requires some.
     """
-    check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite, inputs=input_paths(config))
     if plan is not None and config.budget.rounds > 1:
         raise ConfigError("--plan and --rounds cannot be combined: a plan names the channels that stay in the end.")
     progress, ranks = progress or Progress(), join_ranks(config.model.device)
@@ -127,7 +128,7 @@ def recover(
         ModelError: the model is not a checkpoint of ``prune``, or the adapter belongs to another one.
         ConfigError: there is nothing to train, or nothing to train on.
     """
-    check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite, inputs=(*input_paths(config), *([adapter] if adapter else [])))
     if adapter and config.recovery.keep_adapter:
         raise ConfigError("--adapter (merge one) and --keep-adapter (keep one apart) cannot be combined.")
     progress, ranks = progress or Progress(), join_ranks(config.model.device)

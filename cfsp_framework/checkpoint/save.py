@@ -7,6 +7,7 @@ installed. Otherwise Transformers raises an error if widths differ. Equal widths
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from cfsp_framework.modeling.streaming import ShardWriter
 from cfsp_framework.runtime.atomic_files import check_parent, licence_files
 
 PLAN_FILE = "pruning_plan.json"
+EXPORT_FILE = "export.json"
+"""Record of an export."""
 ROUNDS_FOLDER = "plans"
 """Folder of the plans of all rounds but the last, ``round-1.json`` and so on."""
 REPORT_FILE = "report.json"
@@ -36,16 +39,28 @@ CODE_FILE = "modeling_pruned.py"
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that exists or cannot be created.
+def check_output(folder: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a folder that exists, that holds what a run reads, or that cannot be created.
+
+    ``overwrite`` replaces an empty folder, or one that this package wrote, and that holds neither one of the ``inputs``
+    nor the working directory.
 
     Raises:
         OutputError: a message for each.
     """
     if folder.exists() and not overwrite:
         raise OutputError(f"{folder} exists; give another folder or --overwrite.")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists()):
-        raise OutputError(f"{folder} exists and is not a checkpoint; --overwrite does not remove it.")
+    written = any((folder / name).is_file() for name in (PLAN_FILE, EXPORT_FILE))
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not written):
+        raise OutputError(
+            f"{folder} exists and has no {PLAN_FILE}, so it is not an output of this package; --overwrite does not remove it."
+        )
+    if folder.is_dir():
+        for path in (Path.cwd(), *inputs):
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise OutputError(
+                    f"{folder} would be replaced, but it holds {path}, which this run uses; give another."
+                )
     check_parent(folder)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsp_framework.checkpoint.save import CARD_FILE, PLAN_FILE, check_output, save_model, verify
+from cfsp_framework.checkpoint.save import CARD_FILE, EXPORT_FILE, PLAN_FILE, check_output, save_model, verify
 from cfsp_framework.config import RunConfig
 from cfsp_framework.engine.replay import logits
 from cfsp_framework.errors import ModelError
@@ -28,9 +28,8 @@ from cfsp_framework.modeling.loading import (
     resolve,
     silence_transformers,
 )
+from cfsp_framework.run.checks import input_paths
 from cfsp_framework.runtime.atomic_files import check_file, staged_file, staged_folder
-
-NOTE_FILE = "export.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def export_padded(config: RunConfig, out: Path, *, width: int | None = None, ove
         ModelError: the family's own configuration cannot describe the model.
         OutputError: the folder cannot be written.
     """
-    check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite, inputs=input_paths(config))
     loaded = load_model(config)
     decoder = open_decoder(loaded.model, load_plugins(config.run.plugins))
     widths, ids = decoder.widths, sample_ids(decoder)
@@ -146,7 +145,7 @@ def export_onnx(config: RunConfig, out: Path, *, overwrite: bool = False) -> Exp
     """
     from cfsp_framework.export.onnx import check_packages, compare_onnx, write_onnx
 
-    check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite, inputs=input_paths(config))
     check_packages()
     loaded = load_model(config.replace(dtype="float32"))
     widths = open_decoder(loaded.model, load_plugins(config.run.plugins)).widths
@@ -185,7 +184,7 @@ def write_notes(source: Path, folder: Path, exported: Exported, note: str) -> No
 
     The report is not copied: its sizes are those of the pruned checkpoint.
     """
-    (folder / NOTE_FILE).write_text(json.dumps(exported.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (folder / EXPORT_FILE).write_text(json.dumps(exported.to_dict(), indent=2) + "\n", encoding="utf-8")
     if (source / PLAN_FILE).is_file():
         shutil.copyfile(source / PLAN_FILE, folder / PLAN_FILE)
     if (source / CARD_FILE).is_file():

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from cfsp_framework.config import RunConfig
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, one_line
 from cfsp_framework.modeling.meta_init import without_weights
+from cfsp_framework.modeling.weight_files import check_weights
 from cfsp_framework.runtime.atomic_files import LICENCE_FILES
 from cfsp_framework.runtime.distributed import SOLO, Ranks
 from cfsp_framework.runtime.hashing import hash_file
@@ -221,14 +222,10 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Refuse, before loading, a folder without a causal LM in safetensors, or with code that was not allowed.
 
     Raises:
-        ModelError: it is one of these.
+        ModelError: it is one of these, or a file of weights is damaged or lies elsewhere.
     """
     check_config(folder, trust_remote_code=trust_remote_code)
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} has no safetensors. Pickled weights can run code when they are opened and are refused; "
-            "convert them with save_pretrained first."
-        )
+    check_weights(folder)
 
 
 def check_config(folder: Path, *, trust_remote_code: bool = False) -> None:

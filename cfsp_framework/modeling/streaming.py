@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cfsp_framework.errors import ModelError
+from cfsp_framework.modeling.weight_files import INDEX_FILE, SINGLE_FILE, open_weights, read_index
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _IGNORED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 """Buffers that old checkpoints hold and models compute."""
 
@@ -151,26 +149,17 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.files: dict[str, str] = {}
-        if (folder / _SINGLE).exists():  # other safetensors beside it are not the model's
-            with _open_safetensors(folder / _SINGLE) as file:
-                self.files = dict.fromkeys(file.keys(), _SINGLE)
-        elif (folder / _INDEX).exists():
-            self.files = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if (folder / SINGLE_FILE).exists():  # other safetensors beside it are not the model's
+            with open_weights(folder / SINGLE_FILE) as file:
+                self.files = dict.fromkeys(file.keys(), SINGLE_FILE)
         else:
-            raise ModelError(f"{folder} has neither {_SINGLE} nor {_INDEX}.")
+            self.files = read_index(folder)
 
     def slices(self, keys: Iterable[str]) -> dict[str, Any]:
         """Return the safetensors slices of some tensors by key."""
         keys = sorted(keys)
-        files = {name: _open_safetensors(self._folder / name) for name in {self.files[key] for key in keys}}
+        files = {name: open_weights(self._folder / name) for name in {self.files[key] for key in keys}}
         return {key: files[self.files[key]].get_slice(key) for key in keys}
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); fetch or write it again.") from error
 
 
 def _move_to_meta(module: nn.Module) -> None:
@@ -314,7 +303,7 @@ class ShardWriter:
         }
         self._write(rest, self._count)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
-        (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _write(self, tensors: Mapping[str, Tensor], number: int) -> None:
         stored = {key: t.detach().contiguous().cpu() for key, t in _convert_back(self._model, tensors).items()}

@@ -145,6 +145,8 @@ def read_adapter_plan(context: RunContext, folder: Path) -> RecoveryPlan:
         raise ModelError(
             f"adapter {str(folder)!r} has no readable {RECOVERY_PLAN_FILE}; give a folder that --keep-adapter wrote."
         ) from error
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"adapter {str(folder)!r} has no adapter_model.safetensors; pickled weights are refused.")
     if plan.base != context.loaded.fingerprint:
         raise ModelError(
             f"adapter {str(folder)!r} is for another checkpoint than {context.config.model.source!r}: fingerprint "

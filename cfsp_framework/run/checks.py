@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cfsp_framework.api.data import Site
 from cfsp_framework.api.records import PruningPlan
 from cfsp_framework.config import RunConfig
+from cfsp_framework.data.sources import parse_mixture
 from cfsp_framework.errors import ConfigError, PlanError
 from cfsp_framework.host.selection import Selection
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.pruning.planning import check_shared
 from cfsp_framework.pruning.surgery import check_fits, expert_step
 from cfsp_framework.runtime.distributed import Ranks
+
+
+def input_paths(config: RunConfig) -> list[Path]:
+    """Return the files and folders that a run reads or keeps its state in, as far as they exist."""
+    run = config.run
+    specs = [spec for spec in (config.calibration.data, config.recovery.data, *config.evaluation.data) if spec]
+    data = [name for spec in specs for name, _ in parse_mixture(spec)]
+    names: list[str | Path] = [config.model.source, *data, *run.plugins, *filter(None, (run.resume, run.spill))]
+    return [path for path in map(Path, names) if _exists(path)]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a text too long to be a path
+        return False
 
 
 def check_options(config: RunConfig, selection: Selection, ranks: Ranks) -> None:

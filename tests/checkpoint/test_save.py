@@ -438,7 +438,7 @@ def test_a_run_that_fails_leaves_everything_as_it_was(
     out = tmp_path / "out"
     if overwrite:
         out.mkdir()
-        (out / "config.json").write_text("{}")
+        (out / "pruning_plan.json").write_text("{}")
         (out / "model.safetensors").write_bytes(b"old")
     before = snapshot(tmp_path)
     raised, expected = FAILURES[failure]
@@ -463,7 +463,7 @@ def test_a_run_that_fails_leaves_everything_as_it_was(
 def test_overwriting_replaces_the_whole_folder(make_model: MakeModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("{}")
+    (out / "pruning_plan.json").write_text("{}")
     (out / "model-00001-of-00002.safetensors").write_bytes(b"old")
     prune(data_free(make_model("llama")), out, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -471,14 +471,31 @@ def test_overwriting_replaces_the_whole_folder(make_model: MakeModel, tmp_path: 
     assert AutoModelForCausalLM.from_pretrained(out).config.is_heterogeneous
 
 
-def test_a_checkpoint_can_be_pruned_into_its_own_folder(make_model: MakeModel, tmp_path: Path) -> None:
+def test_overwriting_never_removes_what_the_run_uses(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     prune(data_free(make_model("llama")), out)
-    result = prune(data_free(out), out, overwrite=True)
-    assert result.report.reload_difference == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert tuple(layer.mlp.down_proj.in_features for layer in model.model.layers) == result.plan.widths
+    for name, content in (("text.txt", "words " * 50), ("plugin.py", "")):
+        (out / name).write_text(content)
+    (out / "inside").mkdir()
+    (tmp_path / "link").symlink_to(out)
+    model, before = str(make_model("llama")), snapshot(tmp_path)
+    used: list[dict[str, object]] = [
+        {"model": str(out)},
+        {"model": str(tmp_path / "link")},
+        {"model": model, "calibration": str(out / "text.txt")},
+        {"model": model, "evaluate": (f"demo=1,{out / 'text.txt'}=1",)},
+        {"model": model, "plugins": (str(out / "plugin.py"),)},
+    ]
+    for options in used:
+        config = RunConfig.build(criterion="magnitude", allocator="uniform", ratio=0.5, round_to=8, **options)
+        with pytest.raises(OutputError, match="would be replaced"):
+            prune(config, out, overwrite=True)
+    monkeypatch.chdir(out / "inside")
+    with pytest.raises(OutputError, match="would be replaced"):
+        prune(data_free(Path(model)), out, overwrite=True)
+    assert snapshot(tmp_path) == before
 
 
 def test_an_output_folder_that_cannot_be_used_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
@@ -492,7 +509,7 @@ def test_an_output_folder_that_cannot_be_used_is_refused_before_the_model_is_ope
     for name in ("checkpoint", "thesis", "file"):
         with pytest.raises(OutputError, match=f"{name} exists"):
             prune(config, tmp_path / name)
-    for name in ("thesis", "file"):
+    for name in ("checkpoint", "thesis", "file"):
         with pytest.raises(OutputError, match=f"{name} exists .*--overwrite does not remove it"):
             prune(config, tmp_path / name, overwrite=True)
     with pytest.raises(OutputError, match="no/such is not a writable directory"):

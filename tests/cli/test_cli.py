@@ -623,12 +623,38 @@ def test_pickled_weights_are_refused(broken: Callable[..., Path], refused_model:
     assert "Pickled weights" in message
 
 
+@pytest.mark.parametrize(("index", "message"), [
+    ({"weight_map": {"a": "pytorch_model.bin"}}, "not safetensors"),
+    ({"weight_map": {"a": "../model.safetensors"}}, "outside of the checkpoint's folder"),
+    ({"weight_map": {"a": "/etc/x.safetensors"}}, "outside of the checkpoint's folder"),
+    ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors cannot be read"),
+    ({"weight_map": ["a"]}, "is not an index of weights"),
+    ([], "is not an index of weights"),
+])  # fmt: skip
+def test_an_index_that_names_other_files_is_refused(
+    index: object, message: str, broken: Callable[..., Path], refused_model: Refuse
+) -> None:
+    folder = broken("model.safetensors")
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert message in refused_model(folder)
+    result = invoke("prune", folder, folder.parent / "out", "--stream", "--criterion", "magnitude")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_pickle_named_safetensors_is_refused(broken: Callable[..., Path], refused_model: Refuse) -> None:
+    folder = broken("model.safetensors")
+    torch.save({}, folder / "model.safetensors")
+    assert "model.safetensors cannot be read" in refused_model(folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff" * 1000, None])
 def test_damaged_weights_are_refused(content: bytes | None, broken: Callable[..., Path], refused_model: Refuse) -> None:
     folder = broken()
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000] if content is None else content)
-    assert refused_model(folder).startswith(f"model '{folder}': its safetensors are damaged (")
+    assert f"{weights} cannot be read (" in refused_model(folder)
 
 
 def test_a_model_without_tokenizer_is_refused(broken: Callable[..., Path], refused_model: Refuse) -> None:

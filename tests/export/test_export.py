@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
 
 from cfsp_framework import RunConfig
-from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, PLAN_FILE
+from cfsp_framework.checkpoint.save import CARD_FILE, CODE_FILE, EXPORT_FILE, PLAN_FILE
 from cfsp_framework.errors import CfspError, ConfigError, ModelError, OutputError
-from cfsp_framework.export.export import NOTE_FILE, export_onnx, export_padded
+from cfsp_framework.export.export import export_onnx, export_padded
 from cfsp_framework.export.padded import append_zeros
 from cfsp_framework.host.manager import load_plugins
 from cfsp_framework.modeling.decoder import Decoder, open_decoder
@@ -102,7 +102,7 @@ def test_the_dtype_tokenizer_plan_and_card_are_carried_over(tmp_path: Path) -> N
     card = (tmp_path / "padded" / CARD_FILE).read_text()
     assert card.startswith("# A model\n\nWidths differ.\n\n## Padded export\n")
     assert "40 to 56 channels became 56" in card
-    note = json.loads((tmp_path / "padded" / NOTE_FILE).read_text())
+    note = json.loads((tmp_path / "padded" / EXPORT_FILE).read_text())
     assert (note["format"], note["widths"], note["written_widths"]) == ("padded", list(WIDTHS), [56] * 3)
 
 
