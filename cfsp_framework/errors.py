@@ -1,4 +1,4 @@
-"""Errors that a user can cause or meet, in one family; any other exception is a bug and keeps its traceback."""
+"""Errors that a user can cause or meet, in one family; any other exception is a bug."""
 
 from __future__ import annotations
 
@@ -66,9 +66,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return named or "can't allocate memory" in str(error)
 
 
+LONGEST_MESSAGE = 1000
+"""Characters that are shown of the message of an error from elsewhere."""
+
+
+def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """Escape control characters, which a terminal might obey, and cut what is longer than ``longest`` characters."""
+    if len(text) > longest:
+        text = f"{text[:longest]}... ({len(text)} characters)"
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line; its class is named unless it is a ``CfspError``."""
-    text = " ".join(str(error).split())
+    """Return an error's message on one line, printable; its class is named unless it is a ``CfspError``."""
+    try:
+        text = str(error)[: 2 * LONGEST_MESSAGE]
+    except Exception as failure:  # noqa: BLE001  (a plugin's own class)
+        text = f"its message cannot be read ({type(failure).__name__})"
+    text = printable(" ".join(text.split()))
     return text if isinstance(error, CfspError) else f"{type(error).__name__}: {text}"
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import click
 
-from cfsp_framework.errors import CfspError, PluginWarning, is_out_of_memory
+from cfsp_framework.errors import LONGEST_MESSAGE, CfspError, PluginWarning, is_out_of_memory, one_line, printable
 
 COMMANDS = {
     "prune": "Prune a model into a checkpoint folder.",
@@ -36,7 +36,7 @@ class Failure(click.ClickException):
     """Error shown to the user: one or two lines and an exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(printable(message, 4 * LONGEST_MESSAGE))
         self.exit_code = exit_code  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -61,7 +61,9 @@ class _Commands(click.Group):
         try:
             with _terminable(), _plain_warnings():
                 return super().invoke(ctx)
-        except (CfspError, click.UsageError, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
+        except (click.Abort, click.exceptions.Exit):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
             failure = _failure(error)
             if failure is None:
                 raise
@@ -80,7 +82,7 @@ def cli() -> None:
 
 
 def _failure(error: BaseException) -> Failure | None:
-    """Return the error to show in place of a traceback, or None for a bug, which keeps its traceback."""
+    """Return the error to show in place of a traceback, or None for what click handles."""
     match error:
         case CfspError():
             return Failure(str(error), error.exit_code)
@@ -96,8 +98,10 @@ def _failure(error: BaseException) -> Failure | None:
             return Failure(f"{error.filename}: {error.strerror}.", 2)
         case MemoryError() | RuntimeError() if is_out_of_memory(error):
             return Failure("out of memory; a smaller --batch-size or --seqlen needs less.", 1)
-        case _:
+        case OSError() if error.errno == errno.EPIPE:
             return None
+        case _:
+            return Failure(f"{one_line(error)}.\nThis is a fault of cfsp; --traceback shows where it happened.", 1)
 
 
 @contextmanager
@@ -121,7 +125,7 @@ def _plain_warnings() -> Generator[None]:
 
         def show_plainly(message: Warning | str, category: type[Warning], *place: Any) -> None:
             if issubclass(category, PluginWarning):
-                click.echo(f"Warning: {message}", err=True)
+                click.echo(f"Warning: {printable(str(message))}", err=True)
             else:
                 show(message, category, *place)
 

@@ -19,7 +19,7 @@ import click
 import pytest
 import torch
 import yaml
-from click.testing import Result
+from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -774,3 +774,21 @@ def test_demo_prunes_the_embedded_model(out: Path) -> None:
     [evaluation] = report["evaluations"]
     assert evaluation["dense"]["perplexity"] < evaluation["pruned"]["perplexity"] < 10_000
     assert (out / "report.json").exists()
+
+
+@pytest.mark.parametrize("name", sorted({*COMMANDS} - {"plugins"}))
+def test_an_unforeseen_failure_is_two_lines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert isinstance(command, click.Command)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("bad \x1b]0;title\x07 " + "x" * 10_000)
+
+    monkeypatch.setattr(command, "callback", fail)
+    monkeypatch.setattr(command, "params", [])
+    result = CliRunner().invoke(cli, [name])
+    assert result.exit_code == 1
+    first, second = result.stderr.splitlines()
+    assert "ValueError: bad \\x1b]0;title\\x07" in first
+    assert len(first) < 2200
+    assert "--traceback" in second

@@ -20,11 +20,12 @@ from helpers.families import tensors_of
 
 
 def invoke(*words: object, columns: int = 80) -> Result:
-    """Run a command of ``cfsp`` in a terminal of so many columns; an unexpected exception keeps its traceback."""
+    """Run a command of ``cfsp`` in a terminal of so many columns; a fault of the program is raised."""
     with patch.dict(os.environ, COLUMNS=str(columns)):
         result = CliRunner().invoke(cli, list(map(str, words)))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
+    assert "This is a fault of cfsp" not in result.stderr, result.stderr
     return result
 
 
