@@ -295,8 +295,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     },
     "magnitude-released": {"criterion": "magnitude", "allocator": "uniform:released=true", "rebalance": False},
 }
-"""Named starting points. ``cfsp-closed-form`` and ``cfsp-refined`` re-fit or train the kept weights; they are better than
-CFSP on small models, not on every model (docs/quality.md). ``*-released`` reproduce the CFSP authors' code (docs/method.md)."""
+"""Named starting points. ``cfsp-closed-form`` and ``cfsp-refined`` re-fit or train the kept weights; docs/quality.md compares
+them with CFSP on a real language model. ``*-released`` reproduce the CFSP authors' code (docs/method.md)."""
 
 
 def parse_choice(text: str) -> dict[str, object]:

@@ -130,6 +130,25 @@ def logits(decoder: Decoder, ids: Tensor) -> Tensor:
     return finish(decoder, ids, batches[0].hidden)
 
 
+@torch.no_grad()
+def check_replay(decoder: Decoder, ids: Tensor) -> None:
+    """Compare the blocks, run one by one, with the model's own forward on ``ids (1, T)``.
+
+    Raises:
+        ModelError: the logits differ by more than rounding, for example because a block reads what earlier ones left.
+    """
+    real = decoder.model(ids.to(decoder.device), use_cache=False).logits.float()  # (1, T, V)
+    difference = (logits(decoder, ids).float().to(real.device) - real).abs().max().item()
+    if not bool(real.isfinite().all()):
+        return  # the collection names the block
+    rounding = max(1e-3, 4 * torch.finfo(decoder.model.dtype).eps)
+    if not difference <= rounding * real.abs().max().item():
+        raise ModelError(
+            f"the blocks of {type(decoder.model).__name__}, run one by one, do not compute what the model does: logits "
+            f"differ by {difference:.3g}. Such a family cannot be measured."
+        )
+
+
 def pass_block(decoder: Decoder, index: int, batches: Sequence[Batch], step: Callable[[], None] = lambda: None) -> None:
     """Advance the batches through block ``index`` without measuring."""
     for batch in batches:

@@ -131,7 +131,8 @@ class DenseFeedForward(FeedForwardModule):
             up_inputs[:] = [inputs[0]]
 
         def report(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            listener(FeedForwardIO(0, up_inputs.pop(), inputs[0], output, down.bias))
+            # Cloned: parallel and shared feed-forwards have other results added to their output in place afterwards.
+            listener(FeedForwardIO(0, up_inputs.pop(), inputs[0], output.clone(), down.bias))
 
         with ExitStack() as hooks:
             hooks.callback(up.register_forward_hook(keep_input).remove)

@@ -12,7 +12,7 @@ from torch import Tensor
 from cfsp_framework.api.events import RunStarted
 from cfsp_framework.config import RunConfig
 from cfsp_framework.data.windows import PADDING, calibration_windows
-from cfsp_framework.engine.replay import ForwardOptions
+from cfsp_framework.engine.replay import ForwardOptions, check_replay
 from cfsp_framework.errors import ConfigError
 from cfsp_framework.evaluation.perplexity import EvaluationSet, evaluation_set
 from cfsp_framework.host.manager import load_plugins
@@ -27,6 +27,9 @@ from cfsp_framework.modeling.streaming import Streamed
 from cfsp_framework.run.checks import check_model, check_options
 from cfsp_framework.runtime.distributed import Ranks, join_ranks
 from cfsp_framework.runtime.progress import Progress
+
+_REPLAYED = 64
+"""Tokens on which the blocks, run one by one, are compared with the model."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def set_up(
     with progress.phase("calibrate"):
         measured = selection.measures or (config.budget.drop_attention and not planned)
         windows = open_windows(config, context.loaded) if measured else None  # (N, T)
+        if windows is not None and not config.model.stream:  # a streamed model has no forward of its own
+            check_replay(context.decoder, windows[:1, windows[0] != PADDING][:, :_REPLAYED])
         return replace(context, windows=windows, evaluation_sets=open_evaluation_sets(config, context.loaded))
 
 

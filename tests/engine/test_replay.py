@@ -19,8 +19,8 @@ from cfsp_framework.engine.collect import collect
 from cfsp_framework.engine.gradients import measure_gradients
 from cfsp_framework.engine.measure import measure_block
 from cfsp_framework.engine.measurements import FeedForwardMeasurement
-from cfsp_framework.engine.replay import ForwardOptions, embed, run_block
-from cfsp_framework.errors import PluginError
+from cfsp_framework.engine.replay import ForwardOptions, check_replay, embed, run_block
+from cfsp_framework.errors import ModelError, PluginError
 from cfsp_framework.host.registry import ConfiguredComponent, Origin, Plugins
 from cfsp_framework.modeling.decoder import Decoder
 from cfsp_framework.modeling.feed_forwards import DenseFeedForward
@@ -371,3 +371,13 @@ def test_magnitude_and_uniform_read_no_data_and_run_nothing(
     plan = plan_only(config)
     assert plan.calibration is None
     assert plan.widths == (32, 32, 32)
+
+
+def test_blocks_that_depend_on_more_than_their_inputs_are_refused(make_model: MakeModel, open_tiny: OpenTiny) -> None:
+    _, decoder = open_tiny(make_model("llama"))
+    check_replay(decoder, WINDOWS[:1])
+    calls: list[int] = []
+    decoder.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    decoder.blocks[1].register_forward_hook(lambda _, __, output: output + len(calls))
+    with pytest.raises(ModelError, match=r"run one by one, .* logits differ by"):
+        check_replay(decoder, WINDOWS[:1])
