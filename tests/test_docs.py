@@ -234,7 +234,7 @@ def test_statistics_are_documented_as_they_are_measured() -> None:
         name: {(part.split()[0], reader) for part in row[3].split("; ") for reader in code(part)}
         for name, row in costs.items()
     }
-    assert documented == readers()
+    assert {name: parts for name, parts in documented.items() if parts} == readers()
     constants = {value.name: name for name, value in vars(statistics).items() if isinstance(value, Statistic)}
     assert constants == {name: name.upper() for name in (name.removesuffix("_held_out") for name in expected)}
 
