@@ -20,9 +20,15 @@ def input_paths(config: RunConfig) -> list[Path]:
     """Return the files and folders that a run reads or keeps its state in, as far as they exist."""
     run = config.run
     specs = [spec for spec in (config.calibration.data, config.recovery.data, *config.evaluation.data) if spec]
-    data = [name for spec in specs for name, _ in parse_mixture(spec)]
+    data = [part for spec in specs for name, _ in parse_mixture(spec) for part in _parts(name)]
     names: list[str | Path] = [config.model.source, *data, *run.plugins, *filter(None, (run.resume, run.spill))]
     return [path for path in map(Path, names) if _exists(path)]
+
+
+def _parts(spec: str) -> list[str]:
+    """Return every part of a data SPEC that may be a path, such as FILE of ``FILE:COLUMN``."""
+    words = spec.split(":")
+    return [":".join(words[a:b]) for a in range(len(words)) for b in range(a + 1, len(words) + 1)]
 
 
 def _exists(path: Path) -> bool:

@@ -143,8 +143,8 @@ def test_error_curve_by_hand() -> None:
     assert widths_of(ErrorCurve(), blocks, Budget(0.25)) == [4, 2]
     assert widths_of(ErrorCurve(), blocks, Budget(0.5)) == [3, 1]  # the fourth of the flat one would be its last
     assert widths_of(ErrorCurve(), blocks, Budget(0.75)) == [1, 1]
-    # the first block's output is ten times larger: its errors count a tenth
-    assert widths_of(ErrorCurve(), curved([steep, flat], [10.0, 1.0]), Budget(0.375)) == [1, 4]
+    # the first block's errors do a tenth of the harm
+    assert widths_of(ErrorCurve(), curved([steep, flat], [1.0, 10.0]), Budget(0.375)) == [1, 4]
 
 
 def test_error_curve_looks_past_a_first_step_that_is_dear() -> None:

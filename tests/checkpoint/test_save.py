@@ -486,6 +486,7 @@ def test_overwriting_never_removes_what_the_run_uses(
         {"model": str(tmp_path / "link")},
         {"model": model, "calibration": str(out / "text.txt")},
         {"model": model, "evaluate": (f"demo=1,{out / 'text.txt'}=1",)},
+        {"model": model, "calibration": f"{out / 'text.txt'}:body"},
         {"model": model, "plugins": (str(out / "plugin.py"),)},
     ]
     for options in used:

@@ -130,8 +130,9 @@ def test_the_workload_is_what_the_components_require() -> None:
     second = closed.compensate
     assert (second.windows, second.forwards, second.streams, second.grams, second.held_out_grams) == (4, 3, 2, 1, 1)
     assert workload("magnitude-released").select.windows == 0
-    note = workload("cfsp-refined").notes[0]
-    assert "local-reconstruction" in note
+    notes = " ".join(workload("cfsp-refined").notes)
+    assert "local-reconstruction" in notes
+    assert "sensitivities" in notes
 
 
 def workload(preset: str) -> RunWorkload:

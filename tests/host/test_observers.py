@@ -150,7 +150,7 @@ def test_a_failed_run_ends_with_its_error(
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("cfsp_framework.pipeline.make_plan", fail)
+    monkeypatch.setattr("cfsp_framework.run.rounds.make_plan", fail)
     with pytest.raises(type(error)):
         prune(RunConfig.build(**options), tmp_path / "out")
     assert listener.heard[-1] == RunFailed(error)

@@ -890,13 +890,14 @@ def test_heavy_statistics_of_a_compensator_are_measured_in_the_second_pass_only(
     for name, first, second in (
         ("none", [], []),
         ("bias", ["down-input-mean"], []),
-        ("least-squares", [], ["down-input-gram", "down-input-gram-held-out"]),
+        ("least-squares", [], ["down-input-gram-relative", "down-input-gram-relative-held-out"]),
         (
             "local-reconstruction",
             [],
             [
                 *("feed-forward-inputs", "feed-forward-inputs-held-out"),
                 *("feed-forward-targets", "feed-forward-targets-held-out"),
+                *("token-weights", "token-weights-held-out"),
             ],
         ),
     ):
@@ -906,7 +907,7 @@ def test_heavy_statistics_of_a_compensator_are_measured_in_the_second_pass_only(
             assert [collector.component.name for collector in selection.collectors] == first
             assert [collector.component.name for collector in selection.second_pass] == second
     refined = select(layered("cfsp-refined", None, {"model": "x"}), plugins)
-    assert {collector.component.name for collector in refined.collectors} == {"down-input-gram", "block-output-squares"}
+    assert {collector.component.name for collector in refined.collectors} == {"down-input-gram-relative"}
     foreign = replace(refined.second_pass[0], origin=Origin("theirs", "their-package", "2"))
     assert replace(refined, second_pass=(foreign,)).distributions()["their-package"] == "2"
 
